@@ -588,3 +588,716 @@ def parse_schedule(text: str) -> Schedule:
 def known_timezones() -> frozenset[str]:
     """Return the names of the zone database: membership is the only safe question to ask it."""
     return frozenset(available_timezones())
+
+
+# ======================================================================================
+# 5. Validation: an object is a table of fields; every wrong field is reported at once
+# ======================================================================================
+#
+# A check takes a value as it came from JSON or YAML and returns it in its normal form, or raises
+# ValueError with a sentence that goes on after the field's name ("timeout must be …").
+
+Check = Callable[[Any], Any]
+REQUIRED: Any = object()
+
+
+class Field(NamedTuple):
+    """A field: its check, and what it is where it is left out or null."""
+
+    check: Check
+    default: Any = REQUIRED
+
+
+def validate(table: dict[str, Field], data: Any, ignored: frozenset[str] = frozenset()) -> Json:
+    """Return ``data`` in its normal form, defaults filled in. Raises Problems with all of them."""
+    if not isinstance(data, dict):
+        raise ValueError("must be an object")
+    clean: Json = {}
+    problems: list[tuple[str, str]] = []
+    for name in sorted(data.keys() - table.keys() - ignored):
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        problems.append((name, f"is not a known name{hint}"))
+    for name, (check, default) in table.items():
+        value = data.get(name)
+        try:
+            if value is None and default is REQUIRED:
+                raise ValueError("is required")
+            clean[name] = default if value is None else check(value)
+        except Problems as inner:
+            problems += [(f"{name}.{path}", message) for path, message in inner.problems]
+        except ValueError as error:
+            problems.append((name, str(error)))
+    if problems:
+        raise Problems(problems)
+    return clean
+
+
+def rule(holds: Callable[[Any], object], problem: str) -> Check:
+    """A check that leaves the value as it is."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(problem)
+        return value
+
+    return check
+
+
+def text(most: int, least: int = 1, lines: bool = False) -> Check:
+    """A string without control characters; ``lines`` allows tabs and line ends."""
+    control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
+    clean = re.compile(rf"[^{control}\x7f\ud800-\udfff]*")
+    return rule(
+        lambda value: (
+            isinstance(value, str)
+            and least <= len(value) <= most
+            and clean.fullmatch(value)
+            and (value.strip() or not least)
+        ),
+        f"must be a string of {least} to {most} characters, no control characters among them",
+    )
+
+
+def number(low: float, high: float, whole: bool = True) -> Check:
+    """A number in [low, high]."""
+    kinds = (int,) if whole else (int, float)
+    return rule(
+        lambda value: type(value) in kinds and low <= value <= high,
+        f"must be a {'whole ' * whole}number from {low} to {high}",
+    )
+
+
+def one_of(*choices: str) -> Check:
+    """One of these words."""
+    words = list(choices)
+    return rule(lambda value: value in words, f"must be one of {', '.join(words)}")
+
+
+def duration(low: str, high: str) -> Check:
+    """A duration in [low, high], kept as text in its shortest form."""
+
+    def check(value: Any) -> str:
+        us = parse_duration(value)
+        if not parse_duration(low) <= us <= parse_duration(high):
+            raise ValueError(f"must be from {low} to {high}")
+        return format_duration(us)
+
+    return check
+
+
+def list_of(item: Check, most: int, least: int = 0) -> Check:
+    """A list of values that each pass ``item``."""
+
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise ValueError(f"must be a list of {least} to {most} values")
+        return [item(entry) for entry in value]
+
+    return check
+
+
+def mapping(name_check: Check, value_check: Callable[[str], Check], most: int) -> Check:
+    """An object of free names; ``value_check(name)`` is the check of that name's value."""
+
+    def check(data: Any) -> Json:
+        if not isinstance(data, dict) or len(data) > most:
+            raise ValueError(f"must be an object with at most {most} names")
+        problems = []
+        for name, value in data.items():
+            try:
+                name_check(name)
+                value_check(name)(value)
+            except ValueError as error:
+                problems.append((name, str(error)))
+        if problems:
+            raise Problems(problems)
+        return data
+
+    return check
+
+
+# -------------------------------------------------------------------------- a job's fields
+
+boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
+
+
+def _schedule(value: Any) -> str:
+    expression: str = text(MAX_SCHEDULE_CHARS)(value).strip(" \t")
+    parse_schedule(expression)
+    return expression
+
+
+def _timezone(value: Any) -> str:
+    if not isinstance(value, str) or value not in known_timezones():
+        raise ValueError("must be an IANA time zone such as Europe/Madrid")
+    return value
+
+
+def _url(value: Any) -> str:
+    url: str = text(2048)(value)
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("it must begin with http:// or https:// and name a host")
+        if "@" in parts.netloc:
+            raise ValueError("user name and password belong into webhook.auth")
+        if re.search(r"[\s\\]", url):
+            raise ValueError("there is a blank or a backslash in it")
+        requests.Request("GET", url).prepare()
+    except (requests.RequestException, ValueError) as error:
+        raise ValueError(f"is not a URL that can be called: {error}") from error
+    return url
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")  # a token of RFC 9110, 5.6.2
+_HEADER_VALUE = re.compile(r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?")
+_RESERVED_HEADER = re.compile(
+    r"content-length|transfer-encoding|connection|upgrade|te|trailer|expect|keep-alive"
+    r"|proxy-.*|x-chronos-.*",
+    re.IGNORECASE,
+)
+_SECRET_HEADER = re.compile(r"authorization|cookie|token|secret|password|api-key", re.IGNORECASE)
+
+
+def is_secret_header(name: str) -> bool:
+    """Say whether a header of this name holds a secret."""
+    return bool(_SECRET_HEADER.search(name))
+
+
+def _header_name(value: Any) -> str:
+    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
+        raise ValueError("is not the name of an HTTP header")
+    if _RESERVED_HEADER.fullmatch(value):
+        raise ValueError("is a header that only Chronos sets")
+    return value
+
+
+_header_value = rule(
+    lambda value: isinstance(value, str) and _HEADER_VALUE.fullmatch(value),
+    "must be at most 8192 printable Latin-1 characters, no blanks around them",
+)
+
+
+def _secret(check: Check) -> Check:
+    masked = f"is {MASK}, which only stands for a secret: give the secret itself"
+    return lambda value: check(rule(lambda secret: secret != MASK, masked)(value))
+
+
+def _headers(value: Any) -> Json:
+    def check(name: str) -> Check:
+        return _secret(_header_value) if is_secret_header(name) else _header_value
+
+    headers: Json = mapping(_header_name, check, most=50)(value)
+    if len({name.lower() for name in headers}) < len(headers):
+        raise ValueError("must not name a header twice")
+    return headers
+
+
+def _user_name(value: Any) -> str:
+    if ":" in text(256)(value):
+        raise ValueError("must not contain a colon")
+    return str(value)
+
+
+def _auth(value: Any) -> Json:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in AUTH_FIELDS:
+        raise Problems([("type", f"must be one of {', '.join(AUTH_FIELDS)}")])
+    return validate({"type": Field(one_of(kind)), **AUTH_FIELDS[kind]}, value)
+
+
+# fmt: off
+AUTH_FIELDS: dict[str, dict[str, Field]] = {
+    # type      field                check                                  default
+    "basic":   {"username":    Field(_user_name),
+                "password":    Field(_secret(text(1024, least=0)))},
+    "bearer":  {"token":       Field(_secret(_header_value))},
+    "api_key": {"api_key":     Field(_secret(_header_value)),
+                "header":      Field(_header_name,                          "X-API-Key")},
+}
+WEBHOOK_FIELDS: dict[str, Field] = {
+    # field                    check                                        default
+    "url":               Field(_url),
+    "method":            Field(one_of("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"),
+                                                                            "GET"),
+    "headers":           Field(_headers,                                    {}),
+    "body":              Field(text(MAX_BODY_BYTES, least=0, lines=True),   None),
+    "auth":              Field(_auth,                                       None),
+    "success_codes":     Field(list_of(number(100, 599), 100, least=1),     None),
+    "verify_tls":        Field(boolean,                                     True),
+}
+RETRY_FIELDS: dict[str, Field] = {
+    "max_attempts":      Field(number(1, 100),                              3),
+    "initial_interval":  Field(duration("1ms", "24h"),                      "1s"),
+    "max_interval":      Field(duration("1ms", "24h"),                      "1m"),
+    "multiplier":        Field(number(1, 100, whole=False),                 2.0),
+    "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
+}
+MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
+JOB_FIELDS: dict[str, Field] = {
+    "name":              Field(text(200)),
+    "description":       Field(text(2000, least=0, lines=True),             None),
+    "schedule":          Field(_schedule),
+    "timezone":          Field(_timezone,                                   "UTC"),
+    "webhook":           Field(functools.partial(validate, WEBHOOK_FIELDS)),
+    "retry_policy":      Field(functools.partial(validate, RETRY_FIELDS),   {}),
+    "timeout":           Field(duration("100ms", "24h"),                    "5m"),
+    "concurrency":       Field(one_of("allow", "forbid", "replace"),        "forbid"),
+    "missed_run_policy": Field(one_of(*MISSED_RUN_POLICIES),                None),
+    "tags":              Field(mapping(text(100), lambda _name: text(200, least=0), most=50), {}),
+    "enabled":           Field(boolean,                                     False),
+}
+SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and ignored
+    "id", "version", "created_at", "updated_at", "next_run", "last_execution", "managed_by",
+})
+# fmt: on
+
+
+def validate_job(data: Any, default_retry_policy: Json, now: int) -> tuple[Json, bool]:
+    """Return a job's configuration in its normal form, and whether it is to be enabled.
+
+    ``retry_policy`` is completed from ``default_retry_policy``. Raises ApiError.
+    """
+    if not isinstance(data, dict):
+        raise Problems([("", "the body must be a JSON object")]).to_api_error()
+    given = data.get("retry_policy")
+    if given is None or isinstance(given, dict):
+        given = default_retry_policy | {k: v for k, v in (given or {}).items() if v is not None}
+    try:
+        config = validate(JOB_FIELDS, data | {"retry_policy": given}, SERVER_FIELDS)
+        schedule = parse_schedule(config["schedule"])
+        if isinstance(schedule, AtSchedule) and schedule.at <= now:
+            raise Problems([("schedule", "is in the past")])
+    except Problems as error:
+        raise error.to_api_error() from error
+    return config, config.pop("enabled")
+
+
+# ======================================================================================
+# 6. Records: jobs and executions as the rest of the program sees them
+# ======================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When a failed attempt is followed by another; durations in µs."""
+
+    max_attempts: int
+    initial_interval: int
+    max_interval: int
+    multiplier: float
+    attempt_timeout: int | None
+
+    @classmethod
+    def of(cls, config: Json) -> RetryPolicy:
+        """Return the policy of a validated ``retry_policy``."""
+        limit = config["attempt_timeout"]
+        return cls(
+            config["max_attempts"],
+            parse_duration(config["initial_interval"]),
+            parse_duration(config["max_interval"]),
+            float(config["multiplier"]),
+            None if limit is None else parse_duration(limit),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job with its newest configuration, in the form of the API."""
+
+    id: str
+    version: int
+    enabled: bool  # from the database 0 or 1
+    created_at: int
+    updated_at: int
+    next_run_at: int | None  # the cursor; None: not enabled, or nothing comes any more
+    config: Json
+
+    def next_after(self, after: int) -> int | None:
+        """Return the first fire time later than ``after``, or None."""
+        return parse_schedule(self.config["schedule"]).next_after(after, self.config["timezone"])
+
+    def to_json(self, last: Execution | None) -> Json:
+        """Return the job as the API shows it: secrets masked, ``last`` as last_execution."""
+        return {
+            "id": self.id,
+            **masked_config(self.config),
+            "enabled": bool(self.enabled),
+            "version": self.version,
+            "created_at": format_time(self.created_at),
+            "updated_at": format_time(self.updated_at),
+            "next_run": format_time(self.next_run_at) if self.enabled else None,
+            "last_execution": last and last.to_summary(),
+            "managed_by": None,
+        }
+
+
+def masked_config(config: Json) -> Json:
+    """Return a configuration with every secret replaced by the mask."""
+    webhook = dict(config["webhook"])
+    webhook["headers"] = {
+        name: MASK if is_secret_header(name) else value
+        for name, value in webhook["headers"].items()
+    }
+    if webhook["auth"]:
+        secret = ("password", "token", "api_key")
+        webhook["auth"] = {k: MASK if k in secret else v for k, v in webhook["auth"].items()}
+    return config | {"webhook": webhook}
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One run of a job for one fire time, one trigger or one replay."""
+
+    id: str
+    job_id: str
+    job_version: int
+    trigger: str  # schedule, catch_up, manual, replay, alert
+    status: str  # pending, running, success, failed, skipped
+    scheduled_at: int  # the fire time; of a trigger the instant of it
+    target: str  # scheme://host:port, for the limit per target
+    due_at: int | None  # when a pending one may start; None: ended, or waits for older ones
+    attempts: int = 0  # started so far
+    spent: int = 0  # µs of the job's timeout that attempts and waits have used up
+    started_at: int | None = None  # of the first attempt
+    attempt_at: int | None = None  # of the newest attempt
+    completed_at: int | None = None
+    reason: str | None = None  # why it is no success, for programs
+    error: str | None = None  # the same for people
+    status_code: int | None = None  # of the last attempt
+    node_id: str | None = None
+    replay_of: str | None = None
+    missed_count: int | None = None  # of a skipped one: it stands for so many fire times,
+    missed_from: int | None = None  # from this one
+    missed_to: int | None = None  # to this one
+    attempt_log: str = "[]"  # JSON: what the API shows
+    response: str | None = None
+
+    def to_summary(self) -> Json:
+        """Return what a job shows of its last execution."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "reason": self.reason,
+            "scheduled_time": format_time(self.scheduled_at),
+            "completed_at": format_time(self.completed_at),
+        }
+
+    def to_json(self, job_name: str) -> Json:
+        """Return the execution as a list of the API shows it."""
+        return {
+            **self.to_summary(),
+            "job_id": self.job_id,
+            "job_name": job_name,
+            "job_version": self.job_version,
+            "trigger": self.trigger,
+            "started_at": format_time(self.started_at),
+            "attempts": self.attempts,
+            "error": self.error,
+            "status_code": self.status_code,
+            "response": self.response,
+            "duration": self.spent * 1000 if self.completed_at and self.attempts else None,
+            "node_id": self.node_id,
+            "replay_of": self.replay_of,
+            "missed_count": self.missed_count,
+            "missed_from": format_time(self.missed_from),
+            "missed_to": format_time(self.missed_to),
+        }
+
+
+JOB_COLUMNS = tuple(column.name for column in fields(Job))
+EXECUTION_COLUMNS = tuple(column.name for column in fields(Execution))
+
+
+def scheduled_id(job_id: str, fire_time: int) -> str:
+    """Return the one id that an execution of this job for this fire time can have."""
+    return f"exec-{uuid.uuid5(uuid.UUID(job_id), str(format_time(fire_time)))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one attempt ended; a worker hands it to the engine."""
+
+    execution: Execution  # as it was when the attempt began
+    started_at: int
+    duration: int  # µs, by the monotonic clock
+    status_code: int | None = None  # None: no answer
+    response: str | None = None
+    success: bool = False
+    reason: str | None = None  # timeout, blocked, no_answer, http_status
+    error: str | None = None
+    retry_after: int | None = None  # µs that the answer asked to wait
+
+
+# ======================================================================================
+# 7. Settings: chronos.yaml, every key with its check and its default
+# ======================================================================================
+#
+# Settings are a flat dict: "dispatcher.connect_timeout" -> "10s". The file nests them; an
+# environment variable CHRONOS_DISPATCHER_CONNECT_TIMEOUT overrides, read as a YAML scalar.
+
+
+def _address(value: Any) -> str:
+    split_address(text(300)(value))
+    return str(value)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``127.0.0.1:8080`` or ``[::1]:8080``. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError('must be an address such as "127.0.0.1:8080"')
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def _network(value: Any) -> str:
+    try:
+        return str(ipaddress.ip_network(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a network such as 10.0.0.0/8") from None
+
+
+_networks = list_of(_network, 1000)
+_path = text(4096)
+
+# fmt: off
+SETTINGS: dict[str, Field] = {
+    # key                                   check                               default
+    "server.http.address":            Field(_address,                           "127.0.0.1:8080"),
+    "server.http.threads":            Field(number(8, 256),                     16),
+    "server.shutdown_grace":          Field(duration("0", "1h"),                "20s"),
+    "cluster.node_id":                Field(text(100),                          None),
+    "cluster.data_dir":               Field(_path,                              "./data"),
+    "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
+    "scheduler.paused":               Field(boolean,                            False),
+    "scheduler.missed_run_policy":    Field(one_of(*MISSED_RUN_POLICIES),       "execute_one"),
+    "scheduler.missed_run_grace":     Field(duration("1s", "24h"),              "10s"),
+    "scheduler.default_retry_policy": Field(functools.partial(validate, RETRY_FIELDS),
+                                            validate(RETRY_FIELDS, {})),
+    "dispatcher.max_concurrent_jobs": Field(number(1, 1000),                    64),
+    "dispatcher.max_concurrent_per_host": Field(number(1, 1000),                None),
+    "dispatcher.connect_timeout":     Field(duration("100ms", "1h"),            "10s"),
+    "dispatcher.max_response_bytes":  Field(number(0, 16 << 20),                64 << 10),
+    "dispatcher.blocked_networks":    Field(_networks, [
+        "169.254.0.0/16", "fe80::/10", "168.63.129.16/32", "fd00:ec2::254/128",
+        "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
+    "dispatcher.allowed_networks":    Field(_networks,                          []),
+    "dispatcher.ca_bundle":           Field(_path,                              None),
+    "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
+}
+# fmt: on
+
+
+_PLAIN_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def _plain(node: Any, environment: Mapping[str, str]) -> Any:
+    """Return a YAML node as plain data, ``${NAME}`` replaced. Raises ValueError with the line.
+
+    A word is a word: no octals, no sexagesimals, no dates, no ``yes`` and ``on``.
+    """
+    line = f"line {node.start_mark.line + 1}: "
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, environment) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {name: _plain(value, environment) for name, value in _entries(node)}
+    if node.tag != "tag:yaml.org,2002:str":
+        raise ValueError(f"{line}the tag {node.tag} is not supported")
+
+    def expand(match: re.Match[str]) -> str:
+        if match[1] not in environment:
+            raise ValueError(f"{line}the environment variable {match[1]} is not set")
+        return environment[match[1]]
+
+    value: str = re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", expand, node.value)
+    if node.style or value != node.value:
+        return value
+    if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
+        return int(value)
+    return (
+        float(value) if re.fullmatch(r"-?[0-9]+\.[0-9]+", value) else _PLAIN_WORDS.get(value, value)
+    )
+
+
+def _entries(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names of a mapping with their nodes. Raises ValueError if one comes twice."""
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            raise ValueError(f"line {key.start_mark.line + 1}: {name!r} is there twice")
+        seen.add(name)
+        yield name, value
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, node) of every setting that the sections of a file name."""
+    for name, value in _entries(node):
+        path = prefix + name
+        is_section = path not in SETTINGS and any(key.startswith(path + ".") for key in SETTINGS)
+        if is_section and isinstance(value, yaml.MappingNode):
+            yield from _flatten(value, path + ".")
+        elif not (is_section and value.value in _PLAIN_WORDS):
+            yield path, value
+
+
+def _compose(content: str) -> Any:
+    """Return the root node of a YAML document, or None. Raises ValueError with the line."""
+    try:
+        for event in yaml.parse(content, yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1}: aliases are not supported")
+        return yaml.compose(content, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        what = getattr(error, "problem", None) or "this is not YAML"
+        hint = 'a value with ":", "#", "@" or "*" wants quotes'
+        raise ValueError(f"{place}{what} ({hint})") from error
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
+    """Return every setting: the environment's, else the file's, else the default.
+
+    ``path`` None: there is no file. Raises StartError with the line and what was meant.
+    """
+    place, lines = path or "the environment", {}
+    try:
+        content = path.read_text("utf-8") if path else ""
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError(f"is larger than {MAX_CONFIG_BYTES} bytes")
+        root = _compose(content)
+        if root and not isinstance(root, yaml.MappingNode):
+            raise ValueError("must be a mapping of sections, such as server: …")
+        nodes = dict(_flatten(root)) if root else {}
+        lines = {key: f"line {node.start_mark.line + 1}: " for key, node in nodes.items()}
+        for key in SETTINGS:
+            name = "CHRONOS_" + key.replace(".", "_").upper()
+            if name in environment:
+                nodes[key] = _compose(environment[name])
+        values = {key: _plain(node, environment) for key, node in nodes.items() if node}
+        settings = validate(SETTINGS, values)
+    except OSError as error:
+        raise StartError(EXIT_CONFIG, f"{path} cannot be read: {error.strerror}") from error
+    except Problems as error:
+        key, message = error.problems[0]
+        line = next((lines[known] for known in lines if f"{key}.".startswith(f"{known}.")), "")
+        raise StartError(EXIT_CONFIG, f"{place}: {line}{key} {message}") from error
+    except ValueError as error:
+        raise StartError(EXIT_CONFIG, f"{place}: {error}") from error
+    workers = settings["dispatcher.max_concurrent_jobs"]
+    per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
+    settings["dispatcher.max_concurrent_per_host"] = per_host
+    settings["cluster.node_id"] = settings["cluster.node_id"] or platform.node() or "chronos"
+    base = path.parent if path else Path(__file__).parent
+    settings["cluster.data_dir"] = str(base.resolve() / settings["cluster.data_dir"])
+    return settings
+
+
+# ======================================================================================
+# 8. Policies: pure functions
+# ======================================================================================
+
+
+def retry_wait(policy: RetryPolicy, attempt: int, retry_after: int | None) -> int:
+    """Return how long to wait before the next attempt, in µs.
+
+    ``attempt`` is the number of the attempt that just failed, from 1. With the defaults the
+    waits are 1 s, 2 s, 4 s … up to ``max_interval``; what the answer asked for in
+    ``Retry-After`` (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
+    """
+    grown = policy.initial_interval * policy.multiplier ** min(attempt - 1, 200)
+    return max(int(min(grown, policy.max_interval)), retry_after or 0)
+
+
+def parse_retry_after(value: str | None, now: int) -> int | None:
+    """Return the µs that a ``Retry-After`` header asks to wait (seconds or a date), or None."""
+    value = (value or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value) * SECOND
+    try:
+        moment = parsedate_to_datetime(value)
+    except (ValueError, IndexError):
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0, to_instant(moment) - now)
+
+
+def is_retryable(outcome: Outcome) -> bool:
+    """Say whether another attempt may help: no answer, 429 and 5xx; a blocked target never."""
+    if outcome.status_code is None:
+        return outcome.reason in ("no_answer", "interrupted")
+    return outcome.status_code == 429 or outcome.status_code >= 500
+
+
+def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int) -> Execution:
+    """Return what becomes of an execution: success, failed, or pending again with a due_at.
+
+    ``timeout`` (µs) is for the attempts and the waits between them together.
+    """
+    execution, error = outcome.execution, outcome.error
+    ended_at = outcome.started_at + outcome.duration
+    attempt = {
+        "number": execution.attempts,
+        "started_at": format_time(outcome.started_at),
+        "duration": outcome.duration * 1000,
+        "status_code": outcome.status_code,
+        "error": error,
+    }
+    after = replace(
+        execution,
+        status="success" if outcome.success else "failed",
+        due_at=None,
+        spent=execution.spent + outcome.duration,
+        completed_at=ended_at,
+        reason=outcome.reason,
+        error=error,
+        status_code=outcome.status_code,
+        response=outcome.response,
+        attempt_log=json.dumps([*json.loads(execution.attempt_log), attempt]),
+    )
+    if not is_retryable(outcome) or outcome.success or execution.attempts >= retry.max_attempts:
+        return after
+    wait = retry_wait(retry, execution.attempts, outcome.retry_after)
+    if outcome.reason == "interrupted":
+        wait = 0  # what the server broke off begins again at once
+    if after.spent + wait >= timeout:
+        late = f"{error}; the next attempt would begin after the timeout"
+        return replace(after, reason="timeout", error=late)
+    return replace(
+        after,
+        status="pending",
+        due_at=ended_at + wait,
+        spent=after.spent + wait,
+        completed_at=None,
+        reason=None,
+    )
+
+
+def skipped(execution: Execution, reason: str, error: str, now: int) -> Execution:
+    """Return the execution as one that did not run, and why."""
+    ended = {"status": "skipped", "due_at": None, "completed_at": now}
+    return replace(execution, reason=reason, error=error, **ended)  # type: ignore[arg-type]
+
+
+class Missed(NamedTuple):
+    """A backlog of fire times that passed while nobody was there, and what becomes of it."""
+
+    newest: int
+    run: list[int]  # these are made up for, in order
+    passed_over: int  # so many are not,
+    newest_passed_over: int  # this being the newest of them; 0: none is
+
+
+def split_missed(schedule: Schedule, zone: str, first: int, now: int, policy: str) -> Missed:
+    """Decide about the fire times in [first, now]; ``first`` is one of them."""
+    keep = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
+    newest = schedule.latest(first, now, zone, keep + 1)
+    passed_over = schedule.count(first, now, zone) - min(keep, len(newest))
+    return Missed(
+        newest[-1],
+        newest[-keep:] if keep else [],
+        passed_over,
+        newest[-keep - 1] if passed_over else 0,
+    )

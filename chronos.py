@@ -1301,3 +1301,449 @@ def split_missed(schedule: Schedule, zone: str, first: int, now: int, policy: st
         passed_over,
         newest[-keep - 1] if passed_over else 0,
     )
+
+
+# ======================================================================================
+# 9. Store: every SQL statement of Chronos is in this section
+# ======================================================================================
+#
+# Methods take and return records, never rows. Each thread has a connection of its own; only the
+# engine thread writes, inside transaction(), so that a pass is one commit however much happened.
+# API threads read; the write-ahead log keeps readers and the writer out of each other's way.
+
+APPLICATION_ID = 1130918511  # "Chro", in the header of the file
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (                      -- a few numbers, such as last_seen
+    key          TEXT PRIMARY KEY,
+    value        INTEGER
+);
+CREATE TABLE jobs (
+    seq          INTEGER PRIMARY KEY,    -- order of creation
+    id           TEXT NOT NULL UNIQUE,   -- a UUID
+    version      INTEGER NOT NULL,       -- the newest one of versions
+    enabled      INTEGER NOT NULL,
+    created_at   INTEGER NOT NULL,       -- every *_at: µs since the epoch, UTC
+    updated_at   INTEGER NOT NULL,
+    next_run_at  INTEGER                 -- the cursor; NULL: disabled, or nothing comes any more
+);
+CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
+CREATE TABLE versions (
+    job_id       TEXT NOT NULL,
+    version      INTEGER NOT NULL,       -- 1, 2, 3 …
+    config       TEXT NOT NULL,          -- JSON, in the form of the API
+    created_at   INTEGER NOT NULL,
+    created_by   TEXT NOT NULL,
+    PRIMARY KEY (job_id, version)
+);
+CREATE TABLE executions (
+    seq          INTEGER PRIMARY KEY,    -- order of creation
+    id           TEXT NOT NULL UNIQUE,   -- one per fire time, whatever crashes or restarts
+    job_id       TEXT NOT NULL,
+    job_version  INTEGER NOT NULL,
+    trigger      TEXT NOT NULL,          -- schedule, catch_up, manual, replay, alert
+    status       TEXT NOT NULL,          -- pending, running, success, failed, skipped
+    scheduled_at INTEGER NOT NULL,
+    target       TEXT NOT NULL,          -- scheme://host:port
+    due_at       INTEGER,                -- of a pending one; NULL: it waits for older ones
+    attempts     INTEGER NOT NULL,       -- started so far
+    spent        INTEGER NOT NULL,       -- µs of the timeout that are used up
+    started_at   INTEGER,                -- of the first attempt
+    attempt_at   INTEGER,                -- of the newest attempt
+    completed_at INTEGER,
+    reason       TEXT,
+    error        TEXT,
+    status_code  INTEGER,
+    node_id      TEXT,
+    replay_of    TEXT,
+    missed_count INTEGER,
+    missed_from  INTEGER,
+    missed_to    INTEGER,
+    attempt_log  TEXT NOT NULL,          -- JSON
+    response     TEXT
+);
+CREATE INDEX executions_of_job ON executions (job_id, seq);
+CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
+CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
+CREATE INDEX executions_active ON executions (job_id, seq) WHERE status IN ('pending', 'running');
+CREATE TABLE deleted_jobs (              -- their history goes in batches
+    job_id       TEXT NOT NULL,
+    last_seq     INTEGER NOT NULL        -- of executions: what came later is another job's
+);
+PRAGMA application_id = 1130918511;
+PRAGMA user_version = 1;
+"""
+
+
+class Store:
+    """The database file. See the head of this section for who may call what."""
+
+    def __init__(self, path: Path, synchronous: str = "FULL") -> None:
+        self.path = path
+        self._synchronous = synchronous
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()  # protects _connections
+
+    def open(self) -> None:
+        """Create or check the file. Raises StoreError, StartError."""
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
+        (application,) = self._one("PRAGMA application_id")
+        (version,) = self._one("PRAGMA user_version")
+        (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
+        if tables and application != APPLICATION_ID:
+            raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
+        if version > SCHEMA_VERSION:
+            raise StartError(EXIT_CONFIG, f"{self.path} was written by a newer Chronos: start that")
+        if not tables:
+            with self.transaction():
+                for statement in SCHEMA.split(";\n"):
+                    self._run(statement)
+
+    def close(self) -> None:
+        """Close the connections of all threads; none may be in use."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+            self._local = threading.local()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, timeout=5.0
+        )
+        with self._lock:
+            self._connections.append(connection)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        full = self._synchronous == "FULL"
+        connection.execute("PRAGMA synchronous = FULL" if full else "PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA journal_size_limit = 16777216")
+        return connection
+
+    def _run(self, statement: str, values: Json | None = None) -> sqlite3.Cursor:
+        try:
+            if not hasattr(self._local, "connection"):
+                self._local.connection = self._connect()
+            cursor: sqlite3.Cursor = self._local.connection.execute(statement, values or {})
+            return cursor
+        except sqlite3.Error as error:
+            raise StoreError(f"the database failed: {error} ({self.path})") from error
+
+    def _one(self, statement: str, values: Json | None = None) -> Any:
+        return self._run(statement, values).fetchone()
+
+    @property
+    def in_transaction(self) -> bool:
+        """Say whether the calling thread is inside one; a full disk ends it unasked."""
+        connection = getattr(self._local, "connection", None)
+        return bool(connection and connection.in_transaction)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what happens inside, or nothing of it."""
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._run("COMMIT")
+        except BaseException:
+            if self.in_transaction:
+                self._run("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo what happened inside if it raises, and nothing else of the transaction."""
+        self._run("SAVEPOINT change")
+        try:
+            yield
+        except BaseException:
+            if self.in_transaction:
+                self._run("ROLLBACK TO change")
+                self._run("RELEASE change")
+            raise
+        self._run("RELEASE change")
+
+    # -------------------------------------------------------------- numbers and instants
+
+    def number(self, key: str) -> int | None:
+        """Return one of the numbers in meta, or None."""
+        row = self._one("SELECT value FROM meta WHERE key = :key", {"key": key})
+        return row[0] if row else None
+
+    def set_number(self, key: str, value: int | None) -> None:
+        """Keep a number in meta."""
+        self._run("REPLACE INTO meta VALUES (:key, :value)", {"key": key, "value": value})
+
+    def next_instants(self, now: int) -> tuple[int | None, int | None]:
+        """Return the earliest cursor, and the earliest due_at later than now."""
+        sql = """
+            SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
+                   (SELECT min(due_at) FROM executions
+                     WHERE status = 'pending' AND due_at > :now)"""
+        row = self._one(sql, {"now": now})
+        return row[0], row[1]
+
+    # ----------------------------------------------------------------------------- jobs
+
+    def _jobs(self, statement: str, values: Json) -> list[Job]:
+        rows = self._run(statement, values)
+        named = [{name: row[name] for name in JOB_COLUMNS} for row in rows]
+        return [Job(**values | {"config": json.loads(values["config"])}) for values in named]
+
+    def job(self, job_id: str) -> Job:
+        """Return the job. Raises ApiError NOT_FOUND."""
+        found = self._jobs(
+            """
+            SELECT jobs.*, config FROM jobs JOIN versions
+                ON versions.job_id = jobs.id AND versions.version = jobs.version
+             WHERE jobs.id = :job_id
+            """,
+            {"job_id": job_id},
+        )
+        if not found:
+            raise ApiError("NOT_FOUND", f"there is no job {job_id}")
+        return found[0]
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs in the order of their creation."""
+        sql = """
+            SELECT jobs.*, config FROM jobs JOIN versions
+                ON versions.job_id = jobs.id AND versions.version = jobs.version
+             ORDER BY jobs.seq"""
+        return self._jobs(sql, {})
+
+    def add_job(self, job: Job, created_by: str) -> None:
+        """Add a job and its first version."""
+        values = {name: getattr(job, name) for name in JOB_COLUMNS}
+        sql = """
+            INSERT INTO jobs (id, version, enabled, created_at, updated_at, next_run_at)
+            VALUES (:id, :version, :enabled, :created_at, :updated_at, :next_run_at)"""
+        self._run(sql, values)
+        self._run(
+            "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)",
+            values | {"config": json.dumps(job.config), "created_by": created_by},
+        )
+
+    def set_enabled(self, job_id: str, enabled: bool, next_run_at: int | None, now: int) -> None:
+        """Enable or disable a job; ``next_run_at`` is its new cursor."""
+        sql = """
+            UPDATE jobs SET enabled = :enabled, next_run_at = :next_run_at, updated_at = :now
+             WHERE id = :id"""
+        self._run(sql, {"id": job_id, "enabled": enabled, "next_run_at": next_run_at, "now": now})
+
+    def delete_job(self, job_id: str) -> None:
+        """Remove a job and its versions, and note that its history is to go."""
+        for statement in (
+            "INSERT INTO deleted_jobs SELECT job_id, max(seq) FROM executions"
+            " WHERE job_id = :id GROUP BY job_id",
+            "DELETE FROM jobs WHERE id = :id",
+            "DELETE FROM versions WHERE job_id = :id",
+        ):
+            self._run(statement, {"id": job_id})
+
+    def sweep_deleted_jobs(self, most: int) -> bool:
+        """Remove up to ``most`` executions of deleted jobs; return whether there were any."""
+        row = self._one("SELECT rowid, job_id, last_seq FROM deleted_jobs LIMIT 1")
+        if row is None:
+            return False
+        sql = """
+            DELETE FROM executions WHERE seq IN (
+                SELECT seq FROM executions
+                 WHERE job_id = :job_id AND seq <= :last_seq LIMIT :most)"""
+        gone = self._run(sql, {"job_id": row["job_id"], "last_seq": row["last_seq"], "most": most})
+        if gone.rowcount < most:
+            self._run("DELETE FROM deleted_jobs WHERE rowid = :id", {"id": row["rowid"]})
+        return True
+
+    def config(self, job_id: str, version: int) -> Json | None:
+        """Return the configuration of a version; None: the job was deleted."""
+        row = self._one(
+            "SELECT config FROM versions WHERE job_id = :id AND version = :version",
+            {"id": job_id, "version": version},
+        )
+        return dict(json.loads(row[0])) if row else None
+
+    def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
+        """Return (job id, version, fire time) of jobs whose time has come, the oldest first."""
+        sql = """
+            SELECT id, version, next_run_at FROM jobs
+             WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most"""
+        rows = self._run(sql, {"now": now, "most": most})
+        return [tuple(row) for row in rows]
+
+    def enabled_jobs(self, after_seq: int, most: int) -> list[tuple[int, str, int]]:
+        """Return (seq, job id, version) of enabled jobs after ``after_seq``, in that order."""
+        sql = """
+            SELECT seq, id, version FROM jobs
+             WHERE enabled AND seq > :seq ORDER BY seq LIMIT :most"""
+        rows = self._run(sql, {"seq": after_seq, "most": most})
+        return [tuple(row) for row in rows]
+
+    def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
+        """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
+        self._run(
+            "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id",
+            {"id": job_id, "at": next_run_at},
+        )
+
+    # ----------------------------------------------------------------------- executions
+
+    def _executions(self, statement: str, values: Json) -> list[Execution]:
+        rows = self._run(statement, values)
+        return [Execution(*(row[name] for name in EXECUTION_COLUMNS)) for row in rows]
+
+    def add_execution(self, execution: Execution) -> bool:
+        """Add an execution; False: there is one with this id, and nothing was done."""
+        sql = """
+            INSERT INTO executions (
+                id, job_id, job_version, trigger, status, scheduled_at, target, due_at, attempts,
+                spent, completed_at, reason, error, node_id, replay_of, missed_count, missed_from,
+                missed_to, attempt_log)
+            VALUES (
+                :id, :job_id, :job_version, :trigger, :status, :scheduled_at, :target, :due_at,
+                :attempts, :spent, :completed_at, :reason, :error, :node_id, :replay_of,
+                :missed_count, :missed_from, :missed_to, :attempt_log)
+            ON CONFLICT (id) DO NOTHING"""
+        cursor = self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
+        return cursor.rowcount > 0
+
+    def execution(self, execution_id: str) -> Execution | None:
+        """Return the execution, or None."""
+        found = self._executions("SELECT * FROM executions WHERE id = :id", {"id": execution_id})
+        return found[0] if found else None
+
+    def executions(self, job_id: str, most: int) -> list[Execution]:
+        """Return the newest executions of a job, the newest first."""
+        return self._executions(
+            "SELECT * FROM executions WHERE job_id = :id ORDER BY seq DESC LIMIT :most",
+            {"id": job_id, "most": most},
+        )
+
+    def count_executions(self, job_id: str) -> int:
+        """Return how many executions of a job there are."""
+        row = self._one("SELECT count(*) FROM executions WHERE job_id = :id", {"id": job_id})
+        return int(row[0])
+
+    def active_executions(self, job_id: str, most: int) -> list[Execution]:
+        """Return pending and running executions of a job, the oldest first."""
+        sql = """
+            SELECT * FROM executions
+             WHERE job_id = :id AND status IN ('pending', 'running') ORDER BY seq LIMIT :most"""
+        return self._executions(sql, {"id": job_id, "most": most})
+
+    def running_executions(self) -> list[Execution]:
+        """Return what runs; at a start, what ran when the last process ended."""
+        sql = """
+            SELECT * FROM executions
+             WHERE status IN ('pending', 'running') AND status = 'running' ORDER BY seq"""
+        return self._executions(sql, {})
+
+    def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
+        """Return executions that may start, the oldest due_at first.
+
+        ``passed_over`` are targets that hold all they may. With some, the index by target is
+        walked from one target to the next, so that 50,000 rows of a dead host cost nothing.
+        """
+        values = {"now": now, "most": most, "passed_over": json.dumps(list(passed_over))}
+        if not passed_over:
+            return self._executions(
+                """
+                SELECT * FROM executions WHERE status = 'pending' AND due_at <= :now
+                 ORDER BY due_at, seq LIMIT :most
+                """,
+                values,
+            )
+        sql = """
+            WITH RECURSIVE targets (target) AS (
+                SELECT min(target) FROM executions WHERE status = 'pending'
+                 UNION ALL
+                SELECT (SELECT min(target) FROM executions
+                         WHERE status = 'pending' AND target > targets.target)
+                  FROM targets WHERE targets.target IS NOT NULL
+            )
+            SELECT executions.* FROM targets JOIN executions ON executions.seq IN (
+                SELECT seq FROM executions AS due
+                 WHERE status = 'pending' AND due.target = targets.target AND due_at <= :now
+                 ORDER BY due_at, seq LIMIT :most)
+             WHERE targets.target NOT IN (SELECT value FROM json_each(:passed_over))
+             ORDER BY due_at, executions.seq LIMIT :most"""
+        return self._executions(sql, values)
+
+    def start_execution(self, execution: Execution) -> None:
+        """Write down that the next attempt of a pending execution begins."""
+        sql = """
+            UPDATE executions
+               SET status = :status, attempts = :attempts, started_at = :started_at,
+                   attempt_at = :attempt_at, node_id = :node_id
+             WHERE id = :id"""
+        self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
+
+    def record_attempt(self, execution: Execution) -> bool:
+        """Write down how an attempt of a running execution ended, and what becomes of it.
+
+        False: it is not running in this attempt any more (cancelled, replaced, deleted).
+        """
+        sql = """
+            UPDATE executions
+               SET status = :status, due_at = :due_at, spent = :spent,
+                   completed_at = :completed_at, reason = :reason, error = :error,
+                   status_code = :status_code, attempt_log = :attempt_log, response = :response
+             WHERE id = :id AND status = 'running' AND attempts = :attempts"""
+        cursor = self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
+        return cursor.rowcount > 0
+
+    def end_execution(self, execution_id: str, reason: str, error: str, now: int) -> None:
+        """Fail an execution that has not ended, for a reason that is not its own."""
+        sql = """
+            UPDATE executions
+               SET status = 'failed', due_at = NULL, completed_at = :now, reason = :reason,
+                   error = :error
+             WHERE id = :id AND status IN ('pending', 'running')"""
+        self._run(sql, {"id": execution_id, "reason": reason, "error": error, "now": now})
+
+    def delete_execution(self, execution_id: str) -> None:
+        """Remove one execution."""
+        self._run("DELETE FROM executions WHERE id = :id", {"id": execution_id})
+
+    def release_oldest(self, job_id: str, now: int) -> None:
+        """Make the oldest active execution of a job due, if it waited for older ones."""
+        sql = """
+            UPDATE executions SET due_at = :now
+             WHERE due_at IS NULL AND status = 'pending' AND seq = (
+                SELECT min(seq) FROM executions
+                 WHERE job_id = :job_id AND status IN ('pending', 'running'))"""
+        self._run(sql, {"job_id": job_id, "now": now})
+
+    def shift_due_times(self, step: int) -> None:
+        """Move every due_at with the wall clock, so that a wait stays as long as it was."""
+        self._run(
+            "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'", {"step": step}
+        )
+
+
+def lock_data_dir(directory: Path) -> IO[str]:
+    """Create the directory and hold its lock for as long as the returned file is open.
+
+    Raises StartError: with the other process's id, or with what is wrong with the directory.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(directory / "chronos.lock", "a+")  # noqa: SIM115 - held for life
+    except OSError as error:
+        message = f"the data directory {directory} is unusable: {error.strerror}"
+        raise StartError(EXIT_CONFIG, message) from error
+    lock.seek(0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with lock:
+            message = f"already running on {directory}, process {lock.read().strip()}"
+        raise StartError(EXIT_RUNNING, message) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

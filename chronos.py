@@ -1747,3 +1747,527 @@ def lock_data_dir(directory: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+# ======================================================================================
+# 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
+# ======================================================================================
+#
+# The wire is a transport adapter of requests over http.client. It owns every socket, because
+# none of requests' timeouts is a limit: a server that drips bytes renews them all. What ends a
+# blocked call from another thread is shutdown() on a duplicate of the socket's descriptor, made
+# before connect(): close() leaves the call blocked, and TLS detaches the socket it wraps.
+
+
+class Aborted(Exception):
+    """The attempt was cut off; its ``reason`` says why."""
+
+
+class BlockedTarget(requests.RequestException):
+    """The address that would be dialled is closed by the settings."""
+
+
+class Webhook:
+    """A webhook made ready once per job version; an attempt only adds its own headers."""
+
+    def __init__(self, config: Json) -> None:
+        """``config`` is a validated ``webhook``."""
+        self.target = target_of(config["url"])
+        self.success_codes = frozenset(config["success_codes"] or range(200, 300))
+        self.verify_tls: bool = config["verify_tls"]
+        self._config = config
+
+    @functools.cached_property
+    def secrets(self) -> tuple[str, ...]:
+        """What is masked in the text that is kept of an answer."""
+        headers, auth = self._config["headers"], self._config["auth"] or {}
+        found = [value for name, value in headers.items() if is_secret_header(name)]
+        found += [auth.get(name, "") for name in ("password", "token", "api_key")]
+        found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
+        return tuple(secret for secret in found if len(secret) >= 6)
+
+    @functools.cached_property
+    def request(self) -> requests.PreparedRequest:
+        """The prepared request: its first worker makes it, because that costs most."""
+        config, auth = self._config, self._config["auth"] or {"type": None}
+        headers = requests.structures.CaseInsensitiveDict(config["headers"])
+        headers.setdefault("User-Agent", f"chronos/{__version__}")
+        headers.setdefault("Accept", "*/*")
+        headers.setdefault("Accept-Encoding", "identity")
+        if config["body"]:
+            headers.setdefault("Content-Type", _content_type(config["body"]))
+        if auth["type"] == "basic":
+            pair = f"{auth['username']}:{auth['password']}".encode()
+            headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+        elif auth["type"] == "bearer":
+            headers["Authorization"] = f"Bearer {auth['token']}"
+        elif auth["type"] == "api_key":
+            headers[auth["header"]] = auth["api_key"]
+        body = (config["body"] or "").encode()
+        return requests.Request(config["method"], config["url"], headers, data=body).prepare()
+
+
+def _content_type(body: str) -> str:
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return "text/plain; charset=utf-8"
+    return "application/json"
+
+
+def target_of(url: str) -> str:
+    """Return scheme://host:port, the port always there."""
+    parts = urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """One HTTP request of an execution, and the means to end it from another thread.
+
+    attribute    written by               guarded by
+    reason       who aborts, the first    _lock
+    _cut         the worker               _lock  (ends whatever the worker is blocked in)
+    limit        the worker               nothing (one reference, replaced as a whole)
+    """
+
+    execution: Execution
+    webhook: Webhook
+    allowed: int  # µs
+    allowed_reason: str  # timeout: the execution's time ends with it; else attempt_timeout
+    limit: tuple[int, str] | None = None  # monotonic instant, the reason to abort then
+    reason: str | None = None
+    _cut: Callable[[], None] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def borrow(self, cut: Callable[[], None]) -> None:
+        """Before blocking: ``cut`` is what ends it. Raises Aborted if it is too late."""
+        with self._lock:
+            if self.reason:
+                raise Aborted
+            self._cut = cut
+
+    def release(self) -> None:
+        """The worker no longer blocks: what it borrowed is not this attempt's any more."""
+        with self._lock:
+            self._cut = None
+
+    def abort(self, reason: str) -> None:
+        """End the attempt now; the first reason wins. Any thread."""
+        with self._lock:
+            if self.reason is None:
+                self.reason = reason
+                if self._cut:
+                    self._cut()
+
+
+class AddressPolicy:
+    """Which addresses may be dialled. It judges the address itself: names can't deceive it."""
+
+    def __init__(self, blocked: list[str], allowed: list[str]) -> None:
+        self._blocked = [ipaddress.ip_network(text) for text in blocked]
+        self._allowed = [ipaddress.ip_network(text) for text in allowed]
+
+    def check(self, host: str) -> None:
+        """Raise BlockedTarget if this numeric address is closed."""
+        spellings: list[Any] = [ipaddress.ip_address(host.partition("%")[0])]
+        if spellings[0].version == 6:  # it may stand for an IPv4 one: mapped, 6to4, NAT64
+            inner = spellings[0].ipv4_mapped or spellings[0].sixtofour
+            if spellings[0] in ipaddress.ip_network("64:ff9b::/96"):  # RFC 6052
+                inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
+            spellings += [inner] if inner else []
+        for network in self._blocked:
+            if any(address in network for address in spellings):
+                raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
+        if self._allowed and not any(spellings[-1] in network for network in self._allowed):
+            raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
+
+
+class Connection:
+    """A connection to a target; ``cut`` ends from another thread what blocks on it."""
+
+    def __init__(self, key: tuple[str, bool], family: int) -> None:
+        self.key = key  # target, verify_tls
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.idle_since = 0
+        self._handle = self.socket.dup()
+
+    def cut(self) -> None:
+        """Shut the connection down: blocked calls on it return at once."""
+        with contextlib.suppress(OSError):
+            self._handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close both descriptors: an open duplicate would keep the connection alive."""
+        self._handle.close()
+        self.socket.close()
+
+    def is_quiet(self) -> bool:
+        """Say whether an idle connection is still open and nothing unasked has come on it."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return not poll.poll(0)
+
+
+class _HeadLines:
+    """The lines of an answer's head; their early end is an error, not the end of the head."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.heard = stream, False
+
+    def readline(self, limit: int = -1) -> bytes:
+        line: bytes = self._stream.readline(limit)
+        if self.heard and not line:
+            raise http.client.IncompleteRead(b"")
+        self.heard = self.heard or bool(line)
+        return line
+
+
+class Answer(http.client.HTTPResponse):
+    """An answer that must be whole: http.client makes a 200 of half a head."""
+
+    def begin(self) -> None:
+        """Read status line and headers. Raises RemoteDisconnected if no byte came."""
+        stream, lines = self.fp, _HeadLines(self.fp)
+        self.fp = lines  # type: ignore[assignment]
+        try:
+            super().begin()
+        except ConnectionError as error:
+            if lines.heard:
+                raise
+            raise http.client.RemoteDisconnected(str(error)) from error
+        finally:
+            self.fp = stream
+
+    def read_at_most(self, limit: int) -> bytes:
+        """Return the body; more than ``limit`` bytes mean that it goes on."""
+        body = self.read(limit + 1)
+        if len(body) <= limit and self.length and not self.isclosed():
+            raise http.client.IncompleteRead(body, self.length)
+        return body
+
+
+class Wire(requests.adapters.BaseAdapter):
+    """Sends prepared requests. Workers call send(), the watchdog close_idle()."""
+
+    def __init__(self, clock: Clock, settings: Json) -> None:
+        super().__init__()
+        self._clock = clock
+        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
+        self._max_bytes = settings["dispatcher.max_response_bytes"]
+        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
+        self._policy = AddressPolicy(
+            settings["dispatcher.blocked_networks"], settings["dispatcher.allowed_networks"]
+        )
+        self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+        self._idle: dict[tuple[str, bool], list[Connection]] = {}
+        self._lock = threading.Lock()  # protects _idle and _contexts
+
+    def send(  # type: ignore[override]
+        self, request: requests.PreparedRequest, timeout: Attempt, verify: bool = True
+    ) -> requests.Response:
+        """Send the request and return the answer, its body read as far as it is kept.
+
+        ``timeout`` is the Attempt: it has the limit and can be aborted. Raises Aborted, and
+        BlockedTarget or another RequestException with a sentence for people.
+        """
+        key = (target_of(str(request.url)), verify)
+        while connection := self._take_idle(key):
+            with contextlib.suppress(http.client.RemoteDisconnected):  # it died while it was idle
+                return self._exchange(connection, request, timeout)
+        connection = self._connect(key, timeout)
+        try:
+            return self._exchange(connection, request, timeout)
+        except http.client.RemoteDisconnected as error:
+            raise requests.ConnectionError(
+                f"{key[0]} closed the connection without an answer"
+            ) from error
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self.close_idle(0)
+
+    def _exchange(
+        self, connection: Connection, request: requests.PreparedRequest, attempt: Attempt
+    ) -> requests.Response:
+        """Send and receive on this connection. Raises RemoteDisconnected if no byte came back."""
+        reusable = False
+        answer = Answer(connection.socket, method=request.method)
+        try:
+            attempt.borrow(connection.cut)
+            taken = self._send(connection.socket, request)
+            answer.begin()
+            body = answer.read_at_most(self._max_bytes)
+            reusable = taken and answer.isclosed() and not answer.will_close
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if attempt.reason:
+                raise Aborted from error
+            if isinstance(error, http.client.RemoteDisconnected):
+                raise
+            raise requests.ConnectionError(_broken_answer(connection.key[0], error)) from error
+        finally:
+            attempt.release()  # before the connection can be another attempt's
+            answer.close()
+            if reusable and not attempt.reason:
+                self._put_idle(connection)
+            else:
+                connection.close()
+        if attempt.reason:  # an abort can look like the end of the answer
+            raise Aborted
+        response = requests.Response()
+        response.status_code, response.reason = answer.status, answer.reason
+        response.headers.update(answer.headers.items())
+        response.raw, response.request, response.url = io.BytesIO(body), request, str(request.url)
+        return response
+
+    @staticmethod
+    def _send(sock: socket.socket, request: requests.PreparedRequest) -> bool:
+        """Send the request; False: the server stopped reading, its answer may be there."""
+        lines = [f"{request.method} {request.path_url} HTTP/1.1"]
+        if "Host" not in request.headers:
+            lines.append(f"Host: {urlsplit(str(request.url)).netloc}")
+        lines += [f"{name}: {value!s}" for name, value in request.headers.items()]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        try:
+            sock.sendall(head + (request.body or b""))  # type: ignore[operator]
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
+
+    # ----------------------------------------------------------------------- connections
+
+    def _take_idle(self, key: tuple[str, bool]) -> Connection | None:
+        with self._lock:
+            while self._idle.get(key):
+                connection = self._idle[key].pop()
+                if connection.is_quiet():
+                    return connection
+                connection.close()
+        return None
+
+    def _put_idle(self, connection: Connection) -> None:
+        connection.idle_since = self._clock.monotonic()
+        with self._lock:
+            self._idle.setdefault(connection.key, []).append(connection)
+
+    def close_idle(self, older_than: int) -> None:
+        """Close the connections that have been idle for so many µs."""
+        limit = self._clock.monotonic() - older_than
+        with self._lock:
+            for key, connections in list(self._idle.items()):
+                while connections and connections[0].idle_since <= limit:
+                    connections.pop(0).close()
+                if not connections:
+                    del self._idle[key]
+
+    def _connect(self, key: tuple[str, bool], attempt: Attempt) -> Connection:
+        """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
+        parts, outer = urlsplit(key[0]), attempt.limit
+        limit = self._clock.monotonic() + self._connect_timeout
+        if outer and limit < outer[0]:
+            attempt.limit = (limit, "connect_timeout")
+        try:
+            addresses = self._resolve(str(parts.hostname), parts.port or 0, attempt)
+            for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
+                self._policy.check(str(address[0]))
+                left = (limit - self._clock.monotonic()) / SECOND / (len(addresses) - tried)
+                try:
+                    return self._dial(family, address, key, max(left, 0.001), attempt)
+                except OSError as error:
+                    if attempt.reason:
+                        raise Aborted from error
+                    problem = requests.ConnectionError(_no_connection(key[0], address, error))
+            raise problem
+        finally:
+            attempt.limit = outer
+
+    def _dial(
+        self, family: int, address: Any, key: tuple[str, bool], left: float, attempt: Attempt
+    ) -> Connection:
+        """Connect to one address within ``left`` seconds. Raises OSError, Aborted."""
+        connection, made = Connection(key, family), False
+        try:
+            attempt.borrow(connection.cut)
+            connection.socket.settimeout(left)
+            connection.socket.connect(address)
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if key[0].startswith("https:"):
+                connection.socket = self._context(key[1]).wrap_socket(
+                    connection.socket, server_hostname=urlsplit(key[0]).hostname
+                )
+            connection.socket.settimeout(None)  # from here on the watchdog is the limit
+            made = True
+            return connection
+        finally:
+            attempt.release()
+            if not made:
+                connection.close()
+
+    def _context(self, verify: bool) -> ssl.SSLContext:
+        """Return the shared context: reading the authorities' certificates takes 40 ms."""
+        with self._lock:
+            if verify not in self._contexts:
+                context = ssl.create_default_context(cafile=self._ca_bundle if verify else None)
+                if not verify:
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                self._contexts[verify] = context
+            return self._contexts[verify]
+
+    def _resolve(self, host: str, port: int, attempt: Attempt) -> list[Any]:
+        """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        if not self._lookups.acquire(blocking=False):
+            raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
+        done = threading.Event()
+        found: list[Any] = []
+
+        def look_up() -> None:
+            try:
+                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.append(error)
+            finally:
+                self._lookups.release()
+                done.set()
+
+        threading.Thread(target=look_up, name=f"dns-{host}", daemon=True).start()
+        attempt.borrow(done.set)
+        done.wait()  # an abort ends it, too
+        attempt.release()
+        if attempt.reason:
+            raise Aborted
+        if isinstance(found[0], Exception):
+            reason = getattr(found[0], "strerror", None) or found[0]
+            raise requests.ConnectionError(f"the name {host} cannot be resolved: {reason}")
+        return list(found[0])
+
+
+def _no_connection(target: str, address: Any, error: OSError) -> str:
+    """Return a sentence for a connection that could not be made."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate of {target} is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS with {target} failed: {error.reason or error}"
+    place = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    if isinstance(error, ConnectionRefusedError):
+        return f"connection refused by {place}"
+    if isinstance(error, TimeoutError):
+        return f"no connection to {place} within the time for connecting"
+    return f"no connection to {place}: {error.strerror or error}"
+
+
+def _broken_answer(target: str, error: Exception) -> str:
+    """Return a sentence for an answer that broke off or was not HTTP."""
+    if isinstance(error, http.client.IncompleteRead | OSError):
+        return f"{target} closed the connection in the middle of its answer"
+    return f"{target} sent what is not a proper HTTP answer ({type(error).__name__})"
+
+
+class Dispatcher:
+    """Runs attempts: send() in a worker, the watchdog beside."""
+
+    def __init__(self, clock: Clock, settings: Json) -> None:
+        self._clock = clock
+        self._wire = Wire(clock, settings)
+        self._max_bytes = settings["dispatcher.max_response_bytes"]
+        self._connect_timeout = settings["dispatcher.connect_timeout"]
+        self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
+        self._stopped = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Start the watchdog."""
+        self._watchdog.start()
+
+    def stop(self) -> None:
+        """Stop the watchdog and close what is idle."""
+        self._stopped.set()
+        self._watchdog.join()
+        self._wire.close()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(WATCHDOG_TICK_S):
+            now = self._clock.monotonic()
+            for attempt in tuple(self._in_flight):
+                limit = attempt.limit
+                if limit and limit[0] <= now:
+                    attempt.abort(limit[1])
+            self._wire.close_idle(IDLE_CONNECTION)
+
+    def send(self, attempt: Attempt) -> Outcome:
+        """Make the request and say how it ended. Never raises."""
+        started_at, start = self._clock.now(), self._clock.monotonic()
+        attempt.limit = (start + attempt.allowed, attempt.allowed_reason)
+        self._in_flight.add(attempt)
+        try:
+            result = self._judge(attempt.webhook, self._request(attempt), started_at)
+        except Exception as error:
+            reason, sentence = self._explain(attempt, error)
+            result = {"reason": reason, "error": sentence, "response": None}
+        finally:
+            self._in_flight.discard(attempt)
+        for secret in attempt.webhook.secrets:
+            for name in ("error", "response"):
+                result[name] = result[name] and result[name].replace(secret, MASK)
+        duration = self._clock.monotonic() - start
+        return Outcome(attempt.execution, started_at, duration, **result)
+
+    def _request(self, attempt: Attempt) -> requests.Response:
+        execution, request = attempt.execution, attempt.webhook.request.copy()
+        request.headers["X-Chronos-Job-ID"] = execution.job_id
+        request.headers["X-Chronos-Execution-ID"] = execution.id
+        request.headers["X-Chronos-Scheduled-Time"] = str(format_time(execution.scheduled_at))
+        request.headers["X-Chronos-Attempt"] = str(execution.attempts)
+        request.headers.setdefault("Idempotency-Key", execution.id)
+        return self._wire.send(request, timeout=attempt, verify=attempt.webhook.verify_tls)
+
+    def _judge(self, webhook: Webhook, response: requests.Response, now: int) -> Json:
+        """Return what an answer means, as fields of an Outcome."""
+        code = response.status_code
+        success = code in webhook.success_codes
+        return {
+            "status_code": code,
+            "response": self._body(response),
+            "success": success,
+            "reason": None if success else "http_status",
+            "error": None if success else f"the server answered {code} {response.reason}".strip(),
+            "retry_after": parse_retry_after(response.headers.get("Retry-After"), now),
+        }
+
+    def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
+        """Return reason and sentence for the lack of an answer."""
+        limits = {
+            "timeout": ("timeout", "there was no whole answer within the timeout"),
+            "attempt_timeout": ("no_answer", "there was no whole answer within attempt_timeout"),
+            "connect_timeout": (
+                "no_answer",
+                f"no connection to {attempt.webhook.target} within {self._connect_timeout}",
+            ),
+        }
+        if attempt.reason:
+            return limits.get(attempt.reason, (attempt.reason, "the request was aborted"))
+        if isinstance(error, requests.RequestException):
+            return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
+        log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
+        return "no_answer", f"unexpected error: {type(error).__name__}"
+
+    def _body(self, response: requests.Response) -> str:
+        """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
+        limit, body = self._max_bytes, response.raw.read()
+        cut = len(body) > limit
+        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
+            with contextlib.suppress(zlib.error):
+                body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
+                cut = cut or len(body) > limit
+        charset = re.search(r'charset="?([\w.:-]+)', response.headers.get("Content-Type", ""))
+        try:
+            kept = str(body[:limit], charset[1] if charset else "utf-8", "replace")
+        except (LookupError, ValueError):
+            kept = str(body[:limit], "utf-8", "replace")
+        kept = kept.encode("utf-8", "replace").decode()
+        return f"{kept}\n[cut off after {limit} bytes]" if cut else kept

@@ -2271,3 +2271,507 @@ class Dispatcher:
             kept = str(body[:limit], "utf-8", "replace")
         kept = kept.encode("utf-8", "replace").decode()
         return f"{kept}\n[cut off after {limit} bytes]" if cut else kept
+
+
+# ======================================================================================
+# 11. Engine: fire times become executions, executions become requests
+# ======================================================================================
+#
+# One thread is the only writer of the database. Each pass of it is one transaction, in this
+# order: outcomes of attempts, fire times, changes of the API, take what is due. What others wait
+# for happens after the commit, and only then: so whatever was told or sent is on disk.
+
+
+class Version:
+    """A job version, parsed once; shared by the engine and the workers, never changed."""
+
+    def __init__(self, job_id: str, number: int, config: Json, default_missed_policy: str) -> None:
+        self.job_id, self.number = job_id, number
+        self.schedule = parse_schedule(config["schedule"])
+        self.zone: str = config["timezone"]
+        self.concurrency: str = config["concurrency"]
+        self.retry = RetryPolicy.of(config["retry_policy"])
+        self.timeout = parse_duration(config["timeout"])
+        self.missed_policy: str = config["missed_run_policy"] or default_missed_policy
+        self.webhook = Webhook(config["webhook"])
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one pass has done and owes: paid after its commit, forgotten if it fails."""
+
+    now: int
+    made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
+    ended: list[str] = field(default_factory=list)  # executions
+    aborts: list[tuple[str, str]] = field(default_factory=list)  # execution, reason
+    taken: list[Attempt] = field(default_factory=list)
+
+
+Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside a savepoint
+
+
+class Engine:
+    """Turns fire times into executions and these into requests. run_pass() is one pass.
+
+    attribute     written by             guarded by
+    _inbox        workers, API threads   itself  (outcomes, changes, None: "look again")
+    _waiters      API threads, engine    _lock   (execution id -> Event, set at its end)
+    problem       the engine thread      nothing (one reference, read by /health)
+    all others    the engine thread      nothing (no other thread changes them)
+    """
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
+        self.store, self.dispatcher, self.clock = store, dispatcher, clock
+        self.paused: bool = settings["scheduler.paused"]
+        self.stopping = False  # nothing is started any more
+        self.problem: str | None = None  # why the last pass failed
+        self.last_pass = clock.monotonic()
+        self._node_id: str = settings["cluster.node_id"]
+        self._grace = parse_duration(settings["scheduler.missed_run_grace"])
+        self._missed_policy: str = settings["scheduler.missed_run_policy"]
+        self._workers: int = settings["dispatcher.max_concurrent_jobs"]
+        self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="worker")
+        self._version = functools.lru_cache(VERSION_CACHE)(self._load_version)
+        self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
+        self._inbox = queue.SimpleQueue()
+        self._outcomes: list[Outcome] = []  # kept until a pass has written them
+        self._changes: deque[tuple[Future[Any], Change]] = deque()
+        self._in_flight: dict[str, Attempt] = {}
+        self._waiters: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+        self._offset = clock.now() - clock.monotonic()  # a change of it is a step of the clock
+        self._wake_at = 0  # nothing is due before this instant
+        self._seen_at: int | None = None  # when the backlog was first seen, while there is one
+        self._saved_at = 0  # last heartbeat
+        self._held = False  # the clock is before the release date: nothing fires
+        self._sweeping = self._recomputing = True  # there may be such work left
+        self._reported: dict[str, int] = {}  # kind of error -> when it was logged
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # --------------------------------------------------------------- called by other threads
+
+    def start(self) -> None:
+        """Take up what the last process left, and begin with the passes."""
+        self.recover()
+        self.dispatcher.start()
+        self._thread.start()
+
+    def stop(self, grace: int) -> None:
+        """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
+        with self._lock:
+            self.stopping = True
+            for ended in self._waiters.values():
+                ended.set()
+        deadline = self.clock.monotonic() + grace
+        while self._in_flight and self.clock.monotonic() < deadline:
+            time.sleep(0.02)
+        self._stopped = True
+        self._inbox.put(None)
+        self._thread.join()
+        for attempt in list(self._in_flight.values()):
+            attempt.abort("shutdown")
+        self._pool.shutdown(wait=False)
+        self.dispatcher.stop()
+
+    def make(self, change: Callable[[Pass], Result]) -> Result:
+        """Let the engine make a change; return what it returned, once that is on disk.
+
+        Raises what the change raised, or StoreError; then nothing of it has happened.
+        """
+        future: Future[Result] = Future()
+        if self._stopped:
+            raise ApiError("UNAVAILABLE", "the server is stopping")
+        self._inbox.put((future, change))
+        try:
+            return future.result(WRITE_PATIENCE_S)
+        except TimeoutError:
+            if future.cancel():
+                raise StoreError(f"nothing was changed within {WRITE_PATIENCE_S:g} s") from None
+            return future.result()
+
+    @contextlib.contextmanager
+    def waiter(self, execution_id: str) -> Iterator[threading.Event]:
+        """Return an event that is set when the execution has ended or the engine stops."""
+        ended = threading.Event()
+        with self._lock:
+            self._waiters[execution_id] = ended
+            if self.stopping:
+                ended.set()
+        try:
+            yield ended
+        finally:
+            with self._lock:
+                del self._waiters[execution_id]
+
+    def create_job(self, config: Json, enabled: bool, user: str) -> Job:
+        """Add a job; where enabled, its schedule counts from now."""
+
+        def change(turn: Pass) -> Job:
+            job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
+            if enabled:
+                job = replace(job, next_run_at=job.next_after(turn.now))
+            self.store.add_job(job, user)
+            return job
+
+        return self.make(change)
+
+    def set_enabled(self, job_id: str, enabled: bool) -> Job:
+        """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
+
+        def change(turn: Pass) -> Job:
+            job = self.store.job(job_id)
+            if bool(job.enabled) != enabled:
+                cursor = job.next_after(turn.now) if enabled else None
+                if enabled and cursor is None:
+                    raise ApiError("CONFLICT", f"{job.config['schedule']}: nothing comes any more")
+                self.store.set_enabled(job_id, enabled, cursor, turn.now)
+            return self.store.job(job_id)
+
+        return self.make(change)
+
+    def delete_job(self, job_id: str) -> None:
+        """Remove a job; its requests are aborted, its history goes in batches."""
+
+        def change(turn: Pass) -> None:
+            self.store.job(job_id)
+            self.store.delete_job(job_id)
+            self._version.cache_clear()  # a version that is not found: nothing of it is started
+            self._sweeping = True
+            in_flight = self._in_flight.items()
+            turn.aborts += [(i, "deleted") for i, a in in_flight if a.execution.job_id == job_id]
+            waited_for = map(self.store.execution, list(self._waiters))
+            turn.ended += [e.id for e in waited_for if e and e.job_id == job_id]
+
+        self.make(change)
+
+    def trigger(self, job_id: str, execution_id: str) -> None:
+        """Make an execution of the job that is due now, as its concurrency policy has it."""
+
+        def change(turn: Pass) -> None:
+            if self.paused:
+                raise ApiError("CONFLICT", "this server is paused: it starts nothing")
+            version = self._version(job_id, self.store.job(job_id).version)
+            execution = self._new(version, "manual", turn.now, turn.now)
+            self._enqueue(turn, replace(execution, id=execution_id), version.concurrency)
+
+        self.make(change)
+
+    # ----------------------------------------------------------------------------- the passes
+
+    def recover(self) -> None:
+        """Take up what the last process left running: its attempt counts as interrupted."""
+        turn = Pass(self.clock.now())
+        lost = "the server ended during the attempt: its outcome is unknown"
+        with self.store.transaction():
+            last_seen = self.store.number("last_seen") or turn.now
+            if turn.now < last_seen:
+                self._clock_moved(turn.now - last_seen)
+            for execution in self.store.running_executions():
+                at = execution.attempt_at or turn.now
+                self._record(turn, Outcome(execution, at, 0, reason="interrupted", error=lost))
+            self.store.set_number("last_seen", turn.now)
+
+    def _loop(self) -> None:
+        wait = 0
+        while not self._stopped:
+            try:
+                wait = self.run_pass(wait)
+            except Exception as error:  # a bug must not end the thread
+                self._report(error)
+                wait = SECOND
+        self._collect(0)
+        self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
+
+    def run_pass(self, wait: int = 0) -> int:
+        """Do what there is to do; return for how long (µs) nothing will be due.
+
+        ``wait``: so long it waits for an outcome or a change before it looks.
+        """
+        self._collect(wait)
+        turn = Pass(self.clock.now())
+        try:
+            step = turn.now - self.clock.monotonic() - self._offset
+            due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
+            if due or self._outcomes or self._changes or self._sweeping:
+                with self.store.transaction():
+                    self._work(turn, step)
+            self.problem = None
+        except Exception as error:
+            self._report(error)
+            self._fail(turn, error if isinstance(error, ApiError) else None)
+        else:
+            self._offset += step
+            self._settle(turn)
+        self.last_pass = self.clock.monotonic()
+        return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
+
+    def _collect(self, wait: int) -> None:
+        """Fetch what workers and API threads have handed in."""
+        with contextlib.suppress(queue.Empty):
+            item = self._inbox.get(timeout=wait / SECOND) if wait else self._inbox.get_nowait()
+            while True:
+                if isinstance(item, Outcome):
+                    self._in_flight.pop(item.execution.id, None)
+                    self._outcomes.append(item)
+                elif item:
+                    self._changes.append(item)
+                item = self._inbox.get_nowait()
+
+    def _work(self, turn: Pass, step: int) -> None:
+        """The whole of a pass, inside its transaction."""
+        self._look_at_clock(turn, step)
+        for outcome in self._outcomes:
+            self._record(turn, outcome)
+        if self._fires():
+            for job_id, number, fire_time in self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS):
+                self._fire(turn, job_id, number, fire_time)
+        self._make_changes(turn)
+        if not (self.stopping or self.paused):
+            self._take(turn)
+        if self._sweeping:
+            self._sweeping = self.store.sweep_deleted_jobs(500)
+        self._plan(turn)
+
+    def _fires(self) -> bool:
+        return not (self.paused or self._held or self.stopping or self._recomputing)
+
+    def _plan(self, turn: Pass) -> None:
+        """Find out when the next pass has something to do."""
+        cursor, due_at = self.store.next_instants(turn.now)
+        instants = [self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None]
+        self._wake_at = min(instant for instant in instants if instant is not None)
+        if self._recomputing:
+            self._wake_at = turn.now
+        if cursor is None or cursor > turn.now:
+            self._seen_at = None
+
+    def _settle(self, turn: Pass) -> None:
+        """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
+        self._outcomes.clear()
+        for future, result in turn.made:
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        with self._lock:
+            for execution_id in turn.ended:
+                if execution_id in self._waiters:
+                    self._waiters[execution_id].set()
+        for execution_id, reason in turn.aborts:
+            if execution_id in self._in_flight:
+                self._in_flight[execution_id].abort(reason)
+        for attempt in turn.taken:
+            self._in_flight[attempt.execution.id] = attempt
+            self._pool.submit(self._run_attempt, attempt)
+
+    def _run_attempt(self, attempt: Attempt) -> None:
+        self._inbox.put(self.dispatcher.send(attempt))
+
+    def _report(self, error: Exception) -> None:
+        """Log why a pass failed, once per kind and minute, and keep it for /health."""
+        self.problem = str(error)
+        kind, now = type(error).__name__, self.clock.monotonic()
+        if now - self._reported.get(kind, now - HOUR) > MINUTE:
+            self._reported[kind] = now
+            trace = None if isinstance(error, StoreError) else error
+            log.error("the engine's pass failed: %s", error, exc_info=trace)
+
+    def _fail(self, turn: Pass, error: ApiError | None) -> None:
+        """The pass was rolled back: its writers are told, outcomes wait for the next pass."""
+        error = error or ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
+        for future, _change in self._changes:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        for future, _result in turn.made:
+            future.set_exception(error)
+        self._changes.clear()
+        self._wake_at = turn.now + SECOND
+        self._sweeping = self._recomputing = True  # whatever the pass found out is void
+
+    # ------------------------------------------------------------------- the steps of a pass
+
+    def _look_at_clock(self, turn: Pass, step: int) -> None:
+        """Notice steps of the clock, and work off what follows from them."""
+        if not 0 <= turn.now - self._saved_at < HEARTBEAT:
+            self.store.set_number("last_seen", turn.now)
+            self._saved_at = turn.now
+        held = turn.now < RELEASED_AT
+        if held != self._held:
+            self._held = held
+            state = "can't be right: no job fires" if held else "is right again: jobs fire"
+            log.warning("the clock shows %s, which %s", format_time(turn.now), state)
+        if abs(step) > CLOCK_STEP:
+            log.warning("the clock was moved by %s s", step / SECOND)
+            self._clock_moved(step)
+        if self._recomputing:
+            self._recompute(turn)
+
+    def _clock_moved(self, step: int) -> None:
+        """Waits stay as long as they were; far back, cursors are computed anew."""
+        self.store.shift_due_times(step)
+        self._seen_at = None
+        if step < -CLOCK_FAR_BACK:
+            self.store.set_number("recompute_after", 0)
+            self._recomputing = True
+
+    def _recompute(self, turn: Pass) -> None:
+        """Compute cursors anew from now, a batch a pass, if the clock went far back."""
+        after = self.store.number("recompute_after")
+        rows = [] if after is None else self.store.enabled_jobs(after, MAX_FIRES_PER_PASS)
+        for _seq, job_id, number in rows:
+            version = self._version(job_id, number)
+            self.store.move_cursor(job_id, version.schedule.next_after(turn.now, version.zone))
+        if after is not None:
+            self.store.set_number("recompute_after", rows[-1][0] if rows else None)
+        self._recomputing = bool(rows)
+
+    def _record(self, turn: Pass, outcome: Outcome) -> None:
+        """Write down how an attempt ended, unless its execution ended otherwise before."""
+        execution = outcome.execution
+        try:
+            version = self._version(execution.job_id, execution.job_version)
+        except LookupError:
+            return  # the job was deleted
+        after = after_attempt(outcome, version.retry, version.timeout)
+        if self.store.record_attempt(after) and after.completed_at:
+            turn.ended.append(after.id)
+            self.store.release_oldest(after.job_id, turn.now)
+            if after.status == "failed":
+                log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
+
+    def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
+        """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
+        self._seen_at = self._seen_at or turn.now
+        try:
+            version = self._version(job_id, number)
+            newest = fire_time
+            if fire_time < RELEASED_AT:  # computed from a wrong clock: decades were not missed
+                newest = turn.now
+            elif self._seen_at - fire_time > self._grace:
+                newest = self._catch_up(turn, version, fire_time)
+            else:
+                execution = self._new(version, "schedule", fire_time, turn.now)
+                self._enqueue(turn, execution, version.concurrency)
+            self.store.move_cursor(job_id, version.schedule.next_after(newest, version.zone))
+        except StoreError:
+            raise
+        except Exception:
+            log.exception("job %s fires no more until it is enabled anew", job_id)
+            self.store.set_enabled(job_id, False, None, turn.now)
+
+    def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
+        """Deal with missed fire times as the policy says; return the newest of them."""
+        policy = version.missed_policy
+        missed = split_missed(version.schedule, version.zone, first, turn.now, policy)
+        if missed.passed_over:
+            last = missed.newest_passed_over
+            period = f"from {format_time(first)} to {format_time(last)}"
+            reason = f"{missed.passed_over} fire times {period} passed while no server was there"
+            passed_over = replace(
+                skipped(self._new(version, "schedule", last, None), "missed", reason, turn.now),
+                missed_count=missed.passed_over,
+                missed_from=first,
+                missed_to=last,
+            )
+            if self.store.add_execution(passed_over):
+                log.warning("job %s: %s", version.job_id, reason)
+        for fire_time in missed.run:
+            self.store.add_execution(self._new(version, "catch_up", fire_time, None))
+        self.store.release_oldest(version.job_id, turn.now)
+        return missed.newest
+
+    def _make_changes(self, turn: Pass) -> None:
+        """Make what API threads have handed in; what would take too long stays for later."""
+        start = self.clock.monotonic()
+        while self._changes and self.clock.monotonic() - start < PASS_TARGET:
+            future, change = self._changes.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # its thread has given up
+            result: Any = StoreError("the database failed")
+            turn.made.append((future, result))
+            try:
+                with self.store.savepoint():
+                    result = change(turn)
+            except Exception as error:
+                if not self.store.in_transaction:
+                    raise
+                result = error
+                if not isinstance(error, ApiError):
+                    log.exception("a change failed")
+                    result = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
+            turn.made[-1] = (future, result)
+
+    def _take(self, turn: Pass) -> None:
+        """Start due executions, as many as workers are free and their targets may hold."""
+        room = self._workers - len(self._in_flight)
+        busy = Counter(attempt.webhook.target for attempt in self._in_flight.values())
+        full = {target for target, count in busy.items() if count >= self._per_target}
+        more = True
+        while more and room > 0:
+            more = False
+            for execution in self.store.due_executions(turn.now, room, full):
+                if busy[execution.target] >= self._per_target:
+                    full.add(execution.target)
+                    more = True  # look behind the ones that are passed over
+                elif self._start(turn, execution):
+                    busy[execution.target] += 1
+                    room -= 1
+                else:
+                    more = True
+
+    def _start(self, turn: Pass, execution: Execution) -> bool:
+        try:
+            version = self._version(execution.job_id, execution.job_version)
+        except LookupError:  # the job was deleted
+            self.store.delete_execution(execution.id)
+            return False
+        started = replace(
+            execution,
+            status="running",
+            attempts=execution.attempts + 1,
+            started_at=execution.started_at or turn.now,
+            attempt_at=turn.now,
+            node_id=self._node_id,
+        )
+        self.store.start_execution(started)
+        left, limit = version.timeout - execution.spent, version.retry.attempt_timeout
+        if limit is None or left <= limit:
+            turn.taken.append(Attempt(started, version.webhook, left, "timeout"))
+        else:
+            turn.taken.append(Attempt(started, version.webhook, limit, "attempt_timeout"))
+        return True
+
+    def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
+        """Return a pending execution for the instant ``at``, with the id of a fire time."""
+        fire_id, target = scheduled_id(version.job_id, at), version.webhook.target
+        head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
+        return Execution(*head, node_id=self._node_id)
+
+    def _enqueue(self, turn: Pass, execution: Execution, concurrency: str) -> None:
+        """Add an execution as the concurrency policy has it: pending, or skipped."""
+        most = {"allow": 0, "forbid": 1, "replace": 1000}[concurrency]
+        others = self.store.active_executions(execution.job_id, most) if most else []
+        if others and concurrency == "forbid":
+            error = f"{others[0].id} was still {others[0].status}"
+            execution = skipped(execution, "overlap", error, turn.now)
+            turn.ended.append(execution.id)
+        if not self.store.add_execution(execution):
+            return  # this fire time is in the ledger
+        for other in others if concurrency == "replace" else ():
+            self.end(turn, other, "replaced", f"replaced by {execution.id}")
+
+    def end(self, turn: Pass, execution: Execution, reason: str, error: str) -> None:
+        """Fail an execution that has not ended, and abort its request after the commit."""
+        self.store.end_execution(execution.id, reason, error, turn.now)
+        self.store.release_oldest(execution.job_id, turn.now)
+        turn.ended.append(execution.id)
+        turn.aborts.append((execution.id, reason))
+
+    def _load_version(self, job_id: str, number: int) -> Version:
+        """Return a version; called through the cache, as self._version. Raises LookupError."""
+        config = self.store.config(job_id, number)
+        if config is None:
+            raise LookupError(f"job {job_id} has no version {number}")
+        return Version(job_id, number, config, self._missed_policy)

@@ -2775,3 +2775,388 @@ class Engine:
         if config is None:
             raise LookupError(f"job {job_id} has no version {number}")
         return Version(job_id, number, config, self._missed_policy)
+
+
+# ======================================================================================
+# 12. API: a table of routes; each handler parses, calls and answers
+# ======================================================================================
+#
+# Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
+
+
+class Api:
+    """The HTTP interface, as a WSGI application. Its methods run in waitress's threads."""
+
+    # fmt: off
+    ROUTES = (
+        ("GET",    "/health",                                   "health"),
+        ("GET",    "/api/v1/jobs",                              "list_jobs"),
+        ("POST",   "/api/v1/jobs",                              "create_job"),
+        ("GET",    "/api/v1/jobs/<job_id>",                     "get_job"),
+        ("DELETE", "/api/v1/jobs/<job_id>",                     "delete_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/enable",              "enable_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/disable",             "disable_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/trigger",             "trigger_job"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions",          "list_executions"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions/<exec_id>", "get_execution"),
+    )
+    # fmt: on
+
+    def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
+        self.engine, self.store, self.clock = engine, store, clock
+        self._retry_policy: Json = settings["scheduler.default_retry_policy"]
+        self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
+        self.app = bottle.Bottle()
+        for method, path, name in self.ROUTES:
+            self.app.route(path, method, functools.partial(self._handle, getattr(self, name)))
+        self.app.default_error_handler = self._bottle_error
+
+    def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
+        """Call a handler and put what it returns, or raises, into the envelope."""
+        try:
+            result = handler(**path)
+            bottle.response.status, data = result if isinstance(result, tuple) else (200, result)
+            return self._envelope(data, None)
+        except ApiError as error:
+            return self._error(error)
+        except Exception:
+            log.exception("%s %s failed", bottle.request.method, bottle.request.path)
+            return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))
+
+    def _bottle_error(self, error: Any) -> bytes:
+        """Answer what never reached a handler: unknown paths and wrong methods."""
+        known = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+        place = f"{bottle.request.method} {bottle.request.path}"
+        messages = {404: f"there is nothing at {place}", 405: f"{place} is not possible"}
+        code = error.status_code
+        message = messages.get(code, "a bug: the server's log has more")
+        if code not in known:
+            log.error("%s failed", place, exc_info=error.exception)
+        return self._error(ApiError(known.get(code, "INTERNAL_ERROR"), message))
+
+    def _error(self, error: ApiError) -> bytes:
+        bottle.response.status = STATUS[error.code]
+        details = {"details": error.details} if error.details else {}
+        return self._envelope(None, {"code": error.code, "message": str(error), **details})
+
+    @staticmethod
+    def _envelope(data: Any, error: Json | None) -> bytes:
+        bottle.response.content_type = "application/json"
+        bottle.response.set_header("Cache-Control", "no-store")
+        bottle.response.set_header("X-Content-Type-Options", "nosniff")
+        answer = {"success": error is None, "data": data, "error": error}
+        return json.dumps(answer, allow_nan=False).encode() + b"\n"
+
+    @staticmethod
+    def _user() -> str:
+        return "anonymous"
+
+    # ------------------------------------------------------------------------- handlers
+
+    def health(self) -> Json:
+        """Say whether the engine passes and the store can write."""
+        silent = (self.clock.monotonic() - self.engine.last_pass) / SECOND
+        if self.engine.problem or silent > 30:
+            problem = self.engine.problem or f"the engine has been silent for {silent:.0f} s"
+            raise ApiError("UNAVAILABLE", problem)
+        return {"status": "healthy", "timestamp": format_time(self._now_in_seconds())}
+
+    def _now_in_seconds(self) -> int:
+        return self.clock.now() // SECOND * SECOND
+
+    def list_jobs(self) -> Json:
+        """All jobs in the order of their creation."""
+        jobs = [self._job_json(job) for job in self.store.jobs()]
+        return {"jobs": jobs, "total": len(jobs)}
+
+    def create_job(self) -> tuple[int, Json]:
+        """Create a job."""
+        data = read_json(bottle.request)
+        config, enabled = validate_job(data, self._retry_policy, self.clock.now())
+        job = self.engine.create_job(config, enabled, self._user())
+        log.info("job %s (%s) was created by %s", job.id, config["name"], self._user())
+        return 201, self._job_json(job)
+
+    def get_job(self, job_id: str) -> Json:
+        """One job."""
+        return self._job_json(self.store.job(job_id))
+
+    def delete_job(self, job_id: str) -> Json:
+        """Delete a job and its history."""
+        self.engine.delete_job(job_id)
+        log.info("job %s was deleted by %s", job_id, self._user())
+        return {"id": job_id}
+
+    def enable_job(self, job_id: str) -> Json:
+        """Let the job's schedule fire, from now on."""
+        return self._set_enabled(job_id, True)
+
+    def disable_job(self, job_id: str) -> Json:
+        """Stop the job's fire times."""
+        return self._set_enabled(job_id, False)
+
+    def _set_enabled(self, job_id: str, enabled: bool) -> Json:
+        job = self.engine.set_enabled(job_id, enabled)
+        log.info("job %s was %s by %s", job_id, "enabled" if enabled else "disabled", self._user())
+        return self._job_json(job)
+
+    def _job_json(self, job: Job) -> Json:
+        last = self.store.executions(job.id, 1)
+        return job.to_json(last[0] if last else None)
+
+    def trigger_job(self, job_id: str) -> tuple[int, Json]:
+        """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
+        wait_s = self._wait_seconds()
+        execution_id = f"exec-{uuid.uuid4()}"
+        with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
+            self.engine.trigger(job_id, execution_id)
+            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
+            if not self.engine.stopping and self._may_wait.acquire(blocking=False):
+                try:
+                    ended.wait(wait_s)
+                finally:
+                    self._may_wait.release()
+        execution = self._execution(job_id, execution_id)
+        if execution.status_code is None and execution.reason in NO_ANSWER:
+            raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
+        data = execution.to_json(self.store.job(job_id).config["name"])
+        return (200 if execution.completed_at else 202), data
+
+    def _wait_seconds(self) -> float | None:
+        wait = bottle.request.query.get("wait")
+        try:
+            return None if wait is None else parse_duration(wait) / SECOND
+        except ValueError as error:
+            raise Problems([("wait", str(error))]).to_api_error() from error
+
+    def list_executions(self, job_id: str) -> Json:
+        """The newest executions of a job, the newest first."""
+        job, limit = self.store.job(job_id), bottle.request.query.get("limit", "20")
+        if not re.fullmatch("[0-9]{1,9}", limit) or int(limit) < 1:
+            problem = ("limit", "must be a whole number from 1 to 100")
+            raise Problems([problem]).to_api_error()
+        found = self.store.executions(job_id, min(int(limit), 100))
+        name = job.config["name"]
+        total = self.store.count_executions(job_id)
+        return {"executions": [execution.to_json(name) for execution in found], "total": total}
+
+    def get_execution(self, job_id: str, exec_id: str) -> Json:
+        """One execution, with its attempts."""
+        job, execution = self.store.job(job_id), self._execution(job_id, exec_id)
+        attempts = {"attempt_log": json.loads(execution.attempt_log)}
+        return execution.to_json(job.config["name"]) | attempts
+
+    def _execution(self, job_id: str, execution_id: str) -> Execution:
+        execution = self.store.execution(execution_id)
+        if execution is None or execution.job_id != job_id:
+            raise ApiError("NOT_FOUND", f"job {job_id} has no execution {execution_id}")
+        return execution
+
+
+NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger an EXECUTION_ERROR
+
+
+def read_json(request: Any) -> Any:
+    """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
+    if request.content_length > MAX_BODY_BYTES:
+        raise ApiError("PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes")
+    body = request.environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+    try:
+        return json.loads(
+            body.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError as error:
+        raise ApiError("INVALID_JSON", "the body is nested too deep") from error
+    except ValueError as error:
+        raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    names = [name for name, _value in pairs]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"the name {name!r} is there twice")
+    return dict(pairs)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+# ======================================================================================
+# 13. Service and command line
+# ======================================================================================
+
+
+class Service:
+    """Everything that runs: start() returns when requests are taken, stop() when all has ended."""
+
+    def __init__(self, settings: Json, clock: Clock | None = None) -> None:
+        self.settings = settings
+        clock = clock or Clock()
+        self.data_dir = Path(settings["cluster.data_dir"])
+        self.store = Store(self.data_dir / "chronos.db", settings["store.synchronous"])
+        self.engine = Engine(self.store, Dispatcher(clock, settings), settings, clock)
+        self.api = Api(self.engine, self.store, settings, clock)
+        self._lock: IO[str] | None = None
+        self._channels: dict[int, Any] = {}  # waitress's sockets
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the API answers."""
+        host, port = self._server.effective_host, self._server.effective_port
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def start(self) -> None:
+        """Lock, open, bind, run. Raises StartError or StoreError."""
+        self._lock = lock_data_dir(self.data_dir)
+        self.store.open()
+        self._server = waitress.create_server(
+            self.api.app,
+            map=self._channels,
+            sockets=[self._listen()],
+            threads=self.settings["server.http.threads"],
+            connection_limit=1000,
+            channel_timeout=30,
+            cleanup_interval=5,
+            asyncore_use_poll=True,  # select() ends the process at descriptor 1024
+            ident=None,
+            max_request_body_size=MAX_BODY_BYTES + 1,
+            clear_untrusted_proxy_headers=True,
+        )
+        self.engine.start()
+        self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> socket.socket:
+        address = self.settings["server.http.address"]
+        host, port = split_address(address)
+        try:
+            family, _kind, _protocol, _name, sockaddr = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(sockaddr)
+        except OSError as error:
+            message = f"cannot listen on {address}: {error.strerror}"
+            raise StartError(EXIT_FAILED, message) from error
+        return listener
+
+    def stop(self) -> None:
+        """Refuse new connections, let running executions end within the grace, close all."""
+        if self._thread:
+            close_listener = functools.partial(wasyncore.dispatcher.close, self._server)
+            self._server.trigger.pull_trigger(close_listener)
+            self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
+            self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
+            deadline = time.monotonic() + 1  # for the last answers to go out
+            while self._unsent() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            close_all = functools.partial(wasyncore.close_all, self._channels)
+            self._server.trigger.pull_trigger(close_all)
+            self._thread.join(timeout=2)
+        self.store.close()
+        if self._lock:
+            self._lock.close()
+
+    def _unsent(self) -> bool:
+        channels = list(self._channels.values())
+        return any(getattr(channel, "total_outbufs_len", 0) for channel in channels)
+
+
+class LogFormatter(logging.Formatter):
+    """One line an event: control characters of names and errors can't forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; only a traceback of our own has more than one."""
+        trace, record.exc_info, record.exc_text = record.exc_info, None, None
+        line = super().format(record)
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _escaped, line)
+        return f"{line}\n{self.formatException(trace)}" if trace else line
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def set_up_logging(level: str) -> None:
+    """Send what is logged to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
+    logging.raiseExceptions = False  # a closed stderr must not end the service
+    log.setLevel(level.upper())
+
+
+def run_serve(settings: Json) -> int:
+    """Run the service until SIGTERM or SIGINT."""
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())  # the handler only sets the event
+    service = Service(settings)
+    try:
+        service.start()
+        log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
+        if service.engine.paused:
+            log.warning("paused: nothing fires")
+        asked.wait()
+        log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
+    finally:
+        service.stop()
+    return 0
+
+
+def run_check_config(_settings: Json) -> int:
+    """Say that the configuration is right; if it is not, loading it has said so."""
+    print("the configuration is correct")
+    return 0
+
+
+COMMANDS = {
+    "serve": (run_serve, "run the service (this is the default)"),
+    "check-config": (run_check_config, "say what is wrong in the configuration"),
+}
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return command, config and paused. Options stand before or after the command."""
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
+    options.add_argument("--paused", action="store_true", help="start without firing anything")
+    parser = argparse.ArgumentParser(
+        prog="chronos.py",
+        description="A cron service that fires HTTP webhooks.",
+        parents=[options],
+    )
+    parser.add_argument("--version", action="version", version=f"chronos {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_run, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, description=summary, parents=[options])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
+    asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    beside = Path(__file__).with_name("chronos.yaml")
+    path = getattr(asked, "config", beside if beside.exists() else None)
+    try:
+        settings = load_settings(path, os.environ)
+        if hasattr(asked, "paused"):
+            settings["scheduler.paused"] = True
+        set_up_logging(settings["logging.level"])
+        run, _summary = COMMANDS[asked.command or "serve"]
+        return run(settings)
+    except ChronosError as error:
+        print(f"chronos: {error}", file=sys.stderr)
+        return getattr(error, "exit_status", EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,6 +50,7 @@ import os
 import platform
 import queue
 import re
+import resource
 import select
 import signal
 import socket
@@ -84,7 +85,7 @@ try:
     from waitress import wasyncore
 except ImportError as error:
     sys.exit(
-        f"chronos: the Python package {error.name!r} is missing; "
+        f"chronos: the Python package {error.name or str(error)!r} is missing; "
         "this installs all it needs: python3 -m pip install -r requirements.txt"
     )
 
@@ -106,11 +107,14 @@ DAY = 24 * HOUR
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
 MAX_SCHEDULE_CHARS = 200
+MAX_INTERVAL = 3650 * DAY
 MAX_BODY_BYTES = 1 << 20  # of a request to the API
+MAX_JSON_DEPTH = 32
 MAX_CONFIG_BYTES = 256 << 10
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_LOOKUPS = 16  # names that are being resolved at once
+SWEEP_ROWS = 500  # of history, that a pass removes
 PASS_TARGET = 50_000  # a pass hands the rest over to the next one after so long, in µs
 CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monotonic one
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
@@ -243,7 +247,8 @@ def parse_time(text: str) -> int:
     if not _RFC_3339.fullmatch(text):
         raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
     try:
-        return to_instant(datetime.fromisoformat(text.upper()))
+        moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
+        return to_instant(moment)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"is not a time: {error}") from error
 
@@ -326,11 +331,8 @@ def _cron_value(text: str, cron_field: CronField) -> int:
     if text.lower() in cron_field.names:
         return cron_field.names.index(text.lower()) + cron_field.low
     if not text.isdigit() or not cron_field.low <= int(text) <= cron_field.high:
-        names = f" or {cron_field.names[0].upper()}-{cron_field.names[-1].upper()}"
-        raise ValueError(
-            f"{cron_field.name}: {text!r} is not one of {cron_field.low}-{cron_field.high}"
-            + (names if cron_field.names else "")
-        )
+        known = [f"{cron_field.low}-{cron_field.high}", *cron_field.names]
+        raise ValueError(f"{cron_field.name}: {text!r} is not one of {', '.join(known)}")
     return int(text)
 
 
@@ -448,9 +450,10 @@ class CronSchedule(Schedule):
         """Return the first matching wall-clock time later than ``wall``, both naive."""
         with self._lock:
             found = self._ask_croniter(wall)
-            march = _START.replace(year=found.year, month=3)
-            if wall < march <= found:  # croniter 1.3 leaps from a 30 or 31 February into March
-                found = self._ask_croniter(march - _ONE_SECOND)
+            for year in range(wall.year, found.year + 1):
+                march = _START.replace(year=year, month=3)
+                if wall < march <= found:  # croniter 1.3 leaps beyond from a 30 or 31 February
+                    found = min(found, self._ask_croniter(march - _ONE_SECOND))
             return found
 
     def _ask_croniter(self, wall: datetime) -> datetime:
@@ -563,13 +566,15 @@ def parse_schedule(text: str) -> Schedule:
     if len(text) > MAX_SCHEDULE_CHARS:
         raise ValueError(f"must not be longer than {MAX_SCHEDULE_CHARS} characters")
     words = re.split(r"[ \t]+", text.strip(" \t"))
-    keyword = words[0].lower()
+    keyword = words[0].lower() if words[0].isascii() else ""
     if keyword in ("@every", "@at") and len(words) == 2:
         if keyword == "@at":
             return AtSchedule(parse_time(words[1]))
         interval = parse_duration(words[1])
-        if interval < SECOND:
-            raise ValueError(f"@every {words[1]}: the shortest interval is 1s")
+        if not SECOND <= interval <= MAX_INTERVAL:
+            raise ValueError(
+                f"@every {words[1]}: the shortest interval is 1s, the longest 10 years"
+            )
         return EverySchedule(interval)
     if len(words) == 1 and keyword in CRON_ALIASES:
         words = CRON_ALIASES[keyword].split()
@@ -722,9 +727,11 @@ def mapping(name_check: Check, value_check: Callable[[str], Check], most: int) -
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
 
 
-def _schedule(value: Any) -> str:
-    expression: str = text(MAX_SCHEDULE_CHARS)(value).strip(" \t")
-    parse_schedule(expression)
+def _schedule(value: Any, now: int = 0) -> str:
+    expression: str = text(MAX_SCHEDULE_CHARS, lines=True)(value).strip(" \t")
+    schedule = parse_schedule(expression)
+    if isinstance(schedule, AtSchedule) and schedule.at <= now:
+        raise ValueError("is in the past")
     return expression
 
 
@@ -864,11 +871,9 @@ def validate_job(data: Any, default_retry_policy: Json, now: int) -> tuple[Json,
     given = data.get("retry_policy")
     if given is None or isinstance(given, dict):
         given = default_retry_policy | {k: v for k, v in (given or {}).items() if v is not None}
+    table = JOB_FIELDS | {"schedule": Field(functools.partial(_schedule, now=now))}
     try:
-        config = validate(JOB_FIELDS, data | {"retry_policy": given}, SERVER_FIELDS)
-        schedule = parse_schedule(config["schedule"])
-        if isinstance(schedule, AtSchedule) and schedule.at <= now:
-            raise Problems([("schedule", "is in the past")])
+        config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
     except Problems as error:
         raise error.to_api_error() from error
     return config, config.pop("enabled")
@@ -908,7 +913,7 @@ class Job:
 
     id: str
     version: int
-    enabled: bool  # from the database 0 or 1
+    enabled: bool
     created_at: int
     updated_at: int
     next_run_at: int | None  # the cursor; None: not enabled, or nothing comes any more
@@ -923,7 +928,7 @@ class Job:
         return {
             "id": self.id,
             **masked_config(self.config),
-            "enabled": bool(self.enabled),
+            "enabled": self.enabled,
             "version": self.version,
             "created_at": format_time(self.created_at),
             "updated_at": format_time(self.updated_at),
@@ -1022,6 +1027,7 @@ class Outcome:
     execution: Execution  # as it was when the attempt began
     started_at: int
     duration: int  # µs, by the monotonic clock
+    ended: int  # instant of the monotonic clock
     status_code: int | None = None  # None: no answer
     response: str | None = None
     success: bool = False
@@ -1053,7 +1059,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 def _network(value: Any) -> str:
     try:
-        return str(ipaddress.ip_network(value))
+        return str(ipaddress.ip_network(text(100)(value)))
     except ValueError:
         raise ValueError(f"{value!r} is not a network such as 10.0.0.0/8") from None
 
@@ -1135,10 +1141,10 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, node) of every setting that the sections of a file name."""
     for name, value in _entries(node):
         path = prefix + name
-        is_section = path not in SETTINGS and any(key.startswith(path + ".") for key in SETTINGS)
-        if is_section and isinstance(value, yaml.MappingNode):
+        is_section = any(key.startswith(path + ".") for key in SETTINGS)
+        if path not in SETTINGS and isinstance(value, yaml.MappingNode) and value.value:
             yield from _flatten(value, path + ".")
-        elif not (is_section and value.value in _PLAIN_WORDS):
+        elif not (is_section and value.value in ("", "~", "null", [])):  # nothing is in it
             yield path, value
 
 
@@ -1207,7 +1213,7 @@ def retry_wait(policy: RetryPolicy, attempt: int, retry_after: int | None) -> in
     waits are 1 s, 2 s, 4 s … up to ``max_interval``; what the answer asked for in
     ``Retry-After`` (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
     """
-    grown = policy.initial_interval * policy.multiplier ** min(attempt - 1, 200)
+    grown = policy.initial_interval * policy.multiplier ** min(attempt - 1, 100)
     return max(int(min(grown, policy.max_interval)), retry_after or 0)
 
 
@@ -1218,10 +1224,10 @@ def parse_retry_after(value: str | None, now: int) -> int | None:
         return int(value) * SECOND
     try:
         moment = parsedate_to_datetime(value)
-    except (ValueError, IndexError):
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return max(0, to_instant(moment) - now)
+    except (ValueError, IndexError, OverflowError):
         return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0, to_instant(moment) - now)
 
 
 def is_retryable(outcome: Outcome) -> bool:
@@ -1231,13 +1237,13 @@ def is_retryable(outcome: Outcome) -> bool:
     return outcome.status_code == 429 or outcome.status_code >= 500
 
 
-def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int) -> Execution:
+def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: int) -> Execution:
     """Return what becomes of an execution: success, failed, or pending again with a due_at.
 
-    ``timeout`` (µs) is for the attempts and the waits between them together.
+    ``timeout`` (µs) is for the attempts and the waits between them together; ``ended_at`` is the
+    end of the attempt by the wall clock of now, which may have been moved since its start.
     """
     execution, error = outcome.execution, outcome.error
-    ended_at = outcome.started_at + outcome.duration
     attempt = {
         "number": execution.attempts,
         "started_at": format_time(outcome.started_at),
@@ -1386,18 +1392,22 @@ class Store:
         self._lock = threading.Lock()  # protects _connections
 
     def open(self) -> None:
-        """Create or check the file. Raises StoreError, StartError."""
+        """Create or check the file; one that is not ours stays as it is. Raises StartError."""
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            (application,) = self._one("PRAGMA application_id")
+            (version,) = self._one("PRAGMA user_version")
+            (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
-        (application,) = self._one("PRAGMA application_id")
-        (version,) = self._one("PRAGMA user_version")
-        (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
+            message = f"{self.path} cannot be opened: {error.strerror}"
+            raise StartError(EXIT_CONFIG, message) from error
+        except StoreError as error:
+            raise StartError(EXIT_CONFIG, f"{error}: restore a backup") from error
         if tables and application != APPLICATION_ID:
             raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
         if version > SCHEMA_VERSION:
             raise StartError(EXIT_CONFIG, f"{self.path} was written by a newer Chronos: start that")
+        self._run("PRAGMA journal_mode = WAL")
         if not tables:
             with self.transaction():
                 for statement in SCHEMA.split(";\n"):
@@ -1418,7 +1428,6 @@ class Store:
         with self._lock:
             self._connections.append(connection)
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
         full = self._synchronous == "FULL"
         connection.execute("PRAGMA synchronous = FULL" if full else "PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA journal_size_limit = 16777216")
@@ -1491,8 +1500,11 @@ class Store:
 
     def _jobs(self, statement: str, values: Json) -> list[Job]:
         rows = self._run(statement, values)
-        named = [{name: row[name] for name in JOB_COLUMNS} for row in rows]
-        return [Job(**values | {"config": json.loads(values["config"])}) for values in named]
+        parsers: Json = {"config": json.loads, "enabled": bool}
+        return [
+            Job(*(parsers.get(name, lambda value: value)(row[name]) for name in JOB_COLUMNS))
+            for row in rows
+        ]
 
     def job(self, job_id: str) -> Job:
         """Return the job. Raises ApiError NOT_FOUND."""
@@ -1783,7 +1795,8 @@ class Webhook:
         headers, auth = self._config["headers"], self._config["auth"] or {}
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth.get(name, "") for name in ("password", "token", "api_key")]
-        found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
+        with contextlib.suppress(ValueError):  # what can't be prepared is not sent either
+            found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
         return tuple(secret for secret in found if len(secret) >= 6)
 
     @functools.cached_property
@@ -1907,43 +1920,53 @@ class Connection:
         """Say whether an idle connection is still open and nothing unasked has come on it."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        return not poll.poll(0)
+        read_ahead = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
+        return not read_ahead and not poll.poll(0)
 
 
-class _HeadLines:
-    """The lines of an answer's head; their early end is an error, not the end of the head."""
+class _Stream:
+    """What an answer is read from; http.client takes too much of what it reads for well-formed."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self.heard = stream, False
+        self._stream, self.heard, self.in_body = stream, False, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def readline(self, limit: int = -1) -> bytes:
         line: bytes = self._stream.readline(limit)
-        if self.heard and not line:
+        if self.heard and not line:  # http.client: the end of the head
             raise http.client.IncompleteRead(b"")
+        if self.in_body and line.startswith(b"-"):  # http.client: a chunk without end
+            raise http.client.HTTPException
         self.heard = self.heard or bool(line)
         return line
 
 
 class Answer(http.client.HTTPResponse):
-    """An answer that must be whole: http.client makes a 200 of half a head."""
+    """An answer that must be whole, and is the final one."""
 
     def begin(self) -> None:
         """Read status line and headers. Raises RemoteDisconnected if no byte came."""
-        stream, lines = self.fp, _HeadLines(self.fp)
-        self.fp = lines  # type: ignore[assignment]
+        stream: Any = _Stream(self.fp)
+        self.fp = stream
         try:
             super().begin()
+            while 101 < self.status < 200:  # 103 Early Hints and its like: not the answer yet
+                self.headers = self.msg = None  # type: ignore[assignment]
+                super().begin()
         except ConnectionError as error:
-            if lines.heard:
+            if stream.heard:
                 raise
             raise http.client.RemoteDisconnected(str(error)) from error
-        finally:
-            self.fp = stream
+        stream.in_body = True
+        if self.length == 0:  # HEAD, 204, 304: chunks may be announced, none will come
+            self.chunked = False
 
     def read_at_most(self, limit: int) -> bytes:
         """Return the body; more than ``limit`` bytes mean that it goes on."""
         body = self.read(limit + 1)
-        if len(body) <= limit and self.length and not self.isclosed():
+        if len(body) <= limit and self.length:
             raise http.client.IncompleteRead(body, self.length)
         return body
 
@@ -2117,7 +2140,7 @@ class Wire(requests.adapters.BaseAdapter):
 
     def _resolve(self, host: str, port: int, attempt: Attempt) -> list[Any]:
         """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
-        with contextlib.suppress(socket.gaierror):
+        with contextlib.suppress(socket.gaierror, UnicodeError):
             return socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
             )
@@ -2168,6 +2191,11 @@ def _broken_answer(target: str, error: Exception) -> str:
     return f"{target} sent what is not a proper HTTP answer ({type(error).__name__})"
 
 
+_CHARSET = re.compile(  # not every codec of Python: some take quadratic time
+    r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
+)
+
+
 class Dispatcher:
     """Runs attempts: send() in a worker, the watchdog beside."""
 
@@ -2214,8 +2242,8 @@ class Dispatcher:
         for secret in attempt.webhook.secrets:
             for name in ("error", "response"):
                 result[name] = result[name] and result[name].replace(secret, MASK)
-        duration = self._clock.monotonic() - start
-        return Outcome(attempt.execution, started_at, duration, **result)
+        ended = self._clock.monotonic()
+        return Outcome(attempt.execution, started_at, ended - start, ended, **result)
 
     def _request(self, attempt: Attempt) -> requests.Response:
         execution, request = attempt.execution, attempt.webhook.request.copy()
@@ -2235,7 +2263,9 @@ class Dispatcher:
             "response": self._body(response),
             "success": success,
             "reason": None if success else "http_status",
-            "error": None if success else f"the server answered {code} {response.reason}".strip(),
+            "error": None
+            if success
+            else f"the server answered {code} {response.reason}".strip()[:200],
             "retry_after": parse_retry_after(response.headers.get("Retry-After"), now),
         }
 
@@ -2264,7 +2294,7 @@ class Dispatcher:
             with contextlib.suppress(zlib.error):
                 body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
                 cut = cut or len(body) > limit
-        charset = re.search(r'charset="?([\w.:-]+)', response.headers.get("Content-Type", ""))
+        charset = _CHARSET.search(response.headers.get("Content-Type", ""))
         try:
             kept = str(body[:limit], charset[1] if charset else "utf-8", "replace")
         except (LookupError, ValueError):
@@ -2280,6 +2310,10 @@ class Dispatcher:
 # One thread is the only writer of the database. Each pass of it is one transaction, in this
 # order: outcomes of attempts, fire times, changes of the API, take what is due. What others wait
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
+
+
+class JobDeleted(Exception):
+    """What is to be recorded or started belongs to a job that is gone."""
 
 
 class Version:
@@ -2364,6 +2398,8 @@ class Engine:
             self.stopping = True
             for ended in self._waiters.values():
                 ended.set()
+        with contextlib.suppress(ApiError):
+            self.make(lambda _turn: None)  # after it no pass is under way that starts something
         deadline = self.clock.monotonic() + grace
         while self._in_flight and self.clock.monotonic() < deadline:
             time.sleep(0.02)
@@ -2375,15 +2411,21 @@ class Engine:
         self._pool.shutdown(wait=False)
         self.dispatcher.stop()
 
+    def hand_in(self, change: Callable[[Pass], Result]) -> Future[Result]:
+        """Give the engine a change to make in its next pass, inside a savepoint of its own."""
+        future: Future[Result] = Future()
+        if self._stopped:
+            future.set_exception(ApiError("UNAVAILABLE", "the server is stopping"))
+        else:
+            self._inbox.put((future, change))
+        return future
+
     def make(self, change: Callable[[Pass], Result]) -> Result:
         """Let the engine make a change; return what it returned, once that is on disk.
 
         Raises what the change raised, or StoreError; then nothing of it has happened.
         """
-        future: Future[Result] = Future()
-        if self._stopped:
-            raise ApiError("UNAVAILABLE", "the server is stopping")
-        self._inbox.put((future, change))
+        future = self.hand_in(change)
         try:
             return future.result(WRITE_PATIENCE_S)
         except TimeoutError:
@@ -2421,8 +2463,8 @@ class Engine:
         """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
 
         def change(turn: Pass) -> Job:
-            job = self.store.job(job_id)
-            if bool(job.enabled) != enabled:
+            job = self._settled_job(turn, job_id)
+            if job.enabled != enabled:
                 cursor = job.next_after(turn.now) if enabled else None
                 if enabled and cursor is None:
                     raise ApiError("CONFLICT", f"{job.config['schedule']}: nothing comes any more")
@@ -2469,8 +2511,8 @@ class Engine:
             if turn.now < last_seen:
                 self._clock_moved(turn.now - last_seen)
             for execution in self.store.running_executions():
-                at = execution.attempt_at or turn.now
-                self._record(turn, Outcome(execution, at, 0, reason="interrupted", error=lost))
+                at, now = execution.attempt_at or turn.now, self.clock.monotonic()
+                self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
             self.store.set_number("last_seen", turn.now)
 
     def _loop(self) -> None:
@@ -2494,10 +2536,10 @@ class Engine:
         try:
             step = turn.now - self.clock.monotonic() - self._offset
             due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
-            if due or self._outcomes or self._changes or self._sweeping:
+            if due or self._outcomes or self._changes:
                 with self.store.transaction():
                     self._work(turn, step)
-            self.problem = None
+                self.problem = None
         except Exception as error:
             self._report(error)
             self._fail(turn, error if isinstance(error, ApiError) else None)
@@ -2528,10 +2570,10 @@ class Engine:
             for job_id, number, fire_time in self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS):
                 self._fire(turn, job_id, number, fire_time)
         self._make_changes(turn)
+        if self._sweeping:
+            self._sweeping = self.store.sweep_deleted_jobs(SWEEP_ROWS)
         if not (self.stopping or self.paused):
             self._take(turn)
-        if self._sweeping:
-            self._sweeping = self.store.sweep_deleted_jobs(500)
         self._plan(turn)
 
     def _fires(self) -> bool:
@@ -2542,7 +2584,7 @@ class Engine:
         cursor, due_at = self.store.next_instants(turn.now)
         instants = [self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None]
         self._wake_at = min(instant for instant in instants if instant is not None)
-        if self._recomputing:
+        if self._recomputing or self._sweeping:
             self._wake_at = turn.now
         if cursor is None or cursor > turn.now:
             self._seen_at = None
@@ -2588,7 +2630,8 @@ class Engine:
             future.set_exception(error)
         self._changes.clear()
         self._wake_at = turn.now + SECOND
-        self._sweeping = self._recomputing = True  # whatever the pass found out is void
+        self._saved_at = 0  # whatever the pass has found out or written is void
+        self._sweeping = self._recomputing = True
 
     # ------------------------------------------------------------------- the steps of a pass
 
@@ -2632,9 +2675,10 @@ class Engine:
         execution = outcome.execution
         try:
             version = self._version(execution.job_id, execution.job_version)
-        except LookupError:
-            return  # the job was deleted
-        after = after_attempt(outcome, version.retry, version.timeout)
+        except JobDeleted:
+            return
+        ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
+        after = after_attempt(outcome, version.retry, version.timeout, ended_at)
         if self.store.record_attempt(after) and after.completed_at:
             turn.ended.append(after.id)
             self.store.release_oldest(after.job_id, turn.now)
@@ -2660,6 +2704,14 @@ class Engine:
         except Exception:
             log.exception("job %s fires no more until it is enabled anew", job_id)
             self.store.set_enabled(job_id, False, None, turn.now)
+
+    def _settled_job(self, turn: Pass, job_id: str) -> Job:
+        """Return a job with its due fire times in the ledger, so that no change erases them."""
+        job = self.store.job(job_id)
+        while self._fires() and job.next_run_at is not None and job.next_run_at <= turn.now:
+            self._fire(turn, job_id, job.version, job.next_run_at)
+            job = self.store.job(job_id)
+        return job
 
     def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
         """Deal with missed fire times as the policy says; return the newest of them."""
@@ -2718,14 +2770,13 @@ class Engine:
                 elif self._start(turn, execution):
                     busy[execution.target] += 1
                     room -= 1
-                else:
-                    more = True
 
     def _start(self, turn: Pass, execution: Execution) -> bool:
         try:
             version = self._version(execution.job_id, execution.job_version)
-        except LookupError:  # the job was deleted
+        except JobDeleted:
             self.store.delete_execution(execution.id)
+            self._sweeping = True  # others may stand behind it: there is another pass at once
             return False
         started = replace(
             execution,
@@ -2770,10 +2821,10 @@ class Engine:
         turn.aborts.append((execution.id, reason))
 
     def _load_version(self, job_id: str, number: int) -> Version:
-        """Return a version; called through the cache, as self._version. Raises LookupError."""
+        """Return a version; called through the cache, as self._version. Raises JobDeleted."""
         config = self.store.config(job_id, number)
         if config is None:
-            raise LookupError(f"job {job_id} has no version {number}")
+            raise JobDeleted
         return Version(job_id, number, config, self._missed_policy)
 
 
@@ -2814,22 +2865,29 @@ class Api:
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
         try:
+            bottle.request.environ["bottle.raw_path"].encode(
+                "latin-1"
+            ).decode()  # else it drops bytes
             result = handler(**path)
             bottle.response.status, data = result if isinstance(result, tuple) else (200, result)
             return self._envelope(data, None)
         except ApiError as error:
             return self._error(error)
+        except UnicodeDecodeError:
+            return self._error(ApiError("VALIDATION_ERROR", "the path is not UTF-8"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
-        known = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+        known = {400: "VALIDATION_ERROR", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
         place = f"{bottle.request.method} {bottle.request.path}"
         messages = {404: f"there is nothing at {place}", 405: f"{place} is not possible"}
         code = error.status_code
-        message = messages.get(code, "a bug: the server's log has more")
+        message = messages.get(
+            code, "a bug: the server's log has more" if code >= 500 else error.body
+        )
         if code not in known:
             log.error("%s failed", place, exc_info=error.exception)
         return self._error(ApiError(known.get(code, "INTERNAL_ERROR"), message))
@@ -2925,7 +2983,7 @@ class Api:
     def _wait_seconds(self) -> float | None:
         wait = bottle.request.query.get("wait")
         try:
-            return None if wait is None else parse_duration(wait) / SECOND
+            return None if wait is None else min(parse_duration(wait), DAY) / SECOND
         except ValueError as error:
             raise Problems([("wait", str(error))]).to_api_error() from error
 
@@ -2962,11 +3020,14 @@ def read_json(request: Any) -> Any:
         raise ApiError("PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes")
     body = request.environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
     try:
-        return json.loads(
+        data = json.loads(
             body.decode(),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
+        _check_depth(data, MAX_JSON_DEPTH)
+        return data
     except RecursionError as error:
         raise ApiError("INVALID_JSON", "the body is nested too deep") from error
     except ValueError as error:
@@ -2982,7 +3043,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> Json:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    return float(text) if abs(float(text)) < float("inf") else _refuse_constant(text)
+
+
+def _check_depth(data: Any, left: int) -> None:
+    if not left:
+        raise RecursionError
+    for inner in (
+        data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    ):
+        _check_depth(inner, left - 1)
 
 
 # ======================================================================================
@@ -3042,8 +3116,8 @@ class Service:
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(sockaddr)
-        except OSError as error:
-            message = f"cannot listen on {address}: {error.strerror}"
+        except (OSError, UnicodeError) as error:
+            message = f"cannot listen on {address}: {getattr(error, 'strerror', error)}"
             raise StartError(EXIT_FAILED, message) from error
         return listener
 
@@ -3096,6 +3170,9 @@ def set_up_logging(level: str) -> None:
 
 def run_serve(settings: Json) -> int:
     """Run the service until SIGTERM or SIGINT."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())  # the handler only sets the event
@@ -3143,7 +3220,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
-    asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as ended:  # argparse has printed what there is to say
+        return EXIT_FAILED if ended.code else 0
     beside = Path(__file__).with_name("chronos.yaml")
     path = getattr(asked, "config", beside if beside.exists() else None)
     try:

@@ -1,0 +1,4152 @@
+"""The specification of Chronos, in the order of the sections of chronos.py.
+
+A name is a promise, a test keeps one. Time is a clock that the test moves; what is about real
+time runs against the real process. The target of the webhooks is a real HTTP server.
+
+    python -m pytest -q test_chronos.py           what CI runs
+    python -m pytest -q test_chronos.py --long    and what takes minutes
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import gzip
+import http.client
+import http.server
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+import requests
+
+import chronos
+
+CHRONOS = Path(chronos.__file__)
+SECOND = chronos.SECOND
+NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tests begins
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run what takes minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        items[:] = [item for item in items if "long" not in item.keywords]
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CHRONOS_NO_SKIPS") and reporter.stats.get("skipped"):
+        session.exitstatus = 1
+
+
+# ======================================================================================
+# Fixtures: a clock, a target, an engine that the test turns, a service, a process
+# ======================================================================================
+
+
+class ManualClock(chronos.Clock):
+    """A clock that stands still until the test moves it."""
+
+    def __init__(self, now=NOON):
+        self.wall, self.mono = now, 1_000 * SECOND
+
+    def now(self):
+        return self.wall
+
+    def monotonic(self):
+        return self.mono
+
+    def advance(self, seconds):
+        """Let time pass."""
+        self.wall += int(seconds * SECOND)
+        self.mono += int(seconds * SECOND)
+
+    def step(self, seconds):
+        """Set the wall clock, as an administrator or NTP does."""
+        self.wall += int(seconds * SECOND)
+
+
+class TargetHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.received.put((self.command, self.path, self.headers, body, time.time()))
+        kind, _, argument = self.path.strip("/").partition("/")
+        if kind == "hang":
+            self.server.hanging.release()
+            self.server.let_go.wait(30)
+        status = int(argument) if kind == "status" else 200
+        self.send_response(status)
+        for name, value in self.server.extra_headers.items():
+            self.send_header(name, value)
+        answer = body if kind == "echo" else b"OK"
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"" if self.command == "HEAD" else answer)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
+
+    def log_message(self, *_args):
+        pass
+
+
+class Target(http.server.ThreadingHTTPServer):
+    """A webhook receiver: /ok, /status/503, /hang (until let_go is set), /echo."""
+
+    request_queue_size = 1024
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), TargetHandler)
+        self.received = queue.Queue()
+        self.let_go = threading.Event()
+        self.hanging = threading.Semaphore(0)  # one release for each request that hangs
+        self.extra_headers = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_args):
+        pass
+
+    def take(self):
+        """Return the next request: method, path, headers, body, time of arrival."""
+        return self.received.get(timeout=10)
+
+    def stop(self):
+        self.let_go.set()
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.fixture
+def target():
+    server = Target()
+    yield server
+    server.stop()
+
+
+def make_settings(directory, **overrides):
+    """Return the default settings with a data directory and port 0; ``a__b`` stands for a.b."""
+    settings = chronos.load_settings(None, {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"})
+    settings["cluster.data_dir"] = str(directory)
+    settings["server.shutdown_grace"] = "1s"
+    for name, value in overrides.items():
+        key = name.replace("__", ".")
+        assert key in settings
+        settings[key] = value
+    return settings
+
+
+def job_body(url, **fields):
+    """Return a job that is never due by itself, unless ``fields`` say so."""
+    method = fields.pop("method", "POST")
+    webhook = {"url": url, "method": method, **fields.pop("webhook", {})}
+    return {"name": "report", "schedule": "0 0 1 1 *", "webhook": webhook} | fields
+
+
+class World:
+    """A store, a dispatcher and an engine without a thread: the test turns it pass by pass."""
+
+    def __init__(self, directory, clock, **overrides):
+        directory.mkdir(exist_ok=True)
+        self.clock = clock
+        self.settings = make_settings(directory, **overrides)
+        self.store = chronos.Store(directory / "chronos.db")
+        self.store.open()
+        self.dispatcher = chronos.Dispatcher(clock, self.settings)
+        self.engine = chronos.Engine(self.store, self.dispatcher, self.settings, clock)
+        self.engine.recover()
+
+    def do(self, call, *arguments):
+        """Make a change as an API thread would, and turn the engine until it is made."""
+        box = queue.Queue()
+
+        def run():
+            try:
+                box.put((call(*arguments), None))
+            except Exception as error:
+                box.put((None, error))
+
+        threading.Thread(target=run).start()
+        while box.empty():
+            self.engine.run_pass(10_000)
+        result, error = box.get()
+        if error:
+            raise error
+        return result
+
+    def create(self, url, enabled=True, **fields):
+        """Create a job and return it."""
+        body = job_body(url, **fields)
+        retry = self.settings["scheduler.default_retry_policy"]
+        config, _enabled = chronos.validate_job(body, retry, self.clock.now())
+        return self.do(self.engine.create_job, config, enabled, "tester")
+
+    def settle(self):
+        """Turn the engine until nothing is in flight and nothing is due."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            wait = self.engine.run_pass(0)
+            if self.engine._in_flight:
+                self.engine.run_pass(SECOND)
+            elif wait > 0 and not self.engine._outcomes:
+                return
+        raise AssertionError("the engine does not come to rest")
+
+    def advance(self, seconds):
+        """Let time pass, then settle."""
+        self.clock.advance(seconds)
+        self.settle()
+
+    def executions(self, job):
+        """Return the executions of a job, the oldest first."""
+        return self.store.executions(job.id, 10_000)[::-1]
+
+    def close(self):
+        for attempt in self.engine._in_flight.values():
+            attempt.abort("shutdown")
+        self.engine._pool.shutdown(wait=True)
+        self.dispatcher._wire.close()
+        self.store.close()
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def make_world(tmp_path, clock):
+    worlds = []
+
+    def make(**overrides):
+        worlds.append(World(tmp_path / "data", clock, **overrides))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture
+def world(make_world):
+    return make_world()
+
+
+class Client:
+    """Calls the API and checks the envelope of every answer."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def call(self, method, path, body=None, **options):
+        """Return status and envelope."""
+        if body is not None:
+            options["data"] = body if isinstance(body, bytes | str) else json.dumps(body)
+        url = self.url + (path if path.startswith("/health") else f"/api/v1{path}")
+        answer = requests.request(method, url, timeout=30, **options)
+        assert answer.headers["Content-Type"] == "application/json"
+        envelope = answer.json()
+        assert envelope.keys() == {"success", "data", "error"}
+        assert envelope["success"] == (answer.status_code < 400) == (envelope["error"] is None)
+        return answer.status_code, envelope
+
+    def expect(self, status, method, path, body=None, **options):
+        """Return the data, or the error, of an answer with this status."""
+        got, envelope = self.call(method, path, body, **options)
+        assert got == status, envelope
+        return envelope["data"] if status < 400 else envelope["error"]
+
+    def get(self, path):
+        return self.expect(200, "GET", path)
+
+    def post(self, path, body=None):
+        return self.expect(201 if body is not None else 200, "POST", path, body)
+
+    def error(self, status, method, path, body=None):
+        return self.expect(status, method, path, body)
+
+    def create(self, url, **fields):
+        return self.post("/jobs", job_body(url, **fields))
+
+
+@pytest.fixture
+def make_service(tmp_path):
+    services = []
+
+    def make(**overrides):
+        service = chronos.Service(make_settings(tmp_path / "data", **overrides))
+        service.start()
+        services.append(service)
+        client = Client(service.url)
+        client.service = service
+        return client
+
+    yield make
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture
+def service(make_service):
+    return make_service()
+
+
+class Process(Client):
+    """The real program, started as a user starts it, on port 0."""
+
+    def __init__(self, directory, config="", *arguments, environment=None):
+        directory.mkdir(exist_ok=True)
+        (directory / "chronos.yaml").write_text(config)
+        environment = (
+            os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"} | (environment or {})
+        )
+        command = [sys.executable, CHRONOS, "--config", directory / "chronos.yaml", *arguments]
+        self.log = []
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment, cwd=directory
+        )
+        self.urls = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        try:
+            super().__init__(self.urls.get(timeout=20))
+        except queue.Empty:
+            self.end(signal.SIGKILL)
+            raise AssertionError(self.log) from None
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.log.append(line)
+            if "listens on" in line:
+                self.urls.put(line.split("listens on ")[1].split(",")[0])
+
+    def end(self, number):
+        """Send a signal, if it still runs, and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(30)
+        self.reader.join(5)
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture
+def make_process(tmp_path):
+    processes = []
+
+    def make(config="", *arguments, **options):
+        processes.append(Process(tmp_path / "home", config, *arguments, **options))
+        return processes[-1]
+
+    yield make
+    for process in processes:
+        process.end(signal.SIGKILL)
+
+
+def wait_until(condition, seconds=10):
+    """Wait for what another process does; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+    return result
+
+
+# ======================================================================================
+# 3. Time
+# ======================================================================================
+
+
+@pytest.mark.parametrize("text, utc", [
+    ("2027-03-01t12:00:00z", "2027-03-01T12:00:00Z"),
+    ("2027-03-01T12:00:00.250Z", "2027-03-01T12:00:00.25Z"),
+    ("2027-03-01T12:00:00.123456789Z", "2027-03-01T12:00:00.123456Z"),
+    ("2027-03-01T01:30:00+02:30", "2027-02-28T23:00:00Z"),
+    ("1969-12-31T22:59:59.5-01:00", "1969-12-31T23:59:59.5Z"),
+])  # fmt: skip
+def test_times_are_read_with_any_offset_and_written_in_utc_without_idle_zeros(text, utc):
+    assert chronos.format_time(chronos.parse_time(text)) == utc
+
+
+WRONG_TIMES = """2027-03-01|2027-03-01T12:00:00|2027-03-01 12:00:00Z|2027-03-01T12:00Z|tomorrow|
+2027-02-29T12:00:00Z|2027-03-01T24:00:00Z|2027-03-01T12:60:00Z|2027-3-1T12:00:00Z|2027|
+\u0662027-03-01T12:00:00Z|2027-03-01T12:00:00.Z|2027-03-01T12:00:00+0200|2027-03-01T12:00:00+24:00"""
+
+
+@pytest.mark.parametrize("text", ["2027-03-01T12:00:00Z\n", *re.split(r"\|\s*", WRONG_TIMES)])
+def test_what_is_no_rfc_3339_time_is_refused(text):
+    with pytest.raises(ValueError, match=r"RFC 3339|is not a time"):
+        chronos.parse_time(text)
+
+
+@pytest.mark.parametrize("text, us, shortest", [
+    ("0", 0, "0s"), ("250µs", 250, "250us"), ("1500000ns", 1500, "1.5ms"),
+    ("999.999ms", 999_999, "999.999ms"), ("1000ms", SECOND, "1s"), ("1.5s", 1_500_000, "1.5s"),
+    ("90s", 90 * SECOND, "1m30s"), ("300s", 300 * SECOND, "5m"), ("1.5h", 5400 * SECOND, "1h30m"),
+    ("60250ms", 60_250_000, "1m0.25s"), ("1s1h1s", 3602 * SECOND, "1h2s"),
+])  # fmt: skip
+def test_durations_are_read_as_go_does_and_written_in_their_shortest_form(text, us, shortest):
+    assert chronos.parse_duration(text) == chronos.parse_duration(shortest) == us
+    assert chronos.format_duration(us) == shortest
+
+
+WRONG_DURATIONS = ["", " ", "5", "5 s", "-5s", "+5s", "5S", "5d", "s", "1,5s", "1.s", "1s ", "1e3s"]
+WRONG_DURATIONS += ["\u0665s", "5s\n", "1h" * 30, "9" * 40 + "s", 5, 1.5, True, None, ["5s"], {}]
+
+
+@pytest.mark.parametrize("value", WRONG_DURATIONS, ids=repr)
+def test_what_is_no_duration_is_refused_with_examples(value):
+    with pytest.raises(ValueError, match='must be a duration such as "500ms"'):
+        chronos.parse_duration(value)
+
+
+# ======================================================================================
+# 4. Schedules
+# ======================================================================================
+
+
+def fires(expression, after, count, zone="UTC"):
+    """Return the next fire times as text, without the date where it is that of ``after``."""
+    schedule, at, found = chronos.parse_schedule(expression), chronos.parse_time(after), []
+    while len(found) < count and at is not None:
+        at = schedule.next_after(at, zone)
+        found.append(chronos.format_time(at))
+    return found
+
+
+FIRES = [  # after 1 March 2027, 12:00 (a Monday), unless a row says otherwise
+    ("*/20 * * * *", "03-01T12:20:00 03-01T12:40:00 03-01T13:00:00"),
+    ("50/5 * * * *", "03-01T12:50:00 03-01T12:55:00 03-01T13:50:00"),
+    ("10-20/5 13 * * *", "03-01T13:10:00 03-01T13:15:00 03-01T13:20:00 03-02T13:10:00"),
+    ("\t 0  9\t* *   MON-fri ", "03-02T09:00:00 03-03T09:00:00 03-04T09:00:00 03-05T09:00:00"),
+    ("0 0 1 Apr,jUN *", "04-01T00:00:00 06-01T00:00:00"),
+    ("0 0 * * 5-7", "03-05T00:00:00 03-06T00:00:00 03-07T00:00:00 03-12T00:00:00"),
+    ("0 0 * * sat/1", "03-06T00:00:00 03-07T00:00:00 03-13T00:00:00"),
+    ("*/30 59 23 31 12 *", "12-31T23:59:00 12-31T23:59:30"),
+    ("*/99 13 * * *", "03-01T13:00:00 03-02T13:00:00"),
+    # the aliases
+    ("@hourly", "03-01T13:00:00 03-01T14:00:00"),
+    ("@daily", "03-02T00:00:00 03-03T00:00:00"),
+    ("@Midnight", "03-02T00:00:00 03-03T00:00:00"),
+    ("@weekly", "03-07T00:00:00 03-14T00:00:00"),
+    (" @MONTHLY ", "04-01T00:00:00 05-01T00:00:00"),
+    # either day matches where both are restricted; a field that begins with * restricts nothing
+    ("0 0 10 * 3", "03-03T00:00:00 03-10T00:00:00 03-17T00:00:00"),
+    ("0 0 13 * 5", "03-05T00:00:00 03-12T00:00:00 03-13T00:00:00"),
+    ("0 0 */2 * 3", "03-03T00:00:00 03-17T00:00:00 03-31T00:00:00"),
+    ("0 0 3,4 * */2", "03-04T00:00:00 04-03T00:00:00 04-04T00:00:00"),
+    ("0 0 1-31 * 3", "03-02T00:00:00 03-03T00:00:00 03-04T00:00:00"),
+    ("0 0 15 * 0-6", "03-02T00:00:00 03-03T00:00:00"),
+    # what croniter reads differently
+    ("15 30 9 * * *", "03-02T09:30:15 03-03T09:30:15"),
+    ("5-5 13 * * *", "03-01T13:05:00 03-02T13:05:00"),
+    ("0 0 * * 7-7", "03-07T00:00:00 03-14T00:00:00"),
+    ("59/15 * * * *", "03-01T12:59:00 03-01T13:59:00"),
+    ("0 0 0 * * 7", "03-07T00:00:00 03-14T00:00:00"),
+]
+
+
+@pytest.mark.parametrize("expression, expected", FIRES)
+def test_a_cron_expression_fires_as_the_rules_say(expression, expected):
+    expected = [f"2027-{text}Z" for text in expected.split()]
+
+    assert fires(expression, "2027-03-01T12:00:00Z", len(expected)) == expected
+
+
+@pytest.mark.parametrize("expression, after, expected", [
+    ("0 0 31 2 1", "2027-01-30", "2027-02-01 2027-02-08 2027-02-15 2027-02-22 2028-02-07"),
+    ("0 0 31 2,4 1", "2027-02-20", "2027-02-22 2027-04-05 2027-04-12"),
+    ("0 0 1,31 * *", "2027-02-02", "2027-03-01 2027-03-31 2027-04-01 2027-05-01"),
+    ("0 0 1,30 2,3 *", "2027-02-02", "2027-03-01 2027-03-30 2028-02-01"),
+    ("0 0 1,30 2,3 */2", "2026-02-02", "2026-03-01 2027-03-30"),
+    ("0 0 29 2 *", "2027-02-01", "2028-02-29 2032-02-29"),
+    ("0 0 29 2 */7", "2027-02-01", "2032-02-29 2060-02-29"),
+    ("@yearly", "2027-02-02", "2028-01-01 2029-01-01"),
+    ("@annually", "2027-02-02", "2028-01-01"),
+])  # fmt: skip
+def test_days_that_not_every_month_has_are_neither_lost_nor_made_up(expression, after, expected):
+    expected = [f"{day}T00:00:00Z" for day in expected.split()]
+
+    assert fires(expression, f"{after}T00:00:00Z", len(expected)) == expected
+
+
+PLACES = ["second", "minute", "hour", "day-of-month", "month", "day-of-week"]
+WRONG_ITEMS = {
+    "second": "5-1 */0 TZ=UTC CRON_TZ=UTC",
+    "minute": "5-1 */0 5/0 +5 -5 1_0 1/2/3 *-5 *5 0.5 5- 1--5 0x5 *\n *\0",
+    "hour": "22-2 11-2/3",
+    "day-of-month": "15W ?",
+    "month": "0 13 january sun 12-1 DEC-JAN",
+    "day-of-week": "8 0-8 5#2 5L jan monday 5-1 MON-SUN",
+}
+BEYOND = {"second": "60", "minute": "60 75 H R", "hour": "24 5-24", "day-of-month": "0 32 L mon"}
+
+
+def items(table):
+    return [(f, i) for f in table for i in table[f].split(" ")]
+
+
+@pytest.mark.parametrize("field, item", [*items(WRONG_ITEMS), *items(BEYOND)])
+def test_a_wrong_item_is_refused_quoted_and_with_the_name_of_its_field(field, item):
+    texts = ["1"] * 6
+    texts[PLACES.index(field)] = item
+
+    for text in (" ".join(texts), " ".join(texts).replace(item, f"1,{item}")):
+        with pytest.raises(ValueError, match=f"^{field}: ") as caught:
+            chronos.parse_schedule(text)
+        assert repr(item) in str(caught.value) or repr(item.split("-")[-1]) in str(caught.value)
+
+
+@pytest.mark.parametrize("expression, message", [
+    ("", "fields"), ("* * * *", "has 4 fields"), ("* * * * * * *", "has 7 fields"),
+    ("TZ=UTC * * * * * *", "has 7 fields"), ("1,,2 * * * *", "^minute: ''"),
+    ("\u0665 * * * *", "\u0665"), ("0 0 * * \u00a0", r"\\xa0"),
+    ("@reboot", "'@reboot' is not one of"), ("@daily 5", "'@daily 5' is not one of"),
+    ("@every", "is not one of"), ("@every 1s 2s", "is not one of"), ("@at", "is not one of"),
+    ("@every 999ms", "the shortest interval is 1s"), ("@every -5s", "must be a duration"),
+    ("@every 10", "must be a duration"), ("@at noon", "RFC 3339"), ("@at 2027-03-01", "RFC 3339"),
+    ("@at 2027-02-29T00:00:00Z", "is not a time"),
+    ("0 0 31 2 *", "never fires"), ("0 0 31 4,6,9,11 *", "never fires"),
+    ("0 0 31 2 */2", "never fires"),
+    ("0 0 * * *" + " " * 192, "longer than 200"), ("9" * 10_000 + " * * * *", "longer than 200"),
+    ("@wee\u212aly", "is not one of"),
+])  # fmt: skip
+def test_an_expression_of_another_form_or_that_never_fires_is_refused(expression, message):
+    with pytest.raises(ValueError, match=message):
+        chronos.parse_schedule(expression)
+
+
+# America/New_York    2027-03-14 02:00 EST -> 03:00 EDT at 07:00Z; gap 02:00-03:00
+#                     2027-11-07 02:00 EDT -> 01:00 EST at 06:00Z; overlap 01:00-02:00
+# Europe/Madrid       2027-03-28 02:00 CET -> 03:00 CEST at 01:00Z
+#                     2027-10-31 03:00 CEST -> 02:00 CET at 01:00Z
+# Australia/Lord_Howe 2027-10-03 02:00 +10:30 -> 02:30 +11:00 at 15:30Z of the 2nd
+#                     2027-04-04 02:00 +11:00 -> 01:30 +10:30 at 15:00Z of the 3rd
+# Pacific/Apia        2011-12-30 00:00 -10:00 -> 2011-12-31 00:00 +14:00 at 10:00Z of the 30th
+NEW_YORK, MADRID, LORD_HOWE = "America/New_York", "Europe/Madrid", "Australia/Lord_Howe"
+APIA = "Pacific/Apia"
+CHANGES = [
+    # fixed-time, in a gap: once, at the first instant after it
+    (NEW_YORK, "30 2 * * *", "2027-03-13T12:00", "14T07:00 15T06:30"),
+    (NEW_YORK, "0,15,30 2 * * *", "2027-03-13T12:00", "14T07:00 15T06:00 15T06:15"),
+    (NEW_YORK, "0 3 * * *", "2027-03-13T12:00", "14T07:00 15T07:00"),
+    (NEW_YORK, "30 2,3 * * *", "2027-03-13T12:00", "14T07:00 14T07:30 15T06:30"),
+    (NEW_YORK, "0 2,3 * * *", "2027-03-13T12:00", "14T07:00 15T06:00 15T07:00"),
+    (MADRID, "15 2 * * *", "2027-03-27T12:00", "28T01:00 29T00:15"),
+    (LORD_HOWE, "15 2 * * *", "2027-10-02T00:00", "02T15:30 03T15:15"),
+    (APIA, "0 12 * * *", "2011-12-29T12:00", "29T22:00 30T10:00 30T22:00 31T22:00"),
+    (APIA, "0 12 30 12 *", "2011-12-01T00:00", "30T10:00"),
+    # repeating, in a gap: nothing to make up
+    (NEW_YORK, "*/30 * * * *", "2027-03-14T06:00", "14T06:30 14T07:00 14T07:30"),
+    (NEW_YORK, "0 */2 * * *", "2027-03-14T04:00", "14T05:00 14T08:00 14T10:00"),
+    (NEW_YORK, "* 2 * * *", "2027-03-13T12:00", "15T06:00 15T06:01"),
+    (NEW_YORK, "* 30 2 * * *", "2027-03-13T12:00", "15T06:30 15T06:30:01"),
+    (LORD_HOWE, "*/15 * * * *", "2027-10-02T15:00", "02T15:15 02T15:30 02T15:45"),
+    (APIA, "0 */12 * * *", "2011-12-29T12:00", "29T22:00 30T10:00 30T22:00"),
+    # fixed-time, in an overlap: the first pass only
+    (NEW_YORK, "30 1 * * *", "2027-11-06T12:00", "07T05:30 08T06:30"),
+    (NEW_YORK, "0,30 1-3 * * *", "2027-11-06T12:00", "07T05:00 07T05:30 07T07:00 07T07:30"),
+    (NEW_YORK, "0,30 1-3 * * *", "2027-11-07T06:10", "07T07:00"),
+    (MADRID, "30 2 * * *", "2027-10-30T12:00", "31T00:30"),
+    (LORD_HOWE, "45 1 * * *", "2027-04-03T00:00", "03T14:45 04T15:15"),
+    # repeating, in an overlap: both passes
+    (NEW_YORK, "30 * * * *", "2027-11-07T04:00", "07T04:30 07T05:30 07T06:30 07T07:30"),
+    (NEW_YORK, "*/30 1 * * *", "2027-11-06T12:00", "07T05:00 07T05:30 07T06:00 07T06:30 08T06:00"),
+    (NEW_YORK, "*/30 1 * * *", "2027-11-07T05:45", "07T06:00"),
+    (MADRID, "* 30 2 31 10 *", "2027-10-31T00:30:58", "31T00:30:59 31T01:30 31T01:30:01"),
+    (LORD_HOWE, "15,45 * * * *", "2027-04-03T14:00", "03T14:15 03T14:45 03T15:15 03T15:45"),
+]
+
+
+@pytest.mark.parametrize(("zone", "expression", "after", "expected"), CHANGES)
+def test_a_clock_change_neither_loses_nor_repeats_a_fire_time(zone, expression, after, expected):
+    whole = lambda text: text + (":00Z" if text.count(":") == 1 else "Z")  # noqa: E731
+    expected = [whole(after[:8] + text) for text in expected.split()]
+
+    assert fires(expression, whole(after), len(expected), zone) == expected
+
+
+def test_every_counts_elapsed_time_across_a_clock_change():
+    expected = [f"2027-03-14T{text}:00Z" for text in ("06:30", "08:00", "09:30")]
+
+    assert fires("@EVERY 1h30m", "2027-03-14T05:00:00Z", 3, NEW_YORK) == expected
+
+
+def test_at_fires_once_and_never_again():
+    expected = ["2027-03-01T10:00:00.5Z", None]
+
+    assert fires("@At 2027-03-01t12:00:00.5+02:00", "2027-03-01T09:00:00Z", 2) == expected
+    assert fires("@at 2027-03-01T12:00:00Z", "2027-03-01T12:00:00Z", 1) == [None]
+
+
+def test_a_fire_time_is_strictly_later_and_never_has_a_fraction():
+    assert fires("* * * * * *", "2027-03-01T12:00:00.999999Z", 1) == ["2027-03-01T12:00:01Z"]
+    assert fires("0 12 * * *", "2027-03-01T11:59:59.999999Z", 1) == ["2027-03-01T12:00:00Z"]
+    assert fires("0 12 * * *", "2027-03-01T12:00:00Z", 1) == ["2027-03-02T12:00:00Z"]
+
+
+class RandomCron:
+    """A random expression, and the sets of numbers that it was made from."""
+
+    RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+
+    def __init__(self, chance, with_seconds=False, late_days=False, daily=False):
+        made = [self._field(chance, low, high) for low, high in self.RANGES]
+        made[0] = made[0] if with_seconds else ("0", {0})
+        if late_days:  # what February does not have, and what it has
+            days = {chance.randint(1, 2), chance.randint(28, 31)}
+            made[3] = (",".join(map(str, days)), days)
+        if daily:
+            made[3:] = [("*", set(range(32)))] * 3
+        self.texts = [text for text, _numbers in made]
+        self.text = " ".join(self.texts[0 if with_seconds else 1 :])
+        self.seconds, self.minutes, self.hours, self.days, self.months = (m[1] for m in made[:5])
+        self.weekdays = {number % 7 for number in made[5][1]}
+        self.repeating = any(text[0] == "*" for text in self.texts[:3])
+
+    @staticmethod
+    def _field(chance, low, high):
+        a, b = sorted((chance.randint(low, high), chance.randint(low, high)))
+        step = chance.randint(1, 7)
+        texts = [
+            *[("*", range(low, high + 1))] * 2, (f"*/{step}", range(low, high + 1, step)),
+            (f"{a}", [a]), (f"{b},{a}", [a, b]), (f"{a}-{b}", range(a, b + 1)),
+            (f"{a}-{b}/{step}", range(a, b + 1, step)), (f"{a}/{step}", range(a, high + 1, step)),
+            (f"{a},{b}/{step}", [a, *range(b, high + 1, step)]),
+        ]  # fmt: skip
+        text, numbers = chance.choice(texts)
+        return text, set(numbers)
+
+    def on_day(self, day):
+        both = self.texts[3][0] == "*" or self.texts[5][0] == "*"
+        matches = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
+        return day.month in self.months and (all(matches) if both else any(matches))
+
+    def at_wall(self, wall):
+        in_hour = wall.minute in self.minutes and wall.second in self.seconds
+        return in_hour and wall.hour in self.hours and self.on_day(wall)
+
+    def parse(self):
+        """Return the schedule, or None where it never fires."""
+        try:
+            return chronos.parse_schedule(self.text)
+        except ValueError as error:
+            assert "never fires" in str(error)
+            return None
+
+
+class ClockChange:
+    """What the wall shows at every minute (or second) around a change of the clock."""
+
+    def __init__(self, zone, turn, step, reach):
+        self.step, self.turn = timedelta(seconds=step), datetime.fromisoformat(turn + "Z")
+        local = lambda at: at.astimezone(ZoneInfo(zone))  # noqa: E731
+        times = [self.turn + n * self.step for n in range(-reach, reach + 1)]
+        self.times = [(at, local(at).replace(tzinfo=None), local(at).fold) for at in times]
+        before, first = self.times[reach - 1][1], self.times[reach][1]
+        self.gap = [before + n * self.step for n in range(1, (first - before) // self.step)]
+
+    def fires(self, cron, after):
+        """Yield the fire times later than ``after``: ask of every instant what the rules say."""
+        for at, wall, fold in self.times:
+            made_up = at == self.turn and not cron.repeating and any(map(cron.at_wall, self.gap))
+            its_turn = (cron.repeating or not fold) and cron.at_wall(wall)
+            if at > after and (its_turn or made_up):
+                yield at
+
+
+TURNS = [
+    (NEW_YORK, "2027-03-14T07:00:00"),
+    (NEW_YORK, "2027-11-07T06:00:00"),
+    (MADRID, "2027-03-28T01:00:00"),
+    (MADRID, "2027-10-31T01:00:00"),
+    (LORD_HOWE, "2027-10-02T15:30:00"),
+    (LORD_HOWE, "2027-04-03T15:00:00"),
+    (APIA, "2011-12-30T10:00:00"),
+    ("Antarctica/Troll", "2027-03-28T01:00:00"),  # two hours
+    ("Antarctica/Troll", "2027-10-31T01:00:00"),
+    ("Asia/Beirut", "2027-10-30T21:00:00"),  # at midnight
+]
+
+
+@pytest.mark.parametrize("step, reach, cases", [(60, 1800, 50), (1, 5400, 15)])
+@pytest.mark.parametrize("zone, turn", TURNS)
+def test_around_a_clock_change_random_schedules_agree_with_trying_every_instant(
+    zone, turn, step, reach, cases
+):
+    chance = random.Random(f"{zone} {turn} {step}")
+    change = ClockChange(zone, turn, step, reach)
+
+    for n in range(cases):
+        cron = RandomCron(chance, with_seconds=step == 1, daily=n % 3)
+        after = change.turn + chance.randint(-reach, reach // 4) * change.step
+        for expected in islice(change.fires(cron, after), 4):
+            got = cron.parse().next_after(chronos.to_instant(after), zone)
+            assert chronos.to_datetime(got) == expected, (cron.text, after)
+            after = expected
+
+
+@pytest.mark.parametrize("late_days", [False, True])
+def test_over_years_random_schedules_agree_with_trying_every_day(late_days):
+    chance = random.Random(3)
+    days = [datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=n) for n in range(365 * 4)]
+
+    for _ in range(800):
+        cron = RandomCron(chance, not late_days, late_days)
+        after = chance.randint(0, 500)
+        day = next(filter(cron.on_day, days[after:]), None)
+        if day:
+            hour, minute, second = map(min, (cron.hours, cron.minutes, cron.seconds))
+            first = day.replace(hour=hour, minute=minute, second=second)
+            got = cron.parse().next_after(chronos.to_instant(days[after]) - 1, "UTC")
+            assert chronos.to_datetime(got) == first, (cron.text, days[after])
+
+
+@pytest.mark.parametrize("zone, turn", TURNS)
+def test_count_and_latest_agree_with_walking_from_fire_time_to_fire_time(zone, turn):
+    chance = random.Random(turn + zone)
+
+    for n in range(30):
+        cron = RandomCron(chance, with_seconds=n % 4 == 0, daily=n % 3)
+        if not (schedule := cron.parse()):
+            continue
+        begin = chronos.parse_time(turn + "Z") - chance.randint(0, 40 * 3600) * SECOND
+        walk = [schedule.next_after(begin, zone)]
+        for _ in range(chance.randint(0, 120)):
+            walk.append(schedule.next_after(walk[-1], zone))
+        last = chance.randint(walk[-1], schedule.next_after(walk[-1], zone) - 1)
+
+        assert schedule.count(walk[0], last, zone) == len(walk), (cron.text, walk[0], last)
+        for most in (1, 2, 101):
+            assert schedule.latest(walk[0], last, zone, most) == walk[-most:], (cron.text, last)
+
+
+@pytest.mark.parametrize(("zone", "expression", "after", "_expected"), CHANGES)
+def test_count_is_exact_on_every_day_around_a_clock_change(zone, expression, after, _expected):
+    schedule = chronos.parse_schedule(expression)
+    begin = chronos.parse_time(after[:10] + "T00:00:00Z") - 3 * 86_400 * SECOND
+    walk = [schedule.next_after(begin, zone)]
+    while len(walk) < 9 or (walk[-1] - begin < 6 * 86_400 * SECOND and len(walk) < 300):
+        walk.append(schedule.next_after(walk[-1], zone))
+
+    for n in range(0, len(walk), 1 + len(walk) // 10):
+        assert schedule.count(walk[n], walk[-1], zone) == len(walk) - n
+        assert schedule.count(walk[0], walk[n], zone) == n + 1
+
+
+@pytest.mark.parametrize("expression", ["@every 90s", "@at 2027-03-01T12:00:00Z", "*/5 * * * *"])
+def test_count_and_latest_of_a_single_fire_time_are_one(expression):
+    schedule = chronos.parse_schedule(expression)
+
+    assert schedule.count(NOON, NOON + SECOND, "UTC") == 1
+    assert schedule.latest(NOON, NOON + SECOND, "UTC", 2) == [NOON]
+
+
+def test_counting_a_year_of_seconds_takes_no_year():
+    schedule = chronos.parse_schedule("* * * * * *")
+    end = chronos.parse_time("2028-03-01T12:00:00Z")
+    began = time.monotonic()
+
+    assert schedule.count(NOON, end, NEW_YORK) == 366 * 86_400 + 1
+    assert len(schedule.latest(NOON, end, NEW_YORK, 101)) == 101
+    assert time.monotonic() - began < 1
+
+
+def test_one_schedule_answers_several_threads_at_once():
+    schedule, alone = (chronos.parse_schedule(text) for text in ("0 0 29 2 *", " 0 0 29 2 *"))
+    instants = [NOON + n * 13 * 86_400 * SECOND for n in range(1300)]
+    expected = [alone.next_after(at, MADRID) for at in instants]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda at: schedule.next_after(at, MADRID), instants))
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert got == expected
+
+
+# ======================================================================================
+# 5. Validation
+# ======================================================================================
+
+URL = "http://127.0.0.1/hook"
+RETRY = {"max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0}
+RETRY |= {"attempt_timeout": None}
+
+
+def validate(**fields):
+    """Return the configuration of a job that is right but for ``fields``."""
+    return chronos.validate_job(job_body(URL, **fields), RETRY, NOON)[0]
+
+
+def wrong(data):
+    """Return the code and the wrong fields (with their messages) of a job that is refused."""
+    with pytest.raises(chronos.ApiError) as caught:
+        chronos.validate_job(data, RETRY, NOON)
+    return caught.value.code, {d["field"]: d["message"] for d in caught.value.details}
+
+
+def test_what_a_job_leaves_out_or_sets_to_null_has_the_defaults_of_the_reference():
+    body = {"name": "a", "schedule": "@daily", "webhook": {"url": URL}}
+
+    config, enabled = chronos.validate_job(body, RETRY, NOON)
+
+    defaults = {"timezone": "UTC", "timeout": "5m", "concurrency": "forbid", "tags": {}}
+    assert config.items() >= (defaults | {"retry_policy": RETRY}).items()
+    assert config["webhook"].items() >= {"method": "GET", "success_codes": None}.items()
+    assert enabled is False
+    assert chronos.validate_job(dict.fromkeys(chronos.JOB_FIELDS) | body, RETRY, NOON)[0] == config
+
+
+def test_the_job_of_the_reference_is_taken_as_it_is_written():
+    headers = {"Authorization": "Bearer token123", "Content-Type": "application/json"}
+    hook = {"url": "https://api.example.com/reports", "method": "POST", "headers": headers}
+    hook |= {"body": '{"type": "daily"}', "auth": {"type": "bearer", "token": "my-secret-token"}}
+    hook |= {"success_codes": [200, 201, 202]}
+    body = {"name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *"}
+    body |= {"timezone": NEW_YORK, "timeout": "5m", "concurrency": "forbid"}
+    body |= {"tags": {"team": "backend", "environment": "production"}}
+    retry_policy = {key: value for key, value in RETRY.items() if value is not None}
+
+    extra = {"webhook": hook, "retry_policy": retry_policy, "enabled": True}
+    config, enabled = chronos.validate_job(body | extra, RETRY | {"multiplier": 7}, NOON)
+
+    assert enabled is True
+    assert config.items() >= (body | {"retry_policy": RETRY}).items()
+    assert config["webhook"].items() >= hook.items()
+
+
+def test_ordinary_text_urls_and_headers_are_taken_unchanged():
+    hook = {
+        "url": "https://[::1]:8443/a%20b/~x;y?q=%C3%A9&mail=a@b#top",
+        "headers": {"X-Any.thing_1": "é\tÿ ~", "Authorization": "*" * 9, "Host": "a.b"},
+        "body": "tab\t line\r\n é 😀",
+        "auth": {"type": "basic", "username": "jürgen", "password": " pä:ss 😀"},
+    }
+
+    config = validate(name="Ünïcode 😀", description="two\nlines", webhook=hook)
+
+    assert config["webhook"].items() >= hook.items()
+    assert (config["name"], config["description"]) == ("Ünïcode 😀", "two\nlines")
+
+
+WRONG_URLS = r"""localhost/hook /hook //host/hook ftp://host/ file:///etc/passwd http:// http:///x
+    http://[::1 http://host:0/ http://host:99999/ http://host:x/ http://u:p@host/ http://u@host/
+    http://127.0.0.1\@evil/ http://*host/"""
+RESERVED = ["Content-Length", "TRANSFER-encoding", "Connection", "upgrade", "TE", "Trailer"]
+RESERVED += ["Expect", "Keep-Alive", "Proxy-Authorization", "X-Chronos-Job-ID"]
+LONG = "x" * 70_000
+MASK = "********"
+BASIC, BEARER = {"type": "basic", "username": "a", "password": ""}, {"type": "bearer", "token": "x"}
+KEY = {"type": "api_key", "api_key": "k"}
+# fmt: off
+WRONG = {  # field: wrong values of it
+    "name": [None, 5, "", "   ", "x" * 201, "a\nb", "a\0b", "\x1b[1m", "\ud800", ["a"]],
+    "description": [5, LONG, "\0", "\udfff"],
+    "schedule": [None, 5, "", "x", "0 0 31 2 *", "@at 2027-03-01T12:00:00Z", ["@daily"]],
+    "timezone": [5, "", "Mars", "America", "../UTC", "UTC\0", "x" * 300, ["UTC"], "europe/madrid"],
+    "webhook": [None, "http://x/", [], True],
+    "timeout": [5, "5", "-1s", "99ms", "25h", "5 m", True],
+    "concurrency": ["", "Forbid", 1, ["forbid"], {}],
+    "missed_run_policy": ["run", True],
+    "tags": ["a", [], {str(n): "x" for n in range(51)}],
+    "tags.team": [5, None, "a\nb", "x" * 201],
+    "enabled": [0, 1, "true", []],
+    "retry_policy": ["x", [], 3],
+    "retry_policy.max_attempts": [0, 101, -1, 1.0, "3", True, 9 * 10**18, 10**4000],
+    "retry_policy.initial_interval": [1, "0s", "25h", "1"],
+    "retry_policy.max_interval": [1, "0s", "25h", "forever"],
+    "retry_policy.multiplier": [0, 0.99, 100.1, True, "2", 10**400],
+    "retry_policy.attempt_timeout": [1, "99ms", "25h"],
+    "webhook.url": [None, 5, "", *WRONG_URLS.split(), "http://ho st/", "http://h/a b", "http://h/\n",
+                    "http://h/\0", "http://h/\ud800", "http://h/" + LONG],
+    "webhook.method": ["", "get", "TRACE", "GET\r\n", 1, ["GET"]],
+    "webhook.body": [5, {}, "a\0b", "\x1b", "\ud800", "x" * (2**20 + 1)],
+    "webhook.success_codes": [200, [], [99], [600], ["200"], [True], [200.0], [200] * 101],
+    "webhook.verify_tls": [0, "no"],
+    "webhook.headers": ["a", [], {"A": "1", "a": "2"}, {f"x{n}": "" for n in range(51)}],
+    "webhook.headers.X": [5, None, "a\0b", "a\r\nb", "ж", "😀", "\ud800", " a", "\x85", LONG],
+    **{f"webhook.headers.{name}": ["x"] for name in ("", "a b", "é", "a:", *RESERVED)},
+    **{f"webhook.headers.{name}": [MASK] for name in ("x-my-token", "Cookie", "X-Api-Key")},
+    "webhook.auth": ["x", [], True],
+    "webhook.auth.type": [{}, {"type": "digest"}, {"type": ["basic"]}, {"token": "x"}],
+    "webhook.auth.username": [BASIC | {"username": v} for v in (None, "", 5, "a:b", "a\n")],
+    "webhook.auth.password": [BASIC | {"password": v} for v in (None, 5, "a\0", MASK)],
+    "webhook.auth.token": [BEARER | {"token": v} for v in (None, 5, "ж", "a\nb", MASK)],
+    "webhook.auth.api_key": [KEY | {"api_key": v} for v in (None, "a\nb", MASK)],
+    "webhook.auth.header": [KEY | {"header": v} for v in ("a b", "Host:", 5, "Content-Length")],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field_alone(path):
+    *parents, name = path.split(".", 2)
+    for value in WRONG[path]:
+        body = {"name": "a", "schedule": "@daily", "webhook": {"url": URL}}
+        if parents[1:] == ["auth"]:
+            body["webhook"]["auth"] = value
+        else:
+            inner = body
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = value
+
+        code, details = wrong(body)
+
+        assert [p.removesuffix(".type") for p in details] == [path.removesuffix(".type")]
+        assert code == ("INVALID_TIMEOUT" if path == "timeout" else "VALIDATION_ERROR")
+
+
+def test_every_wrong_field_is_reported_at_once():
+    hook = {"url": "x", "method": "x", "headers": {"a b": "x", "TE": "x"}, "auth": {"type": "x"}}
+    body = {"schedule": "x", "timeout": 5, "retry_policy": {"max_attempts": 0}, "webhook": hook}
+
+    code, details = wrong(body)
+
+    paths = ["name", "schedule", "timeout", "retry_policy.max_attempts", "webhook.url"]
+    paths += [f"webhook.{name}" for name in ("method", "headers.a b", "headers.TE", "auth.type")]
+    assert details.keys() == set(paths)
+    assert code == "VALIDATION_ERROR"
+
+
+def test_a_past_instant_is_reported_beside_a_wrong_timeout():
+    code, details = wrong(job_body(URL, schedule="@at 2020-01-01T00:00:00Z", timeout="x"))
+
+    assert (code, details.keys()) == ("VALIDATION_ERROR", {"schedule", "timeout"})
+
+
+def test_tabs_separate_the_fields_of_a_jobs_schedule():
+    assert validate(schedule="0 9\t* * *")["schedule"].split() == ["0", "9", "*", "*", "*"]
+
+
+@pytest.mark.parametrize("expression", ["@every 999999999h", "@at 9999-12-31T23:59:59-10:00"])
+def test_a_schedule_whose_fire_time_no_date_can_show_is_refused(expression):
+    with contextlib.suppress(chronos.ApiError):
+        config = validate(schedule=expression)
+        job = chronos.Job("id", 1, True, NOON, NOON, None, config)
+        chronos.format_time(job.next_after(NOON))
+        raise AssertionError("accepted")
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "meant"),
+    [
+        ({"timezon": "UTC"}, "timezon", "timezone"),
+        ({"webhook": {"url": URL, "metod": "GET"}}, "webhook.metod", "method"),
+        ({"retry_policy": {"max_attempt": 3}}, "retry_policy.max_attempt", "max_attempts"),
+        ({"webhook": {"url": URL, "auth": BEARER | {"tokn": ""}}}, "webhook.auth.tokn", "token"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(fields, path, meant):
+    _code, details = wrong(job_body(URL) | fields)
+
+    assert list(details) == [path]
+    assert f"(did you mean {meant!r}?)" in details[path]
+
+
+def test_what_the_server_adds_to_a_job_may_be_sent_back():
+    names = ["id", "version", "created_at", "updated_at", "next_run", "last_execution"]
+
+    assert validate(**dict.fromkeys(names, "x"), managed_by=None) == validate()
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 5, True])
+def test_a_body_that_is_no_object_is_refused(data):
+    assert wrong(data)[0] == "VALIDATION_ERROR"
+
+
+def test_values_are_kept_in_their_normal_form_and_a_retry_policy_is_completed():
+    given = {"initial_interval": "1000ms", "attempt_timeout": "90s", "max_attempts": None}
+    body = job_body(URL, timeout="60s", schedule="  @daily ", retry_policy=given)
+
+    config, _enabled = chronos.validate_job(body, RETRY | {"max_attempts": 7}, NOON)
+
+    assert (config["timeout"], config["schedule"]) == ("1m", "@daily")
+    assert config["retry_policy"] == RETRY | {"attempt_timeout": "1m30s", "max_attempts": 7}
+
+
+# ======================================================================================
+# 6. Records
+# ======================================================================================
+
+
+def test_no_secret_of_a_job_is_shown_and_its_configuration_keeps_them():
+    names = ["authorization", "Cookie", "X-Token", "my-secret", "X-PASSWORD", "x-api-key-2"]
+    headers = dict.fromkeys(names, "s3cret") | {"X": "y"}
+    config = validate(webhook={"headers": headers, "auth": KEY | {"api_key": "s3cret"}})
+    job = chronos.Job("id", 1, True, NOON, NOON, None, config)
+
+    shown = job.to_json(None)
+
+    assert "s3cret" not in json.dumps(shown)
+    assert shown["webhook"]["headers"] == dict.fromkeys(names, MASK) | {"X": "y"}
+    assert shown["webhook"]["auth"]["api_key"] == MASK
+    assert job.config["webhook"]["auth"]["api_key"] == "s3cret"
+
+
+def test_a_fire_time_has_one_execution_id_and_another_has_another():
+    job = "550e8400-e29b-41d4-a716-446655440000"
+
+    first, again, other = (chronos.scheduled_id(job, at) for at in (NOON, NOON, NOON + SECOND))
+
+    assert first == again != other
+    assert first.startswith("exec-")
+
+
+# ======================================================================================
+# 7. Settings
+# ======================================================================================
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the settings of a file with this content."""
+
+    def load(content, **environment):
+        (tmp_path / "chronos.yaml").write_text(content, "utf-8")
+        return chronos.load_settings(tmp_path / "chronos.yaml", environment)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    """Loads settings that are wrong, and returns what the start says."""
+
+    def refusal(content, **environment):
+        with pytest.raises(chronos.StartError) as caught:
+            load(content, **environment)
+        assert caught.value.exit_status == 78
+        assert str(caught.value).count("\n") <= 2
+        return str(caught.value)
+
+    return refusal
+
+
+@pytest.mark.parametrize("content", ["", "# x\n", "server:\n", "server:\n  http:\n", "{}"])
+def test_a_file_that_says_nothing_means_the_defaults(load, content):
+    settings = load(content)
+
+    expected = {"server.http.address": "127.0.0.1:8080", "store.synchronous": "FULL"}
+    expected |= {"dispatcher.max_concurrent_jobs": 64, "dispatcher.max_concurrent_per_host": 48}
+    expected |= {"scheduler.missed_run_grace": "10s", "scheduler.default_retry_policy": RETRY}
+    assert settings.items() >= expected.items()
+
+
+def test_a_value_of_the_file_replaces_its_default_and_no_other(load):
+    content = "scheduler:\n  default_retry_policy: {max_attempts: 5, max_interval: 90s}\n"
+
+    settings = load(content + "dispatcher: {max_concurrent_jobs: 1, connect_timeout: 1500ms}")
+
+    retry_policy = RETRY | {"max_attempts": 5, "max_interval": "1m30s"}
+    assert settings["scheduler.default_retry_policy"] == retry_policy
+    assert settings["dispatcher.max_concurrent_per_host"] == 1
+    assert settings["dispatcher.connect_timeout"] == "1.5s"
+
+
+THREADS = "server:\n  http:\n    threads: "
+PAUSED = "scheduler:\n  paused: "
+NODE = "cluster:\n  node_id: "
+DIAL = "dispatcher:\n  "
+QUOTES = 'a value with ":", "#", "@" or "*" wants quotes'
+# fmt: off
+TAGS_AND_SHAPES = [
+    (NODE + "!!bool maybe", 2, "the tag tag:yaml.org,2002:bool is not supported"),
+    (THREADS + "!!int", 3, "the tag tag:yaml.org,2002:int is not supported"),
+    (NODE + "!!timestamp x", 2, "the tag tag:yaml.org,2002:timestamp is not supported"),
+    (THREADS + "8\n    threads: 9", 4, "'threads' is there twice"),
+    ("servr:\n  http:\n    address: x", 3, "did you mean 'server.http.address'"),
+    ("[]", 0, "must be a mapping"), ("false", 0, "must be a mapping"),
+    (DIAL + "blocked_networks: [5]", 2, "dispatcher.blocked_networks"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("content", "line", "said"), [
+    # row 50: words that YAML 1.1 takes for something else, and keys that are there twice
+    *((PAUSED + word, 2, "scheduler.paused must be true or false")
+      for word in ("off", "no", "on", "yes", "True", "0", "'true'")),
+    *((THREADS + word, 3, "server.http.threads must be a whole number from 8 to 256")
+      for word in ("1:30", "010", "0777", "0x10", "1e3", "1_6", "+16", "16.0", "'16'", "true", "7",
+                   "257", "1" * 40, "[16]", "2027-01-01")),
+    *((NODE + word, 2, "cluster.node_id must be a string")
+      for word in ("5", "true", "1.5", "[a]")),
+    (NODE + "!!binary aGk=", 2, ""),
+    ("a: 1\na: 3", 0, "'a' is there twice"),
+    # row 51: what wants quotes
+    *((NODE + word, 2, QUOTES) for word in ("@daily", "* * * * *", "a: b")),
+    # row 52: unknown keys, with the nearest
+    (THREADS + "16\n    adress: x", 4, "(did you mean 'server.http.address'?)"),
+    ("\nstore:\n  synchronus: FULL", 3, "(did you mean 'store.synchronous'?)"),
+    ("scheduler:\n  default_retry_policy:\n    max_attemps: 3", 3, "did you mean 'max_attempts'"),
+    ("server: 5", 1, "server"), ("server:\n  http: x", 2, "server.http"),
+    # row 53: other shapes
+    ("- 1", 0, "must be a mapping"), ("a word", 0, "must be a mapping"),
+    ("a: \x01", 0, "not YAML"),
+    ("a: &x [*x]", 1, "aliases are not supported"), ("a: &x [1]\nb: *x", 0, "aliases"),
+    ("[" * 2000, 0, QUOTES), ("#" * 300_000, 0, "larger than 262144 bytes"),
+    # values
+    *((f"server:\n  http:\n    address: {word}", 3, "must be an address")
+      for word in ("localhost", "'a:70000'", "'a:'", "':x'")),
+    ("store:\n  synchronous: OFF", 2, "must be one of FULL, NORMAL"),
+    (DIAL + "connect_timeout: 10", 2, "must be a duration"),
+    (DIAL + "blocked_networks: 10.0.0.0/8", 2, "must be a list"),
+    (DIAL + "blocked_networks: [10.0.0.1/8]", 2, "'10.0.0.1/8' is not a network"),
+    *TAGS_AND_SHAPES,
+])  # fmt: skip
+def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
+    message = refusal(content)
+
+    assert said in message
+    assert f": line {line}: " in message or not line
+
+
+def test_a_file_that_is_not_there_or_no_utf_8_is_refused_by_its_name(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"cluster:\n  node_id: \xe9\n")
+
+    for name in ("missing.yaml", "latin.yaml"):
+        with pytest.raises(chronos.StartError, match=name) as caught:
+            chronos.load_settings(tmp_path / name, {})
+        assert caught.value.exit_status == 78
+
+
+def test_a_reference_to_the_environment_is_replaced_and_refused_where_it_is_unset(load, refusal):
+    content = "cluster:\n  node_id: ${SITE}-${N_1}\n  data_dir: '/srv/${SITE}'\n"
+
+    settings = load(content, SITE="a: b #c", N_1="7")
+
+    assert settings["cluster.node_id"] == "a: b #c-7"
+    assert settings["cluster.data_dir"] == "/srv/a: b #c"
+    message = refusal(content, SITE="x")
+    assert "line 2: " in message
+    assert "N_1" in message
+
+
+def test_the_environment_overrides_the_file_and_is_read_as_a_yaml_scalar(load, refusal):
+    content = THREADS + "16\nscheduler:\n  paused: false\n  missed_run_grace: 5s\n"
+    environment = {"CHRONOS_SERVER_HTTP_THREADS": "32", "CHRONOS_SCHEDULER_PAUSED": "true"}
+
+    settings = load(content, **environment, CHRONOS_SERVER_HTTP_ADDRESS="0.0.0.0:9000")
+
+    assert (settings["server.http.threads"], settings["scheduler.paused"]) == (32, True)
+    assert settings["server.http.address"] == "0.0.0.0:9000"
+    assert settings["scheduler.missed_run_grace"] == "5s"
+    assert "whole number from 8" in refusal(content, CHRONOS_SERVER_HTTP_THREADS="many")
+
+
+def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load, tmp_path):
+    assert load("")["cluster.data_dir"] == str(tmp_path / "data")
+    assert load("cluster: {data_dir: ../b}")["cluster.data_dir"] == str(tmp_path / "../b")
+    assert load("cluster: {data_dir: /var/b}")["cluster.data_dir"] == "/var/b"
+    beside = chronos.load_settings(None, {})["cluster.data_dir"]
+    assert Path(beside) == CHRONOS.parent.resolve() / "data"
+
+
+# ======================================================================================
+# 8. Policies
+# ======================================================================================
+
+
+def retry_policy(**fields):
+    return chronos.RetryPolicy.of(RETRY | fields)
+
+
+def after(attempts=1, spent=0, timeout=300, policy=None, seconds=1, **fields):
+    """Return what becomes of an execution whose attempt began at NOON and took ``seconds``."""
+    names = {"job_version": 1, "trigger": "schedule", "target": "http://h:80", "due_at": None}
+    names |= {"status": "running", "scheduled_at": NOON, "attempts": attempts}
+    execution = chronos.Execution("exec-1", "job-1", **names, spent=spent * SECOND)
+    outcome = chronos.Outcome(execution, NOON, seconds * SECOND, 0, **fields)
+    ended_at = NOON + seconds * SECOND
+    return chronos.after_attempt(outcome, policy or retry_policy(), timeout * SECOND, ended_at)
+
+
+@pytest.mark.parametrize(
+    ("fields", "attempt", "asked", "seconds"),
+    [
+        ({}, 1, None, 1), ({}, 2, None, 2), ({}, 6, None, 32), ({}, 7, None, 60),
+        ({"multiplier": 100, "max_interval": "24h"}, 100, None, 86_400),
+        ({"multiplier": 1}, 9, None, 1), ({"multiplier": 1.5}, 3, None, 2.25),
+        ({"initial_interval": "5m"}, 1, None, 60),
+        ({}, 1, 0, 1), ({}, 1, 5, 5), ({}, 6, 5, 32), ({}, 1, 3600, 3600),
+    ],
+)  # fmt: skip
+def test_a_wait_grows_to_its_maximum_or_is_what_the_answer_asks(fields, attempt, asked, seconds):
+    asked = asked if asked is None else asked * SECOND
+
+    assert chronos.retry_wait(retry_policy(**fields), attempt, asked) == seconds * SECOND
+
+
+RUBBISH = [None, "", "soon", "-5", "1.5", "1e3", "\u0665", "9" * 30, "5s", "1 2 3", "\xff", ",,,"]
+RUBBISH += ["Mon, 32 Mar 2027 12:00:00 GMT"]
+ABSURD = ["Mon, 01 Mar 99999999999 12:00:00 GMT", f"Mon, 01 Mar 2027 12:00:00 +{9**20}"]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0),
+        (" 120 ", 120),
+        ("Mon, 01 Mar 2027 12:01:30 GMT", 90),
+        ("Monday, 01-Mar-27 12:00:10 GMT", 10),
+        ("Mon, 01 Mar 2027 13:01:30 +0100", 90),
+        ("Mon, 01 Mar 2027 11:00:00 GMT", 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, seconds):
+    assert chronos.parse_retry_after(value, NOON) == seconds * SECOND
+
+
+@pytest.mark.parametrize("value", RUBBISH + ABSURD)
+def test_any_other_retry_after_is_none(value):
+    assert chronos.parse_retry_after(value, NOON) is None
+
+
+def test_an_attempt_that_succeeds_ends_the_execution():
+    ended = after(status_code=200, response="OK", success=True)
+
+    assert (ended.status, ended.reason, ended.due_at) == ("success", None, None)
+    assert (ended.completed_at, ended.spent) == (NOON + SECOND, SECOND)
+    assert (ended.status_code, ended.response) == (200, "OK")
+
+
+@pytest.mark.parametrize("status_code", [None, 429, 500, 503, 599])
+def test_no_answer_429_and_5xx_are_tried_again_after_the_wait_which_counts_as_spent(status_code):
+    reason = "http_status" if status_code else "no_answer"
+
+    then = after(attempts=2, spent=3, status_code=status_code, reason=reason, error="why")
+
+    assert (then.status, then.reason, then.completed_at) == ("pending", None, None)
+    assert (then.due_at, then.spent) == (NOON + 3 * SECOND, 6 * SECOND)
+    assert (then.status_code, then.error) == (status_code, "why")
+
+
+@pytest.mark.parametrize("status_code", [429, 503])
+def test_success_codes_decide_before_the_question_of_a_retry(status_code):
+    assert after(status_code=status_code, success=True).status == "success"
+
+
+@pytest.mark.parametrize("status_code", [100, 204, 301, 404, 428])
+def test_any_other_answer_is_final(status_code):
+    then = after(status_code=status_code, reason="http_status")
+
+    assert (then.status, then.reason, then.due_at) == ("failed", "http_status", None)
+
+
+@pytest.mark.parametrize("reason", ["blocked", "timeout"])
+def test_a_blocked_target_and_the_time_limit_are_final(reason):
+    then = after(reason=reason)
+
+    assert (then.status, then.reason, then.due_at) == ("failed", reason, None)
+    assert then.completed_at == NOON + SECOND
+
+
+def test_the_last_attempt_that_is_allowed_ends_the_execution():
+    last = after(attempts=3, status_code=503, reason="http_status", error="503")
+
+    assert (last.status, last.reason, last.error) == ("failed", "http_status", "503")
+    assert after(policy=retry_policy(max_attempts=1), reason="no_answer").status == "failed"
+
+
+@pytest.mark.parametrize("timeout, becomes", [(10, ("failed", "timeout")), (11, ("pending", None))])
+def test_an_execution_fails_at_once_where_the_next_wait_would_pass_its_timeout(timeout, becomes):
+    then = after(spent=7, seconds=2, timeout=timeout, reason="no_answer", error="refused")
+
+    assert (then.status, then.reason) == becomes
+    assert then.error.startswith("refused")
+
+
+def test_a_retry_after_that_passes_the_timeout_fails_the_execution():
+    then = after(status_code=503, reason="http_status", retry_after=600 * SECOND)
+
+    assert (then.status, then.reason, then.completed_at) == ("failed", "timeout", NOON + SECOND)
+
+
+def test_an_attempt_cut_off_at_its_own_limit_is_no_answer_and_tried_again():
+    then = after(seconds=5, policy=retry_policy(attempt_timeout="5s"), reason="no_answer")
+
+    assert (then.status, then.due_at) == ("pending", NOON + 6 * SECOND)
+
+
+def test_the_attempt_log_keeps_every_attempt():
+    again = chronos.replace(after(reason="no_answer", error="refused"), attempts=2)
+    outcome = chronos.Outcome(again, NOON + 2 * SECOND, 250_000, 0, 200, "OK", True)
+
+    one, two = json.loads(chronos.after_attempt(outcome, retry_policy(), SECOND, NOON).attempt_log)
+
+    assert (one["number"], one["status_code"], one["error"]) == (1, None, "refused")
+    assert (two["number"], two["status_code"], two["error"]) == (2, 200, None)
+    assert (two["started_at"], two["duration"]) == ("2027-03-01T12:00:02Z", 250_000_000)
+
+
+@pytest.mark.parametrize("backlog", [1, 100, 101, 250])
+@pytest.mark.parametrize("policy, most", [("ignore", 0), ("execute_one", 1), ("execute_all", 100)])
+@pytest.mark.parametrize("expression", ["* * * * *", "@every 1m"])
+def test_of_missed_fire_times_the_newest_run_and_the_rest_is_passed_over(
+    expression, policy, most, backlog
+):
+    times = [NOON + n * 60 * SECOND for n in range(backlog)]
+    schedule = chronos.parse_schedule(expression)
+
+    missed = chronos.split_missed(schedule, "UTC", NOON, times[-1] + 59 * SECOND, policy)
+
+    left = max(0, backlog - most)
+    assert missed.newest == times[-1]
+    assert (missed.run, missed.passed_over) == (times[left:], left)
+    assert not left or missed.newest_passed_over == times[left - 1]
+
+
+def test_a_missed_at_is_the_whole_backlog():
+    schedule = chronos.parse_schedule("@at 2027-03-01T12:00:00Z")
+
+    missed = chronos.split_missed(schedule, "UTC", NOON, NOON + 3600 * SECOND, "execute_all")
+
+    assert (missed.newest, missed.run, missed.passed_over) == (NOON, [NOON], 0)
+
+
+INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
+
+# ======================================================================================
+# 9. Store
+# ======================================================================================
+
+
+def by_hand(world, statement, *values):
+    """Run a statement as another process would, on a connection of its own; return the rows."""
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as database:
+        return database.execute(statement, values).fetchall()
+
+
+def engine_connection(world):
+    return world.store._local.connection  # the test's thread is the engine's
+
+
+def add_jobs(world, count, url, **fields):
+    """Add enabled jobs in one commit, as fast as the store goes."""
+    retry, now = world.settings["scheduler.default_retry_policy"], world.clock.now()
+    config, _enabled = chronos.validate_job(job_body(url, **fields), retry, now)
+    cursor = chronos.parse_schedule(config["schedule"]).next_after(now, "UTC")
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    jobs = [chronos.Job(job_id, 1, True, now, now, cursor, config) for job_id in ids]
+    with world.store.transaction():
+        for job in jobs:
+            world.store.add_job(job, "tester")
+    return jobs
+
+
+def add_executions(world, job, count, status):
+    """Add executions of a job in one commit; pending ones are due."""
+    due_at = world.clock.now() if status == "pending" else None
+    target = chronos.target_of(job.config["webhook"]["url"])
+    with world.store.transaction():
+        for number in range(count):
+            values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
+            assert world.store.add_execution(chronos.Execution(*values))
+
+
+def test_a_commit_waits_for_the_disk_and_readers_do_not_wait_for_the_writer(world):
+    names = ("journal_mode", "synchronous", "application_id", "user_version")
+    values = [engine_connection(world).execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    assert values == ["wal", 2, 0x4368_726F, 1]
+    with world.store.transaction():
+        world.store.set_number("last_seen", 5)
+        assert by_hand(world, "SELECT value FROM meta WHERE key = 'last_seen'") == [(NOON,)]
+
+
+def test_nobody_else_can_read_the_data_directory(service, target):
+    service.create(target.url)
+
+    directory = service.service.data_dir
+    assert directory.stat().st_mode & 0o777 == 0o700
+    modes = {path.name: path.stat().st_mode & 0o777 for path in directory.glob("chronos.db*")}
+    assert modes == dict.fromkeys(["chronos.db", "chronos.db-wal", "chronos.db-shm"], 0o600)
+
+
+NEWER = "CREATE TABLE jobs (id); PRAGMA application_id = 0x4368726F; PRAGMA user_version = 99"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("CREATE TABLE accounts (id)", "is not a database of Chronos"),
+        (NEWER, "written by a newer Chronos"),
+        (b"no database" * 1000, "file is not a database"),
+    ],
+)
+def test_a_foreign_or_newer_file_is_refused_and_not_touched(tmp_path, content, message):
+    path = tmp_path / "chronos.db"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(content)
+    before, store = path.read_bytes(), chronos.Store(path)
+
+    with pytest.raises(chronos.StartError, match=message):
+        store.open()
+    store.close()
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_data_directory_has_one_process_and_the_second_is_told_which(tmp_path):
+    hold = "import chronos, sys; _ = chronos.lock_data_dir(chronos.Path(sys.argv[1])); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "data"]
+    lock = tmp_path / "data" / "chronos.lock"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CHRONOS.parent) as other:
+        wait_until(lambda: lock.exists() and lock.read_text())
+
+        with pytest.raises(chronos.StartError, match=f"process {other.pid}$") as refusal:
+            chronos.lock_data_dir(tmp_path / "data")
+        other.communicate(b"\n")
+
+    assert refusal.value.exit_status == chronos.EXIT_RUNNING
+    chronos.lock_data_dir(tmp_path / "data").close()
+
+
+def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
+    world = make_world(dispatcher__max_concurrent_per_host=1)
+    statements = set()
+    engine_connection(world).set_trace_callback(statements.add)
+
+    for path in ("/status/503", "/hang", "/ok"):
+        for concurrency in ("allow", "forbid", "replace"):
+            job = world.create(target.url + path, schedule="* * * * *", concurrency=concurrency)
+    for seconds in (60, 3600, 1):
+        world.clock.advance(seconds)
+        world.engine.run_pass()
+        world.engine.run_pass()
+    target.let_go.set()
+    world.settle()
+    world.do(world.engine.set_enabled, job.id, False)
+    world.executions(job)
+    world.do(world.engine.delete_job, job.id)
+    engine_connection(world).set_trace_callback(None)
+
+    kinds = ("SELECT", "WITH", "UPDATE", "DELETE", "INSERT")
+    plans = {
+        statement: str([row[3] for row in by_hand(world, f"EXPLAIN QUERY PLAN {statement}")])
+        for statement in statements
+        if statement.split()[0] in kinds
+    }
+    for mark in ("next_run_at <=", "due_at <=", "RECURSIVE", "min(due_at)", "IN ('pending'",
+                 "SET due_at", "ORDER BY seq DESC", "DELETE FROM executions"):  # fmt: skip
+        assert any(mark in statement for statement in plans), mark
+    walks = r"SCAN (TABLE )?(jobs|versions|executions|due)\b"
+    assert not [plan for plan in plans.items() if re.search(walks, plan[1])]
+    active = [plan for text, plan in plans.items() if "job_id" in text and "IN ('pending'" in text]
+    assert all("executions_active" in plan for plan in active)
+
+
+# ======================================================================================
+# 10. Dispatch
+# ======================================================================================
+
+JOB_ID = "11111111-1111-4111-8111-111111111111"
+WEBHOOK = chronos.validate(chronos.WEBHOOK_FIELDS, {"url": "http://localhost/"})
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Hostile:
+    """A raw socket server: ``behave(server, connection)`` runs in a thread for each connection."""
+
+    def __init__(self, behave, tls=None, host="127.0.0.1"):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.behave, self.tls = behave, tls
+        self.requests = queue.Queue()
+        self.accepted = 0
+        self.reached = threading.Semaphore(0)  # one release for each connection that is held
+        self.stopping = threading.Event()
+        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.handles = set()  # of the connections: TLS detaches the sockets themselves
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _address = self.listener.accept()
+                self.accepted += 1
+                self.threads.append(threading.Thread(target=self._serve, args=(connection,)))
+                self.threads[-1].start()
+
+    def _serve(self, connection):
+        handle = connection.dup()
+        self.handles.add(handle)
+        try:
+            connection.settimeout(20)
+            if self.tls:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            self.behave(self, connection)
+        except OSError:
+            pass  # the client went away, which is what most tests are about
+        finally:
+            self.handles.discard(handle)
+            handle.close()
+            connection.close()
+
+    def hold(self):
+        """Say that the connection is where the test wants it, and leave it so."""
+        self.reached.release()
+        self.stopping.wait(20)
+
+    def stop(self):
+        self.stopping.set()
+        for open_socket in (self.listener, *self.handles):
+            with contextlib.suppress(OSError):
+                open_socket.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join()
+        self.listener.close()
+
+
+def read_request(connection):
+    """Return one request, head and body; nothing at the end of the connection."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return b""
+        data += piece
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", data)
+    missing = int(length[1]) + data.index(b"\r\n\r\n") + 4 - len(data) if length else 0
+    while missing > 0:
+        missing -= len(connection.recv(65536)) or missing
+    return data
+
+
+def answers(raw, close=False):
+    """Return a behaviour: the same answer to every request."""
+
+    def behave(server, connection):
+        while request := read_request(connection):
+            server.requests.put(request)
+            connection.sendall(raw)
+            if close:
+                return
+
+    return behave
+
+
+def stalls(start):
+    """Return a behaviour: after the request this beginning of an answer, and no more."""
+
+    def behave(server, connection):
+        read_request(connection)
+        connection.sendall(start)
+        server.hold()
+
+    return behave
+
+
+def repeats(start, piece, pause=0.0):
+    """Return a behaviour: this beginning of an answer, and ``piece`` for ever."""
+
+    def behave(server, connection):
+        read_request(connection)
+        connection.sendall(start)
+        server.reached.release()
+        while not server.stopping.wait(pause):
+            connection.sendall(piece)
+
+    return behave
+
+
+def reads_nothing(server, _connection):
+    server.hold()
+
+
+def resets(_server, connection):
+    """Take a request and answer with a TCP reset."""
+    read_request(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+STALLS = {
+    "no byte": stalls(b""),
+    "half a head": stalls(b"HTTP/1.1 200 OK\r\nX-Half: "),
+    "a head that drips": repeats(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x", 0.1),
+    "100 Continue for ever": repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "half a body": stalls(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nOK"),
+    "a body that drips": repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"x", 0.1),
+    "a body without length": stalls(b"HTTP/1.1 200 OK\r\n\r\nOK"),
+    "a body without length that drips": repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0.1),
+    "half a chunk": stalls(CHUNKED + b"ff\r\nOK"),
+    "trailers for ever": repeats(CHUNKED + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
+    "a 30 MB request is not read": reads_nothing,
+}
+CONNECTING = ("SYN unanswered", "TLS handshake stalled")
+
+
+def begun_handshake(server, connection):
+    connection.recv(100)
+    server.hold()
+
+
+def make_attempt(url, allowed=10.0, reason="timeout", **webhook):
+    """Return an attempt that may take ``allowed`` seconds, of a webhook that nobody validated."""
+    ready = chronos.Webhook(WEBHOOK | {"url": url} | webhook)
+    execution = chronos.Execution(
+        "exec-1", JOB_ID, 1, "schedule", "running", NOON, ready.target, None, attempts=2
+    )
+    return chronos.Attempt(execution, ready, int(allowed * SECOND), reason)
+
+
+def timed_send(dispatcher, attempt):
+    """Return the outcome and how many seconds it took."""
+    start = time.monotonic()
+    outcome = dispatcher.send(attempt)
+    return outcome, time.monotonic() - start
+
+
+def headers_of(request):
+    """Return the headers of a raw request as a list of pairs."""
+    lines = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return [tuple(line.split(": ", 1)) for line in lines]
+
+
+@pytest.fixture
+def make_dispatcher(tmp_path):
+    dispatchers = []
+
+    def make(**overrides):
+        dispatchers.append(
+            chronos.Dispatcher(chronos.Clock(), make_settings(tmp_path, **overrides))
+        )
+        dispatchers[-1].start()
+        return dispatchers[-1]
+
+    yield make
+    for dispatcher in dispatchers:
+        dispatcher.stop()
+
+
+@pytest.fixture
+def dispatcher(make_dispatcher):
+    return make_dispatcher()
+
+
+@pytest.fixture
+def send(dispatcher):
+    return lambda url, **options: dispatcher.send(make_attempt(url, **options))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """Return the paths of a certificate for localhost and 127.0.0.1, and of its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    paths = directory / "certificate.pem", directory / "key.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", names,
+         "-addext", "keyUsage=critical,digitalSignature,keyCertSign",
+         "-out", paths[0], "-keyout", paths[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tls(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+@pytest.fixture
+def hostile():
+    servers = []
+
+    def make(behave, tls=None, host="127.0.0.1"):
+        servers.append(Hostile(behave, tls, host))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def deaf_url():
+    """Return a URL where a SYN gets no answer: the queue of the listener is full."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        with socket.create_connection(listener.getsockname()):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def stalled(hostile, deaf_url, tls):
+    """Return URL, options and a wait for a server that shows one of the ways to stall."""
+
+    def make(name, scheme):
+        if name == "SYN unanswered":
+            port = int(deaf_url.rpartition(":")[2])
+            row = re.compile(rf":{port:04X} 02 ")  # /proc/net/tcp: remote port, SYN_SENT
+            return deaf_url, {}, lambda: wait_until(lambda: row.search(proc_tcp()))
+        if name == "TLS handshake stalled":
+            server = hostile(begun_handshake)
+            server.url = server.url.replace("http:", "https:")
+        else:
+            server = hostile(STALLS[name], tls if scheme == "https" else None)
+        options = {"verify_tls": False}
+        if name == "a 30 MB request is not read":
+            options |= {"method": "POST", "body": "x" * 30_000_000}
+        return server.url, options, lambda: server.reached.acquire(timeout=10)
+
+    return make
+
+
+def proc_tcp():
+    return Path("/proc/net/tcp").read_text()
+
+
+@pytest.fixture
+def name_server(monkeypatch):
+    """Names that end in .test get no answer until the event is set; no other name exists.
+
+    Replaced, because a resolver that hangs can't be had without changing the machine, and because
+    no query may leave it.
+    """
+    let_go, real = threading.Event(), socket.getaddrinfo
+
+    def look_up(host, port, *arguments, flags=0, **options):
+        if not flags & socket.AI_NUMERICHOST and host != "localhost":
+            if host.endswith(".test"):
+                let_go.wait(20)
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, port, *arguments, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield let_go
+    let_go.set()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("dns-")])
+
+
+# ------------------------------------------------------------------------- the request
+
+
+def test_the_request_is_the_configured_one_with_the_headers_of_chronos(send, target):
+    outcome = send(
+        f"{target.url}/echo/a%20b?q=ö&r=1#part",
+        method="PUT",
+        body='{"name": "Zoë ☃"}',
+        headers={"X-Own": "Zoë"},
+    )
+
+    method, path, headers, body, _at = target.take()
+    assert (method, path) == ("PUT", "/echo/a%20b?q=%C3%B6&r=1")
+    assert body == '{"name": "Zoë ☃"}'.encode()
+    assert headers["X-Own"].encode("latin-1") in ("Zoë".encode("latin-1"), "Zoë".encode())
+    expected = {
+        "Host": target.url.removeprefix("http://"),
+        "User-Agent": f"chronos/{chronos.__version__}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Accept-Encoding": "identity",
+        "X-Chronos-Job-ID": JOB_ID,
+        "X-Chronos-Execution-ID": "exec-1",
+        "X-Chronos-Scheduled-Time": "2027-03-01T12:00:00Z",
+        "X-Chronos-Attempt": "2",
+        "Idempotency-Key": "exec-1",
+    }
+    assert {name: headers.get_all(name) for name in expected} == {
+        name: [value] for name, value in expected.items()
+    }
+    assert (outcome.success, outcome.status_code, outcome.response) == (True, 200, body.decode())
+    assert (outcome.reason, outcome.error, outcome.retry_after) == (None, None, None)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize("body", [None, "text"])
+def test_every_method_goes_out_with_and_without_a_body(send, target, method, body):
+    outcome = send(f"{target.url}/ok", method=method, body=body)
+
+    taken = target.take()
+    assert (taken[0], taken[3]) == (method, (body or "").encode())
+    assert (outcome.success, outcome.response) == (True, "" if method == "HEAD" else "OK")
+
+
+@pytest.mark.parametrize("name", ["user-agent", "idempotency-key", "content-type", "host"])
+def test_the_jobs_own_headers_win_in_whatever_case(send, target, name):
+    send(target.url, method="POST", body="{}", headers={name: "own.example"})
+
+    assert target.take()[2].get_all(name) == ["own.example"]
+
+
+def test_the_x_chronos_headers_are_those_of_chronos(send, target):
+    send(target.url, headers={"x-chronos-attempt": "77", "X-Chronos-Job-Id": "forged"})
+
+    headers = target.take()[2]
+    assert headers.get_all("X-Chronos-Attempt") == ["2"]
+    assert headers.get_all("X-Chronos-Job-ID") == [JOB_ID]
+
+
+@pytest.mark.parametrize(
+    "body, content_type",
+    [
+        ('{"a": 1}', "application/json"),
+        ("[" * 100_000, "text/plain; charset=utf-8"),
+        ("Zoë", "text/plain; charset=utf-8"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_body_without_content_type_is_json_if_it_parses_else_text(
+    send, target, body, content_type
+):
+    send(target.url, method="POST", body=body)
+
+    assert target.take()[2]["Content-Type"] == content_type
+
+
+@pytest.mark.parametrize(
+    "auth, name, value",
+    [
+        (
+            {"type": "basic", "username": "zoë", "password": "pä:ss"},
+            "Authorization",
+            "Basic " + base64.b64encode("zoë:pä:ss".encode()).decode(),
+        ),
+        ({"type": "bearer", "token": "t0k.en=="}, "Authorization", "Bearer t0k.en=="),
+        ({"type": "api_key", "header": "X-API-Key", "api_key": "k"}, "X-API-Key", "k"),
+        ({"type": "api_key", "header": "X-Own", "api_key": "k"}, "X-Own", "k"),
+    ],
+)
+def test_auth_sets_its_header_last(send, target, auth, name, value):
+    send(target.url, auth=auth, headers={name.lower(): "the job's own"})
+
+    assert target.take()[2].get_all(name) == [value]
+
+
+def test_an_ipv6_target_is_named_in_brackets(send, hostile):
+    server = hostile(answers(OK), host="::1")
+
+    assert send(server.url).success
+    assert ("Host", f"[::1]:{server.port}") in headers_of(server.requests.get())
+
+
+def test_proxy_variables_netrc_and_cookies_are_not_used(send, target, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login l password p\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    target.extra_headers = {"Set-Cookie": "a=b; Path=/"}
+
+    outcomes = [send(target.url) for _ in range(2)]
+
+    assert [outcome.success for outcome in outcomes] == [True, True]
+    for _ in outcomes:
+        headers = target.take()[2]
+        assert headers["Authorization"] is None and headers["Cookie"] is None
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_answer_and_is_not_followed(send, target, hostile, code):
+    elsewhere = hostile(answers(OK))
+    target.extra_headers = {"Location": elsewhere.url}
+
+    failed = send(f"{target.url}/status/{code}", method="POST", body="x")
+    success = send(f"{target.url}/status/{code}", method="POST", body="x", success_codes=[code])
+
+    assert (failed.reason, failed.status_code, success.success) == ("http_status", code, True)
+    assert target.received.qsize() == 2 and elsewhere.accepted == 0
+
+
+def test_success_codes_decide_and_the_sentence_names_the_status(send, hostile):
+    busy = hostile(answers(b"HTTP/1.1 503 Too Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"))
+
+    outcome = send(busy.url)
+
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "http_status", 503)
+    assert outcome.error == "the server answered 503 Too Busy"
+    assert outcome.retry_after == 7 * SECOND
+    assert send(busy.url, success_codes=[503]).success
+    assert not send(hostile(answers(OK)).url, success_codes=[503]).success
+
+
+def test_a_senseless_retry_after_does_not_turn_an_answer_into_none(send, target):
+    target.extra_headers = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}
+
+    assert send(target.url).success
+
+
+# --------------------------------------------------------------------------- keep-alive
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_connection_is_reused(send, hostile, tls, scheme):
+    server = hostile(answers(OK), tls if scheme == "https" else None)
+
+    outcomes = [send(server.url, verify_tls=False) for _ in range(5)]
+
+    assert all(outcome.success for outcome in outcomes)
+    assert (server.accepted, server.requests.qsize()) == (1, 5)
+
+
+def test_requests_at_the_same_time_do_not_share_a_connection(send, hostile):
+    together = threading.Barrier(4)
+
+    def behave(_server, connection):
+        while read_request(connection):
+            together.wait(10)
+            connection.sendall(OK)
+
+    server = hostile(behave)
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(send, [server.url] * 8))
+
+    assert all(outcome.success for outcome in outcomes)
+    assert server.accepted == 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000,  # read in part
+    ],
+)
+def test_a_connection_that_is_used_up_is_not_reused(send, hostile, answer):
+    server = hostile(answers(answer))
+
+    assert send(server.url).success
+    assert send(server.url).success
+    assert server.accepted == 2
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("end", ["closed while idle", "closed", "reset"])
+def test_a_reused_connection_that_is_dead_is_replaced_in_the_same_attempt(
+    send, hostile, tls, scheme, end
+):
+    closed = threading.Event()
+
+    def behave(server, connection):
+        server.requests.put(read_request(connection))
+        connection.sendall(OK)
+        if server.accepted == 1 and end == "closed":
+            server.requests.put(read_request(connection))
+        elif server.accepted == 1 and end == "reset":
+            resets(server, connection)
+        connection.close()
+        closed.set()
+
+    server = hostile(behave, tls if scheme == "https" else None)
+
+    assert send(server.url, verify_tls=False).success
+    assert end != "closed while idle" or closed.wait(10)
+    assert send(server.url, verify_tls=False, method="POST", body="x").success
+    assert server.accepted == 2
+
+
+@pytest.mark.parametrize("behave", [answers(b"", close=True), resets])
+def test_a_fresh_connection_that_is_dead_is_no_answer(send, hostile, behave):
+    server = hostile(behave)
+
+    outcome = send(server.url)
+
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
+    assert outcome.error == f"{server.url} closed the connection without an answer"
+    assert server.accepted == 1
+
+
+def test_an_interim_answer_is_passed_over_and_its_final_one_never_answers_another_request(
+    send, hostile
+):
+    def behave(_server, connection):
+        for name in (b"first", b"second"):
+            read_request(connection)
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+            time.sleep(0.2)  # the final answer comes in a packet of its own
+            body = b"Content-Length: %d\r\n\r\n%s" % (len(name), name)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + body)
+
+    server = hostile(behave)
+
+    assert [send(server.url).response for _ in range(2)] == ["first", "second"]
+
+
+def test_what_tls_has_read_ahead_does_not_answer_the_next_request(send, hostile, tls):
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 12000\r\n\r\n"
+    server = hostile(answers(head + b"x" * 12_000), tls)  # a body that HEAD must not have
+
+    for _ in range(2):
+        assert send(server.url, method="HEAD", verify_tls=False).error is None
+
+
+# --------------------------------------------------------------------------- the answer
+
+
+def encoded(coding, body):
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (coding, len(body)) + body
+
+
+def typed(content_type, body):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (content_type, len(body)) + body
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\nto the end", "to the end"),
+        (b"HTTP/1.1 200 OK\n\nbare line feeds", "bare line feeds"),
+        (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", "x"),
+        (CHUNKED + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", ""),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, "OK"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK and more than was said", "OK"),
+        (typed(b"text/plain", "Zoë ☃".encode()), "Zoë ☃"),
+        (typed(b"text/plain; charset=latin-1", b"Zo\xeb"), "Zoë"),
+        (typed(b'text/plain; charset="UTF-16LE"', "☃".encode("utf-16-le")), "☃"),
+        (typed(b"text/plain; charset=klingon", "☃".encode()), "☃"),
+        (typed(b"text/plain; charset=base64", "☃".encode()), "☃"),
+        (typed(b"text/plain", b"a\xff\xed\xa0\x80b"), "a\ufffd\ufffd\ufffd\ufffdb"),
+        (typed(b"text/plain; charset=unicode_escape", rb"a\ud800b"), r"a\ud800b"),
+        (encoded(b"gzip", gzip.compress("☃".encode())), "☃"),
+        (encoded(b"deflate", zlib.compress("☃".encode())), "☃"),
+        (encoded(b"gzip", b"not gzip"), "not gzip"),
+        (encoded(b"gzip", b""), ""),
+    ],
+)
+def test_an_answer_is_kept_as_text(send, hostile, answer, text):
+    outcome = send(hostile(answers(answer, close=True)).url)
+
+    assert (outcome.success, outcome.response) == (True, text), outcome.error
+
+
+@pytest.mark.parametrize("code", [204, 304])
+def test_an_answer_that_can_have_no_body_ends_with_its_head(send, hostile, code):
+    head = b"HTTP/1.1 %d Fine\r\nTransfer-Encoding: chunked\r\n\r\n" % code
+
+    outcome = send(hostile(answers(head)).url, success_codes=[204, 304], allowed=0.5)
+
+    assert (outcome.status_code, outcome.response) == (code, "")
+
+
+def test_a_body_of_exactly_the_limit_is_whole_and_one_byte_more_is_marked(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=10)
+    whole = hostile(answers(typed(b"text/plain", b"x" * 10)))
+    longer = hostile(answers(typed(b"text/plain", b"x" * 11)))
+    chunked = hostile(answers(CHUNKED + b"a\r\n" + b"x" * 10 + b"\r\n0\r\n\r\n"))
+
+    responses = [dispatcher.send(make_attempt(s.url)).response for s in (whole, longer, chunked)]
+
+    assert responses == ["x" * 10, "x" * 10 + "\n[cut off after 10 bytes]", "x" * 10]
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 65536),
+        repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", b"\0" * 65536),
+        repeats(CHUNKED + b"ffffffffffffff\r\n", b"\0" * 65536),
+        repeats(CHUNKED, b"1000\r\n" + b"\0" * 4096 + b"\r\n"),
+        answers(encoded(b"gzip", gzip.compress(b"\0" * 60_000_000))),
+        answers(encoded(b"deflate", zlib.compress(b"\0" * 60_000_000))),
+    ],
+    ids=["endless", "endless length", "endless chunk", "endless chunks", "gzip", "deflate"],
+)
+def test_of_an_endless_body_or_a_bomb_only_the_limit_is_read(send, hostile, behave):
+    server = hostile(behave)
+
+    tracemalloc.start()
+    outcome = send(server.url)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert outcome.success and outcome.duration < SECOND
+    assert outcome.response == "\0" * 65536 + "\n[cut off after 65536 bytes]"
+    assert peak < 3_000_000
+
+
+def test_a_chunk_of_negative_size_is_no_answer(send, hostile):
+    outcome = send(hostile(stalls(CHUNKED + b"-1\r\n" + b"x" * 200_000)).url, allowed=1)
+
+    assert (outcome.reason, outcome.status_code) == ("no_answer", None)
+
+
+def test_no_charset_makes_an_attempt_outlast_its_limit(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=200_000)
+    server = hostile(answers(typed(b"text/plain; charset=punycode", b"b" * 200_000)))
+
+    assert timed_send(dispatcher, make_attempt(server.url, allowed=0.5))[1] < 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 20",
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nO",
+        CHUNKED,
+        CHUNKED + b"2\r\nO",
+        CHUNKED + b"2\r\nOK\r\n",
+        CHUNKED + b"no number\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 1000,
+        b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000,
+        b"HTTP/1.1 0 Odd\r\n\r\n",
+        b"\0\xff\n\n",
+    ],
+)
+def test_half_an_answer_is_no_answer(send, hostile, tls, scheme, start):
+    server = hostile(answers(start, close=True), tls if scheme == "https" else None)
+
+    outcome = send(server.url, verify_tls=False)
+
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
+    assert outcome.response is None
+    assert server.url in outcome.error and "unexpected" not in outcome.error
+
+
+# ----------------------------------------------------------------- the limit, the abort
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "limit, reason", [("timeout", "timeout"), ("attempt_timeout", "no_answer")]
+)
+def test_every_hostile_server_is_cut_off_at_the_limit(dispatcher, stalled, scheme, limit, reason):
+    names = [*STALLS, *CONNECTING]
+    servers = [stalled(name, scheme) for name in names]
+
+    attempts = [make_attempt(url, 1, limit, **options) for url, options, _wait in servers]
+    with ThreadPoolExecutor(len(names)) as pool:
+        results = pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts)
+    wrong = [
+        (name, seconds, outcome)
+        for name, (outcome, seconds) in zip(names, results, strict=True)
+        if not (1 <= seconds <= 1.5 and outcome.reason == reason)
+        or (outcome.success, outcome.status_code, outcome.response) != (False, None, None)
+        or limit not in outcome.error
+    ]
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", CONNECTING)
+def test_connecting_has_a_limit_of_its_own(make_dispatcher, stalled, name):
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
+    url, options, _wait = stalled(name, "http")
+
+    outcome, seconds = timed_send(dispatcher, make_attempt(url, **options))
+
+    assert 0.5 <= seconds <= 1
+    assert (outcome.success, outcome.reason) == (False, "no_answer")
+    assert outcome.error.startswith("no connection to ")
+
+
+def test_the_limit_for_connecting_does_not_bound_the_answer(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="100ms")
+    server = hostile(stalls(b""))
+
+    outcome, seconds = timed_send(dispatcher, make_attempt(server.url, allowed=0.6))
+
+    assert outcome.reason == "timeout" and 0.6 <= seconds <= 1.1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("name", [*STALLS, *CONNECTING])
+def test_an_abort_ends_an_attempt_at_once_wherever_it_waits(dispatcher, stalled, name, scheme):
+    url, options, wait = stalled(name, scheme)
+    attempt = make_attempt(url, **options)
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dispatcher.send, attempt)
+        assert wait()
+        aborted_at = time.monotonic()
+        attempt.abort("replaced")
+        attempt.abort("timeout")
+        outcome = sent.result()
+
+    assert time.monotonic() - aborted_at < 0.2
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "replaced", None)
+
+
+def test_an_attempt_that_was_aborted_before_it_began_sends_nothing(dispatcher, hostile):
+    server = hostile(answers(OK))
+    attempt = make_attempt(server.url)
+
+    attempt.abort("cancelled")
+
+    assert dispatcher.send(attempt).reason == "cancelled"
+    assert server.requests.empty()
+
+
+def test_a_late_abort_does_not_cut_the_next_attempt_on_the_connection(dispatcher, hostile):
+    server = hostile(answers(OK))
+    first, second = make_attempt(server.url), make_attempt(server.url)
+
+    dispatcher.send(first)
+    first.abort("cancelled")
+
+    assert dispatcher.send(second).success
+    assert server.accepted == 1
+
+
+def test_aborts_leave_no_thread_and_no_descriptor_behind(dispatcher, hostile, tls):
+    def until_it_ends(server, connection):
+        read_request(connection)
+        server.reached.release()
+        connection.recv(1)
+
+    def used():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    servers = [hostile(until_it_ends), hostile(until_it_ends, tls)]
+    warm_up = make_attempt(servers[1].url, allowed=0, verify_tls=False)
+    dispatcher.send(warm_up)
+    wait_until(lambda: not any(thread.is_alive() for s in servers for thread in s.threads[1:]))
+    before, slowest = used(), 0.0
+
+    for _round in range(5):
+        attempts = [make_attempt(servers[i % 2].url, 60, verify_tls=False) for i in range(100)]
+        with ThreadPoolExecutor(100) as pool:
+            sent = [pool.submit(dispatcher.send, attempt) for attempt in attempts]
+            for server in servers:
+                assert all(server.reached.acquire(timeout=10) for _ in range(50))
+            start = time.monotonic()
+            for attempt in attempts:
+                attempt.abort("cancelled")
+            assert {future.result().reason for future in sent} == {"cancelled"}
+            slowest = max(slowest, time.monotonic() - start)
+
+    wait_until(lambda: used() == before)
+    assert slowest < 1
+
+
+# ------------------------------------------------------------------------- names, addresses
+
+
+def test_a_look_up_that_hangs_is_cut_off_and_only_16_may_hang(dispatcher, name_server):
+    attempts = [make_attempt(f"http://host{i}.test/", allowed=0.6) for i in range(20)]
+
+    with ThreadPoolExecutor(20) as pool:
+        results = list(pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts))
+
+    cut = [seconds for outcome, seconds in results if outcome.reason == "timeout"]
+    busy = [outcome for outcome, _s in results if outcome.error.startswith("DNS busy")]
+    assert (len(cut), len(busy)) == (16, 4)
+    assert all(0.6 <= seconds <= 1.1 for seconds in cut)
+    assert {outcome.reason for outcome in busy} == {"no_answer"}
+
+
+def test_look_ups_go_on_once_the_hanging_ones_have_ended(dispatcher, name_server, hostile):
+    for i in range(16):
+        dispatcher.send(make_attempt(f"http://host{i}.test/", allowed=0))
+    url = hostile(answers(OK)).url.replace("127.0.0.1", "localhost")
+
+    busy = dispatcher.send(make_attempt(url))
+    name_server.set()
+
+    assert busy.error.startswith("DNS busy")
+    wait_until(lambda: dispatcher.send(make_attempt(url)).success)
+
+
+def test_an_abort_ends_a_look_up_that_hangs(dispatcher, name_server):
+    attempt = make_attempt("http://host.test/")
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(timed_send, dispatcher, attempt)
+        wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("dns-")])
+        attempt.abort("cancelled")
+
+    assert sent.result()[0].reason == "cancelled" and sent.result()[1] < 0.5
+
+
+CLOSED_BY_DEFAULT = """
+169.254.169.254 169.254.0.1 168.63.129.16 0.0.0.0 0.1.2.3 224.0.0.1 239.255.255.250
+255.255.255.255 :: fe80::1 fe80::1%lo ff02::1 fd00:ec2::254 ::ffff:169.254.169.254
+::ffff:0.0.0.0 ::ffff:a83f:8110 2002:a9fe:a9fe:: 2002:a9fe:a9fe::1 64:ff9b::a9fe:a9fe
+64:ff9b::168.63.129.16"""
+OPEN_BY_DEFAULT = """
+127.0.0.1 ::1 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 fd00::1 8.8.8.8 2001:db8::1
+::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::808:808"""
+SPELLINGS = """
+127.0.0.2 127.2 2130706434 0x7f.2 0x7f000002 0177.0.0.2 017700000002
+[::ffff:127.0.0.2] [::ffff:7f00:2] [0:0:0:0:0:ffff:7f00:0002]"""
+DEFAULT_BLOCKED = chronos.SETTINGS["dispatcher.blocked_networks"].default
+
+
+@pytest.mark.parametrize(
+    "address",
+    CLOSED_BY_DEFAULT.split(),
+)
+def test_link_local_metadata_and_addresses_of_no_single_host_are_blocked(address):
+    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
+        chronos.AddressPolicy(DEFAULT_BLOCKED, []).check(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    OPEN_BY_DEFAULT.split(),
+)
+def test_loopback_private_and_public_addresses_are_open(address):
+    chronos.AddressPolicy(DEFAULT_BLOCKED, []).check(address)
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3", "::ffff:10.1.2.3", "2002:a01:203::", "fd00::5"])
+def test_allowed_networks_close_everything_else(address):
+    policy = chronos.AddressPolicy(DEFAULT_BLOCKED, ["10.0.0.0/8", "fd00::/8", "169.254.0.0/16"])
+
+    policy.check(address)
+    for closed in ("127.0.0.1", "::1", "11.0.0.1", "::ffff:11.0.0.1", "64:ff9b::b00:1"):
+        with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.allowed_networks"):
+            policy.check(closed)
+    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
+        policy.check("169.254.1.1")
+
+
+@pytest.mark.parametrize(
+    "host",
+    SPELLINGS.split(),
+)
+def test_a_blocked_address_is_refused_in_every_spelling(make_dispatcher, hostile, host):
+    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
+    allowed = make_dispatcher(dispatcher__allowed_networks=["127.0.0.1/32"])
+    server = hostile(answers(OK), host="127.0.0.2")
+    url = server.url.replace("127.0.0.2", host)
+
+    for dispatcher in (closed, allowed):
+        outcome = dispatcher.send(make_attempt(url))
+        assert (outcome.reason, outcome.status_code) == ("blocked", None)
+        assert "is blocked: " in outcome.error
+    assert server.accepted == 0
+    assert make_dispatcher().send(make_attempt(url)).success
+
+
+@pytest.mark.parametrize("host", ["[64:ff9b::7f00:2]", "[2002:7f00:2::]", "[2002:7f00:2::9]"])
+def test_a_blocked_address_is_refused_inside_an_ipv6_one(make_dispatcher, host):
+    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
+
+    assert dispatcher.send(make_attempt(f"http://{host}/")).reason == "blocked"
+
+
+def test_a_name_for_a_blocked_address_is_refused(make_dispatcher, hostile):
+    server = hostile(answers(OK))
+    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.0/8", "::1/128"])
+
+    outcome = closed.send(make_attempt(f"http://localhost:{server.port}/"))
+
+    assert outcome.reason == "blocked" and server.accepted == 0
+
+
+# ------------------------------------------------------------------------------------- TLS
+
+
+def test_an_unknown_authority_is_refused_unless_it_is_in_ca_bundle_or_nobody_asks(
+    make_dispatcher, hostile, tls, certificate
+):
+    server = hostile(answers(OK), tls)
+    strict = make_dispatcher()
+    trusting = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
+
+    assert strict.send(make_attempt(server.url, verify_tls=False)).success
+    refused = strict.send(make_attempt(server.url))
+
+    assert (refused.reason, refused.status_code) == ("no_answer", None)
+    assert re.match(f"the certificate of {server.url} is not trusted: self.signed", refused.error)
+    assert trusting.send(make_attempt(server.url)).success
+    assert trusting.send(make_attempt(server.url.replace("127.0.0.1", "localhost"))).success
+    assert server.requests.qsize() == 3
+
+
+def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, tls, certificate):
+    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
+    server = hostile(answers(OK), tls, host="127.0.0.3")
+
+    refused = dispatcher.send(make_attempt(server.url))
+
+    assert refused.error.startswith(f"the certificate of {server.url} is not trusted: ")
+    assert "127.0.0.3" in refused.error.partition("trusted: ")[2]
+    assert dispatcher.send(make_attempt(server.url, verify_tls=False)).success
+
+
+# ------------------------------------------------------------------- sentences and secrets
+
+
+def test_a_refused_connection_is_named_with_its_address(send):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+
+        outcome = send(f"http://127.0.0.1:{port}/hook?token=canary")
+
+    assert outcome.reason == "no_answer"
+    assert outcome.error == f"connection refused by 127.0.0.1:{port}"
+
+
+def test_a_name_without_an_address_is_named(send, name_server):
+    outcome = send("http://nowhere.example/hook?token=canary")
+
+    assert outcome.reason == "no_answer"
+    assert outcome.error == (
+        "the name nowhere.example cannot be resolved: Name or service not known"
+    )
+
+
+@pytest.mark.parametrize(
+    "start, sentence",
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", "closed the connection in the middle of its answer"),
+        (b"SSH-2.0-OpenSSH\r\n", "sent what is not a proper HTTP answer"),
+    ],
+)
+def test_a_broken_answer_is_explained(send, hostile, start, sentence):
+    server = hostile(answers(start, close=True))
+
+    assert send(server.url).error.startswith(f"{server.url} {sentence}")
+
+
+def test_tls_with_a_server_that_has_none_is_explained(send, target):
+    url = target.url.replace("http:", "https:")
+
+    outcome = send(url)
+
+    assert outcome.reason == "no_answer" and outcome.error.startswith(f"TLS with {url} failed: ")
+
+
+@pytest.mark.parametrize(
+    "webhook, secrets",
+    [
+        ({"headers": {"X-Auth-Token": "sesame"}}, ["sesame"]),
+        ({"headers": {"Authorization": "Digest canary"}}, ["canary"]),
+        ({"auth": {"type": "bearer", "token": "canary-1"}}, ["canary-1"]),
+        ({"auth": {"type": "api_key", "header": "X-Key", "api_key": "canary"}}, ["canary"]),
+        (
+            {"auth": {"type": "basic", "username": "u", "password": "canary"}},
+            ["canary", base64.b64encode(b"u:canary").decode()],
+        ),
+    ],
+)
+def test_secrets_are_masked_in_response_and_error(send, hostile, webhook, secrets):
+    echo = " ".join(secrets).encode()
+    head = b"HTTP/1.1 500 %s\r\nContent-Length: %d\r\n\r\n%s" % (echo, len(echo), echo)
+
+    outcome = send(hostile(answers(head)).url, **webhook)
+
+    masked = " ".join(["********"] * len(secrets))
+    assert (outcome.error, outcome.response) == (f"the server answered 500 {masked}", masked)
+
+
+def test_a_secret_of_five_characters_is_too_common_to_be_masked(send, hostile):
+    server = hostile(answers(typed(b"text/plain", b"today")))
+
+    assert send(server.url, headers={"X-Token": "today"}).response == "today"
+
+
+# --------------------------------------------------------- what slips through validation
+
+
+@pytest.mark.parametrize("url", ["http://a..b/", f"http://{'a' * 64}.test/", "http://x\u00e9..y/"])
+def test_a_name_that_cannot_exist_is_explained_as_one(send, url):
+    outcome = send(url)
+
+    assert outcome.reason == "no_answer" and "cannot be resolved" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        {"url": "http://a..b/"},
+        {"url": f"http://{'a' * 64}.test/"},
+        {"url": "http://[::1%25nope]/"},
+        {"url": "http://[fe80::1%lo]/"},
+        {"url": "https://127.0.0.1:1/\x00"},
+        {"headers": {"X-Snow": "☃"}},
+        {"headers": {"X-\ud800": "x"}},
+    ],
+)
+def test_what_slips_through_validation_ends_as_an_outcome(send, target, webhook):
+    outcome = send(**{"url": target.url} | webhook)
+
+    assert (outcome.success, outcome.status_code) == (False, None)
+    assert outcome.reason in ("no_answer", "blocked") and outcome.error
+
+
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        {"url": "http://*.test/"},
+        {"url": "http://.x/"},
+        {"method": "POST", "body": "\ud800"},
+        {"headers": {"X-Split": "a\r\nX-Chronos-Attempt: 9"}},
+        {"headers": {"X-Number": 5}},
+        {"auth": {"type": "basic", "username": "\ud800", "password": ""}},
+    ],
+)
+def test_what_cannot_be_prepared_ends_as_an_outcome(send, target, webhook):
+    outcome = send(**{"url": target.url} | webhook)
+
+    assert (outcome.success, outcome.reason) == (False, "no_answer")
+    assert target.received.empty()
+
+
+# ======================================================================================
+# 11. Engine: fire times and executions
+# ======================================================================================
+
+
+def script(target, *paths):
+    """Make the target treat its requests, one after another, as if made for these paths.
+
+    "/hang/echo" hangs until let_go is set, and is then "/echo".
+    """
+    left = list(paths)
+
+    class Scripted(TargetHandler):
+        def do_POST(self):
+            self.path = left.pop(0) if left else self.path
+            if self.path.startswith("/hang/"):
+                self.server.hanging.release()
+                self.server.let_go.wait(30)
+                self.path = self.path.removeprefix("/hang")
+            self.answer()
+
+    target.RequestHandlerClass = Scripted
+
+
+def trigger(world, job):
+    """Trigger a job, and return the id of the execution."""
+    execution_id = f"exec-{uuid.uuid4()}"
+    world.do(world.engine.trigger, job.id, execution_id)
+    return execution_id
+
+
+def hang(world, target, job):
+    """Trigger a job whose request hangs, and return the id of the execution."""
+    execution_id = trigger(world, job)
+    assert target.hanging.acquire(timeout=10)
+    return execution_id
+
+
+def turn_until(world, condition):
+    """Turn the engine until something is so."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        world.engine.run_pass(10_000)
+
+
+def states(world, job, *names):
+    """Return the status of each execution of a job, or other columns, the oldest first."""
+    rows = [tuple(getattr(e, name) for name in names) for e in world.executions(job)]
+    return rows if names else [e.status for e in world.executions(job)]
+
+
+def fire_times(target, job):
+    """Return the fire times that the target was called for, in the order of the calls."""
+    headers = [target.take()[2] for _ in range(target.received.qsize())]
+    mine = [h for h in headers if h["X-Chronos-Job-ID"] == job.id]
+    return [h["X-Chronos-Scheduled-Time"][11:-1] for h in mine]
+
+
+def at(text):
+    """Return an instant of the day on which the tests begin."""
+    return chronos.parse_time(f"2027-03-01T{text}Z")
+
+
+def test_a_fire_time_becomes_one_execution_whose_id_follows_from_it(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(59)
+    assert world.executions(job) == []
+    world.advance(1)
+
+    [execution] = world.executions(job)
+    assert execution.id == f"exec-{uuid.uuid5(uuid.UUID(job.id), '2027-03-01T12:01:00Z')}"
+    assert (execution.status, execution.trigger) == ("success", "schedule")
+    assert execution.scheduled_at == at("12:01:00")
+    assert target.take()[2]["X-Chronos-Execution-ID"] == execution.id
+
+
+def test_a_fire_time_never_fires_twice_even_if_the_cursor_is_moved_back(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+    world.advance(60)
+
+    by_hand(world, "UPDATE jobs SET next_run_at = ?", at("12:01:00"))
+    world.do(world.engine.set_enabled, job.id, True)
+    world.settle()
+
+    assert fire_times(target, job) == ["12:01:00"]
+    assert world.store.job(job.id).next_run_at == at("12:02:00")
+
+
+def test_a_thousand_jobs_that_are_due_in_the_same_second_all_fire_once(world, target):
+    jobs = add_jobs(world, 1000, target.url, schedule="* * * * *")
+
+    world.advance(60)
+
+    calls = [target.take()[2]["X-Chronos-Job-ID"] for _ in jobs]
+    assert sorted(calls) == sorted(job.id for job in jobs)
+    assert target.received.empty()
+    ended = by_hand(world, "SELECT status, trigger, count(*) FROM executions GROUP BY 1, 2")
+    assert ended == [("success", "schedule", 1000)]
+
+
+def test_nothing_is_sent_before_its_execution_is_on_disk_as_running(world, target):
+    seen = queue.SimpleQueue()
+
+    class Witness(TargetHandler):
+        def do_POST(self):
+            find = "SELECT status, attempts FROM executions WHERE id = ?"
+            seen.put(by_hand(world, find, self.headers["X-Chronos-Execution-ID"]))
+            self.answer()
+
+    target.RequestHandlerClass = Witness
+    add_jobs(world, 100, target.url, schedule="* * * * *")
+
+    world.advance(60)
+
+    assert [seen.get(timeout=10) for _ in range(100)] == [[("running", 1)]] * 100
+
+
+def test_disabling_a_job_leaves_what_was_due_before_and_its_retries(world, target):
+    script(target, "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(60)
+    world.do(world.engine.set_enabled, job.id, False)
+    world.settle()
+
+    world.advance(3600)
+    world.do(world.engine.set_enabled, job.id, True)
+    world.settle()
+
+    assert states(world, job, "status", "attempts") == [("success", 2)]
+    assert world.store.job(job.id).next_run_at == at("13:02:00")
+
+
+def test_disabling_a_job_leaves_what_was_due_before_behind_many_others(world, target):
+    job = add_jobs(world, 300, target.url, schedule="* * * * *")[-1]
+
+    world.clock.advance(60)
+    world.do(world.engine.set_enabled, job.id, False)
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_every_is_spaced_from_the_previous_fire_time(world, target):
+    job = world.create(target.url, schedule="@every 10s")
+
+    world.advance(13)
+    world.advance(7)
+
+    assert fire_times(target, job) == ["12:00:10", "12:00:20"]
+
+
+def test_at_fires_once_and_a_spent_job_can_not_be_enabled(world, target):
+    job = world.create(target.url, schedule="@at 2027-03-01T12:00:30Z")
+
+    world.advance(30)
+
+    assert states(world, job) == ["success"]
+    assert not world.store.job(job.id).enabled
+    with pytest.raises(chronos.ApiError, match="nothing comes any more") as refusal:
+        world.do(world.engine.set_enabled, job.id, True)
+    assert refusal.value.code == "CONFLICT"
+
+
+def test_a_paused_server_starts_nothing(make_world, target):
+    world = make_world(scheduler__paused=True)
+    job = world.create(target.url, schedule="* * * * *")
+    add_executions(world, job, 1, "pending")
+
+    world.advance(60)
+    with pytest.raises(chronos.ApiError, match="paused"):
+        trigger(world, job)
+
+    assert states(world, job) == ["pending"]
+    assert target.received.empty()
+
+
+def test_a_pass_with_nothing_to_do_writes_nothing_but_the_heartbeat(world, target):
+    world.create(target.url)
+    world.settle()
+    with contextlib.closing(sqlite3.connect(world.store.path)) as observer:
+        commits = lambda: observer.execute("PRAGMA data_version").fetchone()[0]  # noqa: E731
+        before = commits()
+
+        for _ in range(59):
+            world.advance(1)
+            assert commits() == before
+        world.advance(1)
+
+        assert commits() == before + 1
+    assert world.store.number("last_seen") == at("12:01:00")
+
+
+# ======================================================================================
+# 11. Engine: retries and limits
+# ======================================================================================
+
+
+def test_retries_wait_in_the_database_for_one_second_and_then_two(world, target):
+    job = world.create(target.url + "/status/503")
+    trigger(world, job)
+    world.settle()
+    waits = []
+
+    while (execution := world.executions(job)[0]).status == "pending":
+        waits.append((execution.due_at - world.clock.now()) / SECOND)
+        world.advance(waits[-1] - 0.001)
+        assert world.executions(job) == [execution]
+        world.advance(0.001)
+
+    assert waits == [1, 2]
+    assert (execution.status, execution.reason, execution.attempts) == ("failed", "http_status", 3)
+    log = [
+        (e["number"], e["started_at"][-3:], e["status_code"])
+        for e in json.loads(execution.attempt_log)
+    ]
+    assert log == [(1, "00Z", 503), (2, "01Z", 503), (3, "03Z", 503)]
+    calls = [target.take()[2] for _ in range(3)]
+    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2", "3"]
+    assert {call["X-Chronos-Execution-ID"] for call in calls} == {execution.id}
+
+
+@pytest.mark.parametrize(("asked", "wait"), [("7", 7), ("0", 1), ("soon", 1)])
+def test_a_longer_retry_after_is_respected(world, target, asked, wait):
+    target.extra_headers["Retry-After"] = asked
+    job = world.create(target.url + "/status/429")
+
+    trigger(world, job)
+    world.settle()
+
+    assert world.executions(job)[0].due_at == NOON + wait * SECOND
+
+
+def test_the_time_allowed_spans_attempts_and_waits(world, target):
+    script(target, "/status/503", "/hang")
+    job = world.create(target.url, timeout="30s", retry_policy={"initial_interval": "20s"})
+    trigger(world, job)
+    world.settle()
+
+    world.dispatcher.start()
+    world.clock.advance(20)
+    world.engine.run_pass()
+    assert target.hanging.acquire(timeout=10)
+    world.advance(10)
+    world.dispatcher.stop()
+
+    assert states(world, job, "status", "reason", "attempts") == [("failed", "timeout", 2)]
+    assert world.executions(job)[0].to_json("report")["duration"] == 30_000_000_000
+
+
+def test_an_execution_whose_next_wait_would_pass_the_limit_fails_at_once(world, target):
+    job = world.create(target.url + "/status/503", timeout="3s")
+
+    trigger(world, job)
+    world.settle()
+    world.advance(1)
+
+    assert states(world, job, "status", "reason", "spent") == [("failed", "timeout", SECOND)]
+
+
+def test_every_attempt_uses_the_version_that_the_execution_began_with(world, target):
+    job = world.create(target.url + "/status/503")
+    trigger(world, job)
+    world.settle()
+
+    config = job.config | {"webhook": job.config["webhook"] | {"url": target.url + "/ok"}}
+    by_hand(world, "INSERT INTO versions VALUES (?, 2, ?, 0, '')", job.id, json.dumps(config))
+    by_hand(world, "UPDATE jobs SET version = 2")
+    world.advance(1)
+    world.advance(2)
+    trigger(world, job)
+    world.settle()
+
+    assert [target.take()[1] for _ in range(4)] == ["/status/503"] * 3 + ["/ok"]
+    assert states(world, job, "job_version", "status") == [(1, "failed"), (2, "success")]
+
+
+@pytest.fixture
+def other_target():
+    server = Target()
+    yield server
+    server.stop()
+
+
+def test_no_more_run_at_once_than_there_are_workers_and_the_oldest_is_next(make_world, target):
+    world = make_world(dispatcher__max_concurrent_jobs=1, dispatcher__max_concurrent_per_host=9)
+    hang(world, target, world.create(target.url + "/hang"))
+    jobs = [world.create(f"{target.url}/{n}", schedule=f"@every {n}s") for n in (5, 3, 4)]
+
+    world.clock.advance(5)
+    world.engine.run_pass()
+    assert [states(world, job) for job in jobs] == [["pending"]] * 3
+    target.let_go.set()
+    world.settle()
+
+    assert [target.take()[1] for _ in range(4)] == ["/hang", "/3", "/4", "/5"]
+
+
+def test_a_dead_target_does_not_hold_up_the_others(make_world, target, other_target):
+    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
+    dead = world.create(target.url + "/hang", concurrency="allow")
+    add_executions(world, dead, 10, "pending")
+    job = world.create(other_target.url)
+
+    trigger(world, job)
+    turn_until(world, lambda: states(world, job) == ["success"])
+
+    assert sorted(states(world, dead)) == ["pending"] * 8 + ["running"] * 2
+    target.let_go.set()
+    world.settle()
+    assert states(world, dead) == ["success"] * 10
+
+
+def test_taking_stays_quick_while_50000_executions_wait_for_a_dead_target(
+    make_world, target, other_target
+):
+    world = make_world(dispatcher__max_concurrent_per_host=1)
+    dead = world.create(target.url + "/hang", concurrency="allow")
+    job = world.create(other_target.url, concurrency="allow")
+    hang(world, target, dead)
+    full = {chronos.target_of(target.url)}
+
+    def quickest():
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            assert world.store.due_executions(world.clock.now(), 64, full) == []
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    add_executions(world, dead, 100, "pending")
+    few = quickest()
+    add_executions(world, dead, 49_900, "pending")
+    assert quickest() < 5 * few
+
+    trigger(world, job)
+    turn_until(world, lambda: states(world, job) == ["success"])
+
+
+# ======================================================================================
+# 11. Engine: overlap
+# ======================================================================================
+
+IN_THE_WAY = pytest.mark.parametrize(
+    ("path", "status"), [("/hang", "running"), ("/status/503", "pending")]
+)
+
+
+@IN_THE_WAY
+def test_forbid_skips_what_overlaps_and_names_the_one_in_the_way(world, target, path, status):
+    script(target, path)
+    job = world.create(target.url, concurrency="forbid")
+    first = trigger(world, job)
+    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
+
+    trigger(world, job)
+
+    skipped = world.executions(job)[1]
+    assert (skipped.status, skipped.reason, skipped.completed_at) == ("skipped", "overlap", NOON)
+    assert skipped.error == f"{first} was still {status}"
+
+
+@IN_THE_WAY
+def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, path, status):
+    script(target, path)
+    job = world.create(target.url, concurrency="replace")
+    old = trigger(world, job)
+    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
+
+    with world.engine.waiter(old) as ended:
+        new = trigger(world, job)
+        assert ended.is_set()
+    world.advance(60)  # though the target still holds the old request
+
+    assert states(world, job, "id", "status", "reason", "error") == [
+        (old, "failed", "replaced", f"replaced by {new}"),
+        (new, "success", None, None),
+    ]
+    assert target.received.qsize() == 2
+
+
+# ======================================================================================
+# 11. Engine: missed runs
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    ("server", "own", "run", "missed"),
+    [
+        ("ignore", None, [], (3, at("12:01:00"), at("12:03:00"))),
+        ("ignore", "execute_one", ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
+        ("execute_one", None, ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
+        ("execute_one", "execute_all", ["12:01:00", "12:02:00", "12:03:00"], None),
+    ],
+)
+def test_missed_runs_are_made_up_for_as_the_policy_says(
+    make_world, target, server, own, run, missed
+):
+    world = make_world(scheduler__missed_run_policy=server)
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy=own)
+
+    world.advance(230)
+
+    assert fire_times(target, job) == run
+    rows = [e for e in world.executions(job) if e.status != "skipped"]
+    assert [e.trigger for e in rows] == ["catch_up"] * len(run)
+    assert all(e.id == chronos.scheduled_id(job.id, e.scheduled_at) for e in rows)
+    skipped = states(
+        world, job, "missed_count", "missed_from", "missed_to", "scheduled_at", "reason"
+    )
+    expected = [(*missed, missed[2], "missed")] if missed else []
+    assert [row for row in skipped if row[0]] == expected
+    world.advance(10)
+    assert fire_times(target, job) == ["12:04:00"]
+
+
+def test_execute_all_makes_up_for_the_newest_100_in_order(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+
+    world.advance(150 * 60)
+
+    newest = [NOON + n * 60 * SECOND for n in range(51, 151)]
+    assert fire_times(target, job) == [chronos.format_time(n)[11:-1] for n in newest]
+    assert states(world, job, "status", "missed_count", "missed_to") == [
+        ("skipped", 50, at("12:50:00")),
+        *[("success", None, None)] * 100,
+    ]
+
+
+@pytest.mark.parametrize("concurrency", ["allow", "forbid", "replace"])
+def test_runs_that_are_made_up_for_run_one_at_a_time(world, target, concurrency):
+    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
+    script(target, "/hang", "/status/503")
+    job = world.create(target.url, schedule="0 * * * *", **fields)
+
+    world.clock.advance(3 * 3600 + 60)
+    turn_until(world, lambda: target.hanging.acquire(blocking=False))
+    world.engine.run_pass()
+    assert states(world, job) == ["running", "pending", "pending"]
+    target.let_go.set()
+    world.settle()
+    assert states(world, job) == ["success", "pending", "pending"]  # the second waits to retry
+    world.advance(1)
+
+    assert states(world, job) == ["success"] * 3
+    assert fire_times(target, job) == ["13:00:00", "14:00:00", "14:00:00", "15:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "after"),
+    [
+        ("allow", ["running", "pending", "running"]),
+        ("forbid", ["running", "pending", "skipped"]),
+        ("replace", ["failed", "failed", "running"]),
+    ],
+)
+def test_a_normal_fire_time_that_meets_made_up_runs_follows_the_policy(
+    world, target, concurrency, after
+):
+    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
+    job = world.create(target.url + "/hang", schedule="0 * * * *", **fields)
+    world.clock.advance(2 * 3600 + 3590)
+    world.engine.run_pass()
+
+    world.clock.advance(10)
+    world.engine.run_pass()
+
+    kinds = ["catch_up", "catch_up", "schedule"]
+    assert states(world, job, "trigger", "status") == list(zip(kinds, after, strict=True))
+
+
+@pytest.mark.parametrize(("late", "kind"), [(10, "schedule"), (10.001, "catch_up")])
+def test_a_fire_time_is_missed_when_it_is_older_than_the_grace(world, target, late, kind):
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(60 + late)
+
+    assert states(world, job, "trigger", "status") == [(kind, "success")]
+
+
+def test_what_the_engine_takes_long_to_work_off_is_late_but_not_missed(world, target):
+    jobs = add_jobs(world, 300, target.url, schedule="0 * * * *")
+    world.clock.advance(3600)
+    world.engine.run_pass()
+    assert not all(world.executions(job) for job in jobs)
+
+    world.advance(60)
+
+    assert [states(world, job, "trigger") for job in jobs] == [[("schedule",)]] * 300
+
+
+# ======================================================================================
+# 11. Engine: after a crash
+# ======================================================================================
+
+
+def test_after_a_crash_what_ran_is_due_at_once_and_its_attempt_counts(make_world, target):
+    script(target, "/hang")
+    before = make_world()
+    job = before.create(target.url)
+    execution_id = hang(before, target, job)
+
+    world = make_world()
+    assert states(world, job, "status", "due_at") == [("pending", NOON)]
+    world.settle()
+
+    [execution] = world.executions(job)
+    assert (execution.id, execution.status, execution.attempts) == (execution_id, "success", 2)
+    errors = [entry["error"] for entry in json.loads(execution.attempt_log)]
+    assert errors == [INTERRUPTED, None]
+    calls = [target.take()[2] for _ in range(2)]
+    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
+    assert {call["Idempotency-Key"] for call in calls} == {execution_id}
+
+
+def test_after_a_crash_what_ran_in_its_last_attempt_has_failed(make_world, target):
+    before = make_world()
+    job = before.create(target.url + "/hang", retry_policy={"max_attempts": 1})
+    hang(before, target, job)
+
+    world = make_world()
+    world.settle()
+
+    expected = ("failed", "interrupted", 1, NOON)
+    assert states(world, job, "status", "reason", "attempts", "completed_at") == [expected]
+
+
+def test_a_run_that_is_resumed_after_a_crash_comes_before_what_was_missed(make_world, target):
+    script(target, "/hang", "/status/503")
+    before = make_world()
+    job = before.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+    before.clock.advance(60)
+    before.engine.run_pass()
+    assert target.hanging.acquire(timeout=10)
+
+    world = make_world()
+    world.advance(125)
+    assert states(world, job) == ["pending"] * 3  # the resumed one waits to retry
+    world.advance(2)
+
+    assert states(world, job) == ["success"] * 3
+    assert fire_times(target, job) == ["12:01:00"] * 3 + ["12:02:00", "12:03:00"]
+
+
+def test_a_crash_during_a_big_delete_does_not_stop_the_next_start(make_world, target):
+    before = make_world()
+    job = before.create(target.url + "/hang")
+    add_executions(before, job, 2000, "success")
+    hang(before, target, job)
+    before.do(before.engine.delete_job, job.id)
+
+    world = make_world()
+    turn_until(world, lambda: world.executions(job) == [])
+
+
+# ======================================================================================
+# 11. Engine: the clock
+# ======================================================================================
+
+
+def test_a_step_forward_is_missed_time_and_keeps_the_waits_of_retries(world, target):
+    retrying = world.create(target.url + "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    trigger(world, retrying)
+    world.settle()
+
+    world.clock.step(3600)
+    world.advance(0.999)
+    assert states(world, job, "status", "missed_count") == [("skipped", 59), ("success", None)]
+    assert states(world, retrying, "attempts") == [(1,)]
+    world.advance(0.001)
+
+    assert states(world, retrying, "attempts") == [(2,)]
+
+
+def test_a_step_back_of_less_than_3_h_makes_cursors_wait_but_not_retries(world, target):
+    retrying = world.create(target.url + "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.advance(60)
+    trigger(world, retrying)
+    world.settle()
+
+    world.clock.step(-2.9 * 3600)
+    world.advance(1)
+    assert states(world, retrying, "attempts") == [(2,)]
+    world.advance(2.9 * 3600 - 2)
+    assert fire_times(target, job) == ["12:01:00"]
+    world.advance(61)
+
+    assert fire_times(target, job) == ["12:02:00"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_step_back_of_more_than_3_h_computes_every_cursor_anew(make_world, target, restart):
+    world = make_world()
+    jobs = add_jobs(world, 300, target.url, schedule="0 * * * *")
+    world.advance(3600)
+
+    world.clock.step(-4 * 3600)
+    world = make_world() if restart else world
+    world.settle()
+    for _ in range(4):  # to 13:00, which has been
+        world.advance(3600)
+
+    assert target.received.qsize() == 1200
+    fired = [chronos.to_datetime(e.scheduled_at).hour for e in world.executions(jobs[-1])]
+    assert fired == [13, 10, 11, 12]
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+def test_a_step_during_an_attempt_leaves_the_wait_after_it_as_it_is(world, target, step):
+    script(target, "/hang/status/503")
+    job = world.create(target.url)
+    hang(world, target, job)
+
+    world.clock.step(step)
+    target.let_go.set()
+    world.settle()
+
+    assert world.executions(job)[0].due_at == world.clock.now() + SECOND
+
+
+def test_a_clock_from_before_the_release_fires_nothing_and_decades_are_not_missed(
+    make_world, clock, target, caplog
+):
+    clock.step(-NOON / SECOND)
+    world = make_world(scheduler__missed_run_policy="execute_all")
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(3600)
+    assert "no job fires" in caplog.text
+    clock.step(NOON / SECOND - 3600)
+    world.settle()
+    assert world.executions(job) == []
+    world.advance(60)
+
+    assert states(world, job, "scheduled_at", "status") == [(at("12:01:00"), "success")]
+
+
+# ======================================================================================
+# 11. Engine: writes
+# ======================================================================================
+
+
+def set_number(world, key):
+    """Hand in a change, which writes ``key``."""
+    return world.engine.hand_in(lambda _turn: world.store.set_number(key, 1))
+
+
+def numbers(world):
+    return [key for (key,) in by_hand(world, "SELECT key FROM meta ORDER BY key")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(chronos.ApiError("CONFLICT", "no"), "CONFLICT"), (RuntimeError("oh"), "INTERNAL_ERROR")],
+)
+def test_changes_are_one_commit_and_one_that_fails_takes_no_other_with_it(world, error, code):
+    def fail(_turn):
+        world.store.set_number("b", 1)
+        raise error
+
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+    first = set_number(world, "a")
+    second = world.engine.hand_in(fail)
+    third = set_number(world, "c")
+    world.engine.run_pass()
+
+    with pytest.raises(chronos.ApiError) as refusal:
+        second.result(5)
+    assert refusal.value.code == code
+    assert (first.result(5), third.result(5)) == (None, None)
+    assert numbers(world) == ["a", "c", "last_seen"]
+    assert statements.count("COMMIT") == 1
+
+
+def fill_disk(world):
+    """Let the database grow no more, as on a full disk."""
+    [pages] = engine_connection(world).execute("PRAGMA page_count").fetchone()
+    engine_connection(world).execute(f"PRAGMA max_page_count = {pages}")
+
+
+def free_disk(world):
+    engine_connection(world).execute("PRAGMA max_page_count = 1000000")
+
+
+def test_a_full_disk_refuses_every_change_of_the_pass(world):
+    fill_disk(world)
+
+    writes = [set_number(world, key) for key in ("a", "b" * 90_000, "c")]
+    world.engine.run_pass()
+
+    for write in writes:
+        with pytest.raises(chronos.StoreError, match="disk is full") as refusal:
+            write.result(5)
+        assert refusal.value.code == "STORE_ERROR"
+    assert numbers(world) == ["last_seen"]
+    assert "disk is full" in world.engine.problem
+    free_disk(world)
+    again = set_number(world, "b" * 90_000)
+    world.engine.run_pass()
+    assert again.result(5) is world.engine.problem is None
+
+
+def test_an_outcome_that_a_full_disk_refuses_is_kept_and_written_later(world, target):
+    script(target, "/hang/echo")
+    job = world.create(target.url, webhook={"body": "x" * 60_000})
+    hang(world, target, job)
+    fill_disk(world)
+
+    target.let_go.set()
+    turn_until(world, lambda: world.engine.problem)
+    world.engine.run_pass()
+    assert states(world, job) == ["running"]
+    free_disk(world)
+    world.settle()
+
+    assert states(world, job, "status", "response") == [("success", "x" * 60_000)]
+    assert target.received.qsize() == 1
+
+
+def test_who_has_waited_too_long_withdraws_a_change_that_was_not_begun(world, target, monkeypatch):
+    job = world.create(target.url)
+    monkeypatch.setattr(chronos, "WRITE_PATIENCE_S", 0.05)
+
+    with pytest.raises(chronos.StoreError, match="nothing was changed"):
+        world.engine.set_enabled(job.id, False)
+    world.settle()
+
+    assert world.store.job(job.id).enabled
+
+
+@pytest.mark.parametrize("status", ["success", "pending"])
+def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_world, target, status):
+    world = make_world(dispatcher__max_concurrent_per_host=1)
+    job, other = [world.create(target.url + "/hang", concurrency="allow") for _ in range(2)]
+    running = hang(world, target, job)
+    add_executions(world, other, 10, "success")
+    add_executions(world, job, 5000, status)
+    waiting = trigger(world, job)
+    left = [5002]
+
+    with world.engine.waiter(running) as first, world.engine.waiter(waiting) as second:
+        threading.Thread(target=world.engine.delete_job, args=[job.id]).start()
+        while left[-1]:
+            world.engine.run_pass(10_000)
+            left.append(world.store.count_executions(job.id))
+        assert first.is_set()
+        assert second.is_set()
+    world.settle()  # though the target still holds the request
+
+    assert world.store.jobs() == [other]
+    assert target.received.qsize() == 1
+    assert world.store.count_executions(other.id) == 10
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+
+
+INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
+
+# ======================================================================================
+# 12. API
+# ======================================================================================
+
+EXAMPLE = {  # the request body of "Create Job" in the API reference
+    "name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *",
+    "timezone": "America/New_York",
+    "webhook": {
+        "url": "https://api.example.com/reports", "method": "POST",
+        "headers": {"Authorization": "Bearer token123", "Content-Type": "application/json"},
+        "body": "{\"type\": \"daily\"}", "auth": {"type": "bearer", "token": "my-secret-token"},
+        "success_codes": [200, 201, 202]},
+    "retry_policy": {
+        "max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0},
+    "timeout": "5m", "concurrency": "forbid",
+    "tags": {"team": "backend", "environment": "production"}, "enabled": True,
+}  # fmt: skip
+NOBODY = "http://127.0.0.1:1/"  # nobody listens on port 1
+ONCE = {"max_attempts": 1}
+CANARY = "canary-in-a-coal-mine"
+WITH_SECRET = {
+    "bearer": {"auth": {"type": "bearer", "token": CANARY}},
+    "basic": {"auth": {"type": "basic", "username": "user", "password": CANARY}},
+    "api_key": {"auth": {"type": "api_key", "api_key": CANARY}},
+    "header": {"headers": {"Authorization": f"Bearer {CANARY}"}},
+    "another header": {"headers": {"X-Hook-Token": CANARY}},
+}
+
+
+class HeaderEcho(TargetHandler):
+    """Answers with the headers of the request, and says so in its reason phrase."""
+
+    def do_POST(self):
+        answer = str(self.headers).encode()
+        self.send_response(503, "Sorry\x1b[31m\x85CRITICAL " + self.headers["X-Chronos-Job-ID"])
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+def send_as_is(client, method, path, body=None):
+    """Send a path just as it is written, which requests does not; return status and answer."""
+    host, port = client.url.removeprefix("http://").split(":")
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        answer.text = answer.read().decode()
+        return answer.status, answer
+
+
+def trigger_path(job, query=""):
+    return f"/jobs/{job['id']}/trigger{query}"
+
+
+@pytest.fixture
+def background():
+    """Runs calls that wait for something, in threads."""
+    pool = concurrent.futures.ThreadPoolExecutor(32)
+    yield pool
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def test_health_is_healthy_and_knows_the_time(service):
+    health = service.get("/health")
+
+    assert health["status"] == "healthy"
+    assert abs(chronos.parse_time(health["timestamp"]) / SECOND - time.time()) < 5
+
+
+def test_a_store_that_fails_is_a_store_error_which_health_shows_until_it_is_over(service):
+    with contextlib.closing(sqlite3.connect(service.service.store.path)) as database:
+        database.execute("ALTER TABLE jobs RENAME TO gone")
+        assert service.error(500, "POST", "/jobs", job_body(NOBODY))["code"] == "STORE_ERROR"
+        assert service.error(500, "GET", "/jobs")["code"] == "STORE_ERROR"
+        problem = service.error(503, "GET", "/health")
+        database.execute("ALTER TABLE gone RENAME TO jobs")
+
+    assert problem["code"] == "UNAVAILABLE"
+    assert "no such table: jobs" in problem["message"]
+    wait_until(lambda: service.call("GET", "/health")[0] == 200)
+    assert service.create(NOBODY)["name"] == "report"
+
+
+def test_the_example_of_the_reference_is_created_with_every_field_and_sent(service, target):
+    webhook = EXAMPLE["webhook"] | {"url": target.url + "/reports"}
+
+    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
+
+    shown = {"Authorization": "********", "Content-Type": "application/json"}
+    webhook |= {"headers": shown, "auth": {"type": "bearer", "token": "********"}}
+    assert webhook.items() <= job["webhook"].items()
+    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
+    plain = EXAMPLE.keys() - {"webhook", "retry_policy"}
+    assert {name: job[name] for name in plain} == {name: EXAMPLE[name] for name in plain}
+    assert str(uuid.UUID(job["id"])) == job["id"]
+    assert job["created_at"] == job["updated_at"]
+    next_run = datetime.fromisoformat(job["next_run"]).astimezone(ZoneInfo("America/New_York"))
+    assert (next_run.hour, next_run.minute, next_run.second) == (9, 0, 0)
+    assert service.post(trigger_path(job))["status"] == "success"
+    method, path, headers, body, _at = target.take()
+    assert (method, path, body) == ("POST", "/reports", b'{"type": "daily"}')
+    assert headers["Authorization"] == "Bearer my-secret-token"
+    assert headers["Content-Type"] == "application/json"
+
+
+def test_what_a_create_leaves_out_has_the_defaults_of_the_reference(service):
+    body = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
+
+    job = service.post("/jobs", body)
+
+    assert job["timezone"] == "UTC"
+    assert job["webhook"]["method"] == "GET"
+    assert job["webhook"]["success_codes"] is job["webhook"]["body"] is job["description"] is None
+    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
+    assert (job["timeout"], job["concurrency"], job["tags"]) == ("5m", "forbid", {})
+    assert job["enabled"] is False
+    assert job["next_run"] is None
+
+
+def test_jobs_are_listed_in_the_order_of_their_creation_as_get_shows_them(service):
+    jobs = [service.create(NOBODY, name=name) for name in "bca"]
+
+    assert service.get("/jobs") == {"jobs": jobs, "total": 3}
+    assert service.get(f"/jobs/{jobs[1]['id']}") == jobs[1]
+
+
+def test_a_job_has_a_next_run_only_while_it_is_enabled(service):
+    job = service.create(NOBODY)
+
+    enabled = service.post(f"/jobs/{job['id']}/enable")
+    again = service.post(f"/jobs/{job['id']}/enable")
+    disabled = service.post(f"/jobs/{job['id']}/disable")
+
+    year = datetime.now(UTC).year + 1
+    assert (job["enabled"], job["next_run"]) == (False, None)
+    assert (enabled["enabled"], enabled["next_run"]) == (True, f"{year}-01-01T00:00:00Z")
+    assert again == enabled
+    assert (disabled["enabled"], disabled["next_run"]) == (False, None)
+
+
+def test_a_deleted_job_is_gone_with_its_executions(service, target):
+    job = service.create(target.url + "/ok")
+    execution = service.post(trigger_path(job))
+
+    assert service.expect(200, "DELETE", f"/jobs/{job['id']}") == {"id": job["id"]}
+
+    for path in ("", "/executions", f"/executions/{execution['id']}"):
+        assert service.error(404, "GET", f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
+    for method, path in (("DELETE", ""), ("POST", "/enable"), ("POST", "/trigger")):
+        assert service.error(404, method, f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
+    wait_until(lambda: service.service.store.count_executions(job["id"]) == 0)
+    assert service.get("/jobs") == {"jobs": [], "total": 0}
+
+
+def test_a_trigger_answers_with_the_ended_execution_even_of_a_disabled_job(service, target):
+    job = service.create(target.url + "/ok", enabled=False)
+
+    execution = service.post(trigger_path(job))
+
+    _method, _path, headers, _body, _at = target.take()
+    instants = ("scheduled_time", "started_at", "completed_at")
+    scheduled, started, completed = (chronos.parse_time(execution[name]) for name in instants)
+    assert headers["X-Chronos-Execution-ID"] == execution["id"]
+    assert execution["id"] == f"exec-{uuid.UUID(execution['id'][5:])}"
+    assert (execution["job_id"], execution["job_name"]) == (job["id"], "report")
+    assert (execution["status"], execution["attempts"]) == ("success", 1)
+    assert (execution["status_code"], execution["response"]) == (200, "OK")
+    assert scheduled <= started < completed
+    assert 0 < execution["duration"] // 1000 <= completed - started + SECOND // 100
+    assert execution["node_id"] == service.service.settings["cluster.node_id"]
+    assert service.get(f"/jobs/{job['id']}")["last_execution"]["id"] == execution["id"]
+
+
+@pytest.mark.parametrize(("query", "at_least"), [("?wait=0", 0), ("?wait=1s", 1)])
+def test_a_trigger_waits_no_longer_than_it_is_asked_to(service, target, query, at_least):
+    job = service.create(target.url + "/hang")
+    start = time.monotonic()
+
+    execution = service.expect(202, "POST", trigger_path(job, query))
+
+    assert at_least <= time.monotonic() - start < at_least + 5
+    assert execution["status"] in ("pending", "running")
+    assert execution["completed_at"] is execution["duration"] is None
+    target.let_go.set()
+    path = f"/jobs/{job['id']}/executions/{execution['id']}"
+    assert wait_until(lambda: service.get(path)["completed_at"])
+
+
+@pytest.mark.parametrize("wait", ["", "x", "5", "-1s", "1e3s", "NaN", "inf", "%D9%A3s", "1s%00"])
+def test_a_wait_that_is_no_duration_is_refused_and_nothing_runs(service, target, wait):
+    job = service.create(target.url + "/ok")
+
+    error = service.error(400, "POST", trigger_path(job, f"?wait={wait}"))
+
+    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "wait")
+    assert service.get(f"/jobs/{job['id']}/executions")["total"] == 0
+
+
+def test_a_wait_of_ages_is_as_good_as_none_given(service, target):
+    job = service.create(target.url + "/ok")
+
+    status, _envelope = service.call("POST", trigger_path(job, "?wait=999999999999h"))
+
+    assert status in (200, 400)
+
+
+def test_a_trigger_whose_webhook_answers_with_a_failure_is_200_and_failed(service, target):
+    job = service.create(target.url + "/status/503", retry_policy=ONCE)
+
+    execution = service.post(trigger_path(job))
+
+    assert (execution["status"], execution["reason"]) == ("failed", "http_status")
+    assert (execution["status_code"], execution["response"]) == (503, "OK")
+    assert "503" in execution["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "timeout", "cause"),
+    [
+        (NOBODY, "5s", "refused"),
+        ("/hang", "200ms", "timeout"),
+        ("http://127.0.0.2:1/", "5s", "127.0.0.2"),
+    ],
+)
+def test_a_trigger_without_any_answer_is_an_execution_error(
+    make_service, target, path, timeout, cause
+):
+    service = make_service(dispatcher__blocked_networks=["127.0.0.2/32"])
+    url = target.url + path if path.startswith("/") else path
+    job = service.create(url, timeout=timeout, retry_policy=ONCE)
+
+    error = service.error(500, "POST", trigger_path(job))
+
+    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
+    assert (error["code"], execution["status"]) == ("EXECUTION_ERROR", "failed")
+    assert execution["id"] in error["message"]
+    assert execution["error"] in error["message"]
+    assert cause in error["message"]
+
+
+def test_a_trigger_that_meets_a_running_execution_under_forbid_is_200_and_skipped(service, target):
+    job = service.create(target.url + "/hang", concurrency="forbid")
+    first = service.expect(202, "POST", trigger_path(job, "?wait=0"))
+
+    second = service.post(trigger_path(job))
+
+    assert (second["status"], second["reason"], second["attempts"]) == ("skipped", "overlap", 0)
+    assert first["id"] in second["error"]
+
+
+def test_triggers_that_wait_leave_four_threads_to_everybody_else(make_service, target, background):
+    service = make_service(server__http__threads=8)
+    job = service.create(target.url + "/hang", concurrency="allow")
+    calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(20)]
+
+    at_once = concurrent.futures.as_completed(calls, 10)
+    done = {next(at_once) for _ in range(16)}
+    start = time.monotonic()
+    service.get("/health")
+
+    assert time.monotonic() - start < 1
+    assert [call.result()[0] for call in done] == [202] * 16
+    target.let_go.set()
+    assert [call.result(10)[0] for call in set(calls) - done] == [200] * 4
+
+
+def test_the_executions_of_a_job_are_listed_newest_first_and_at_most_100(service, target):
+    job = service.create(target.url + "/hang")
+    ids = [service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"]]
+    ids += [service.post(trigger_path(job))["id"] for _ in range(104)]
+    path = f"/jobs/{job['id']}/executions"
+
+    for query, count in (("", 20), ("?limit=1", 1), ("?limit=100", 100), ("?limit=101", 100)):
+        page = service.get(path + query)
+        assert [execution["id"] for execution in page["executions"]] == ids[::-1][:count]
+        assert page["total"] == 105
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1e99", "", "1.5", "%D9%A3", "9" * 5000])
+def test_a_limit_that_is_no_number_from_1_is_refused(service, limit):
+    job = service.create(NOBODY)
+
+    error = service.error(400, "GET", f"/jobs/{job['id']}/executions?limit={limit}")
+
+    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "limit")
+
+
+def test_one_execution_shows_each_attempt(service, target):
+    retry = {"max_attempts": 2, "initial_interval": "1ms"}
+    job = service.create(target.url + "/status/503", retry_policy=retry)
+    execution = service.post(trigger_path(job))
+
+    shown = service.get(f"/jobs/{job['id']}/executions/{execution['id']}")
+
+    attempts = shown.pop("attempt_log")
+    assert shown == execution
+    assert shown["attempts"] == 2
+    assert [(a["number"], a["status_code"]) for a in attempts] == [(1, 503), (2, 503)]
+    assert "503" in attempts[0]["error"]
+    starts = [chronos.parse_time(entry["started_at"]) for entry in (shown, *attempts)]
+    assert starts[0] <= starts[1] < starts[2]
+    assert 0 < sum(attempt["duration"] for attempt in attempts) <= shown["duration"]
+
+
+def test_an_execution_is_not_found_under_another_job(service, target):
+    job, other = (service.create(target.url + "/ok") for _ in range(2))
+    execution = service.post(trigger_path(job))
+
+    assert service.get(f"/jobs/{job['id']}/executions/{execution['id']}")["id"] == execution["id"]
+    path = f"/jobs/{other['id']}/executions/{execution['id']}"
+    assert service.error(404, "GET", path)["code"] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "/api/v1", "/api/v1/jobs/", "/health/", "/api/v2/jobs", "/..%2fhealth", "/%00"],
+)
+def test_an_unknown_path_is_answered_in_the_envelope(service, path):
+    status, answer = send_as_is(service, "GET", path)
+
+    assert (status, answer.headers["Content-Type"]) == (404, "application/json")
+    assert json.loads(answer.text)["error"]["code"] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/api/v1/jobs", {"GET", "POST"}),
+        ("OPTIONS", "/api/v1/jobs", {"GET", "POST"}),
+        ("BREW", "/api/v1/jobs", {"GET", "POST"}),
+        ("POST", "/health", {"GET"}),
+        ("GET", "/api/v1/jobs/x/trigger", {"POST"}),
+    ],
+)
+def test_a_wrong_method_is_answered_with_what_is_allowed(service, method, path, allowed):
+    status, answer = send_as_is(service, method, path)
+
+    assert json.loads(answer.text)["error"]["code"] == "METHOD_NOT_ALLOWED"
+    assert (status, answer.headers["Content-Type"]) == (405, "application/json")
+    assert allowed <= set(re.split(", *", answer.headers["Allow"])) <= allowed | {"HEAD"}
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (b"", ""),
+        (b"{", ""),
+        (b'{"name": "a"} x', ""),
+        (b'{"name": "\xff"}', ""),
+        (b'{"name": NaN}', "NaN"),
+        (b'{"name": -Infinity}', "Infinity"),
+        (b'{"name": 1e999}', "1e999"),
+        (b'{"webhook": {"url": "a", "url": "b"}}', "'url'"),
+        (b"[" * 100_000, "nested"),
+        (b'{"a":' * 40 + b"1" + b"}" * 40, "nested"),
+    ],
+)
+def test_a_body_that_is_no_json_is_refused(service, body, hint):
+    error = service.error(400, "POST", "/jobs", body)
+
+    assert error["code"] == "INVALID_JSON"
+    assert hint in error["message"]
+
+
+@pytest.mark.parametrize("body", ["[]", '"job"', "1", "null", "true"])
+def test_json_that_is_no_object_is_a_validation_error(service, body):
+    assert service.error(400, "POST", "/jobs", body)["code"] == "VALIDATION_ERROR"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "nearest"),
+    [
+        ({"shedule": "@daily"}, "shedule", "schedule"),
+        ({"webhook": {"metod": "GET"}}, "webhook.metod", "method"),
+        ({"retry_policy": {"max_attemps": 3}}, "retry_policy.max_attemps", "max_attempts"),
+    ],
+)
+def test_an_unknown_field_is_refused_naming_the_nearest(service, fields, path, nearest):
+    error = service.error(400, "POST", "/jobs", job_body(NOBODY, **fields))
+
+    assert error["code"] == "VALIDATION_ERROR"
+    assert [detail["field"] for detail in error["details"]] == [path]
+    assert f"'{nearest}'" in error["details"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["%00", "a%00b", "%", "%zz", "..", "%2e%2e", "a%2Fb", "%F0%9F%92%A5", "'--"]
+)
+def test_an_odd_id_is_of_no_job_and_no_execution(service, odd):
+    job = service.create(NOBODY)
+
+    for path in (odd, f"{job['id']}{odd}", f"{job['id']}/executions/{odd}"):
+        status, answer = send_as_is(service, "GET", f"/api/v1/jobs/{path}")
+        assert status in (400, 404), path
+        assert json.loads(answer.text)["error"]["code"] in ("VALIDATION_ERROR", "NOT_FOUND")
+
+
+@pytest.mark.parametrize("odd", ["%ff", "%ed%a0%80"])
+def test_bytes_that_are_not_utf_8_are_not_dropped_from_an_id(service, odd):
+    job = service.create(NOBODY)
+
+    status, _answer = send_as_is(service, "DELETE", f"/api/v1/jobs/{odd}{job['id']}")
+
+    assert status in (400, 404)
+    assert service.get("/jobs")["total"] == 1
+
+
+@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
+def test_a_secret_never_leaves_again(service, target, caplog, webhook):
+    target.RequestHandlerClass = HeaderEcho
+    caplog.set_level("DEBUG")
+    job = service.create(target.url, webhook=webhook, retry_policy=ONCE)
+    path = f"/jobs/{job['id']}"
+
+    execution = service.post(path + "/trigger")
+    answers = [service.post(path + "/enable"), service.post(path + "/disable")]
+    answers += map(service.get, ("/jobs", path, path + "/executions"))
+    answers.append(service.get(f"{path}/executions/{execution['id']}"))
+
+    told = json.dumps([job, execution, *answers]) + caplog.text
+    assert "********" in execution["response"]
+    assert "********" in json.dumps(job["webhook"])
+    assert CANARY not in told
+    assert base64.b64encode(f"user:{CANARY}".encode()).decode() not in told
+
+
+@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
+def test_the_mask_of_a_secret_is_no_secret(service, webhook):
+    masked = json.loads(re.sub(f"(Bearer )?{CANARY}", "********", json.dumps(webhook)))
+
+    error = service.error(400, "POST", "/jobs", job_body(NOBODY, webhook=masked))
+
+    assert error["code"] == "VALIDATION_ERROR"
+    assert error["details"][0]["field"].startswith("webhook.")
+    assert service.get("/jobs")["total"] == 0
+
+
+@pytest.mark.parametrize(("charset", "body"), [("utf-7", "+2AA-"), ("unicode_escape", "\\ud800")])
+def test_a_lone_surrogate_in_an_answer_harms_no_list(service, target, charset, body):
+    target.extra_headers["Content-Type"] = f"text/plain; charset={charset}"
+    job = service.create(target.url + "/echo", webhook={"body": body})
+    service.post(trigger_path(job))
+
+    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
+
+    assert execution["status"] == "success"
+    assert "\ud800" not in execution["response"]
+
+
+# ======================================================================================
+# 13. Service and command line
+# ======================================================================================
+
+
+def run_chronos(*arguments, program=CHRONOS, **environment):
+    """Run the program to its end; return the completed process."""
+    environment = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"} | environment
+    command = [sys.executable, program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
+
+
+@contextlib.contextmanager
+def serving(program, *arguments, directory):
+    """Run the program in a directory; yield the process, its stderr open, and a client."""
+    with subprocess.Popen(
+        [sys.executable, program, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        env=os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"},
+    ) as process:
+        try:
+            yield process, Client(process.stderr.readline().split("listens on ")[1].split(",")[0])
+        finally:
+            process.kill()
+
+
+def check_refused(result, status, *words):
+    """Check that the start was refused in few words, these among them."""
+    assert result.returncode == status, result.stderr
+    assert 1 <= len(result.stderr.splitlines()) <= 3
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Write a configuration, return its path."""
+
+    def write(config):
+        path = tmp_path / "chronos.yaml"
+        path.write_text(config)
+        return path
+
+    return write
+
+
+def fill_store(directory, url, count, schedule, next_run_at):
+    """Make a database with enabled jobs that are next due at ``next_run_at``."""
+    directory.mkdir(parents=True)
+    retry, now = make_settings(directory)["scheduler.default_retry_policy"], chronos.Clock().now()
+    config, _enabled = chronos.validate_job(job_body(url, schedule=schedule), retry, now)
+    store = chronos.Store(directory / "chronos.db")
+    store.open()
+    with store.transaction():
+        for _ in range(count):
+            job_id = str(uuid.uuid4())
+            store.add_job(chronos.Job(job_id, 1, True, now, now, next_run_at, config), "tester")
+    store.close()
+
+
+def refuses(client):
+    """Say whether nobody accepts connections there any more."""
+    try:
+        socket.create_connection(("127.0.0.1", int(client.url.rpartition(":")[2])), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_without_a_configuration_the_data_is_beside_the_program(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    with serving(program, directory=elsewhere) as (_process, client):
+        client.create(NOBODY)
+
+    assert (tmp_path / "data" / "chronos.db").exists()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_configuration_beside_the_program_is_taken_unless_another_is_named(tmp_path, configure):
+    program = shutil.copy(CHRONOS, tmp_path)
+    configure("nonsense: 1")
+    (tmp_path / "good.yaml").write_text("logging: {level: error}")
+
+    beside = run_chronos("check-config", program=program)
+    named = run_chronos("check-config", "--config", tmp_path / "good.yaml", program=program)
+
+    check_refused(beside, 78, "nonsense", "line 1")
+    assert (named.returncode, named.stderr) == (0, "")
+
+
+def test_the_option_config_stands_before_or_after_the_command(configure):
+    wrong = configure("server:\n  shutdown_grase: 1s\n")
+
+    for arguments in (("--config", wrong, "check-config"), ("check-config", "--config", wrong)):
+        check_refused(run_chronos(*arguments), 78, "line 2", "shutdown_grase", "shutdown_grace")
+    check_refused(run_chronos("--config", wrong), 78, "shutdown_grase")
+    check_refused(run_chronos("serve", "--config", wrong), 78, "shutdown_grase")
+
+
+def test_a_configuration_that_is_not_there_is_a_wrong_one(tmp_path):
+    check_refused(run_chronos("--config", tmp_path / "nope.yaml"), 78, "nope.yaml")
+    check_refused(run_chronos("check-config", "--config", tmp_path), 78, str(tmp_path))
+
+
+def test_the_option_version_prints_it():
+    result = run_chronos("--version")
+
+    assert (result.returncode, result.stdout) == (0, f"chronos {chronos.__version__}\n")
+
+
+@pytest.mark.parametrize("package", ["bottle", "requests", "waitress", "yaml", "croniter"])
+def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
+    shadow = f"raise ModuleNotFoundError('No module named {package}', name='{package}')"
+    (tmp_path / f"{package}.py").write_text(shadow)
+
+    result = run_chronos("--version", PYTHONPATH=str(tmp_path))
+
+    check_refused(result, 1, repr(package), "pip install -r requirements.txt")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_told_in_one_line(configure):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+
+        result = run_chronos("--config", configure(""), CHRONOS_SERVER_HTTP_ADDRESS=address)
+
+    check_refused(result, 1, address, "in use")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_host_that_cannot_be_is_told_in_one_line(configure):
+    config = configure("")
+
+    result = run_chronos("--config", config, CHRONOS_SERVER_HTTP_ADDRESS="a..b:8080")
+
+    assert result.returncode in (1, 78)
+    check_refused(result, result.returncode, "a..b:8080")
+
+
+def test_a_second_process_on_the_same_data_is_refused_naming_the_first(
+    make_process, tmp_path, configure
+):
+    first = make_process()
+    config = configure("cluster: {data_dir: home/data}")
+
+    result = run_chronos("--config", config)
+
+    check_refused(result, 75, f"process {first.process.pid}\n", str(tmp_path / "home" / "data"))
+    assert first.get("/health")["status"] == "healthy"
+
+
+def test_the_lock_of_a_killed_process_is_none(make_process):
+    make_process().end(signal.SIGKILL)
+
+    assert make_process().get("/health")["status"] == "healthy"
+
+
+@pytest.mark.parametrize("data_dir", ["/dev/null/data", "/proc/data", "chronos.yaml", "x" * 300])
+def test_a_data_dir_that_cannot_be_is_told_in_one_line(configure, data_dir):
+    result = run_chronos("--config", configure(f"cluster: {{data_dir: {data_dir}}}"))
+
+    check_refused(result, 78, data_dir)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param("PRAGMA user_version = 99", "newer", id="newer"),
+        pytest.param(
+            "PRAGMA application_id = 7; PRAGMA journal_mode = DELETE",
+            "not a database of Chronos",
+            id="foreign",
+        ),
+        pytest.param(b"not a database at all" * 200, "not a database", id="damaged"),
+    ],
+)
+def test_a_database_that_is_not_ours_to_read_is_refused_untouched(
+    configure, tmp_path, change, words
+):
+    fill_store(tmp_path / "data", NOBODY, 1, "@daily", None)
+    path = tmp_path / "data" / "chronos.db"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(change)
+    before = path.read_bytes()
+
+    result = run_chronos("--config", configure(""))
+
+    assert path.read_bytes() == before
+    check_refused(result, 78, words, str(path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_what_runs_end_and_answers_who_waits(make_process, target, background, number):
+    process = make_process("server: {shutdown_grace: 20s}")
+    job = process.create(target.url + "/hang")
+    waiting = background.submit(process.call, "POST", trigger_path(job))
+    assert target.hanging.acquire(timeout=10)
+
+    process.process.send_signal(number)
+
+    status, envelope = waiting.result(5)
+    assert (status, envelope["data"]["status"]) == (202, "running")
+    wait_until(lambda: refuses(process), 2)
+    assert process.process.poll() is None
+    target.let_go.set()
+    process.process.wait(10)
+    assert process.end(number) == 0
+    (execution,) = make_process().get(f"/jobs/{job['id']}/executions")["executions"]
+    assert execution["id"] == envelope["data"]["id"]
+    assert (execution["status"], execution["attempts"]) == ("success", 1)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_what_ran_when_the_process_ended_is_resumed_by_the_next(
+    make_process, target, number, status
+):
+    process = make_process("server: {shutdown_grace: 200ms}")
+    job = process.create(target.url + "/hang", enabled=False)
+    execution = process.expect(202, "POST", trigger_path(job, "?wait=0"))
+    first = target.take()[2]
+
+    assert process.end(number) == status
+    target.let_go.set()
+    process = make_process()
+
+    second = target.take()[2]
+    assert first["X-Chronos-Execution-ID"] == second["X-Chronos-Execution-ID"] == execution["id"]
+    assert (first["X-Chronos-Attempt"], second["X-Chronos-Attempt"]) == ("1", "2")
+    path = f"/jobs/{job['id']}/executions/{execution['id']}"
+    assert wait_until(lambda: process.get(path)["completed_at"])
+    shown = process.get(path)
+    assert (shown["status"], shown["attempts"]) == ("success", 2)
+    assert [attempt["error"] for attempt in shown["attempt_log"]] == [INTERRUPTED, None]
+
+
+def test_an_event_is_one_line_of_the_log_whatever_it_is_about(make_process, target):
+    target.RequestHandlerClass = HeaderEcho
+    process = make_process()
+    process.error(400, "POST", "/jobs", job_body(NOBODY, name="a\n2026-11-23 CRITICAL x"))
+    name = "a\x85b\u2028CRITICAL c\x9bd"
+
+    job = process.create(target.url, name=name, retry_policy=ONCE)
+    process.post(trigger_path(job))
+    assert process.end(signal.SIGTERM) == 0
+
+    lines = "".join(process.log).splitlines()
+    about = [line for line in lines if job["id"] in line]
+    assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+    assert len(about) == 3  # created, triggered, failed
+    assert r"a\x85b\u2028CRITICAL c\x9bd" in about[0]
+    assert r"Sorry\x1b[31m\x85CRITICAL" in about[2]
+
+
+def test_a_low_soft_limit_of_open_files_is_raised(make_process):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        process = make_process()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+
+    with contextlib.ExitStack() as idle:
+        for _ in range(300):
+            idle.enter_context(socket.create_connection(address))
+        with contextlib.suppress(requests.RequestException):
+            requests.get(process.url + "/health", timeout=2)
+
+    assert process.get("/health")["status"] == "healthy"
+    assert "Too many open files" not in "".join(process.log)
+
+
+def test_a_log_that_nobody_reads_any_more_does_not_end_the_service(tmp_path, configure):
+    arguments = (CHRONOS, "--config", configure(""))
+    with serving(*arguments, directory=tmp_path) as (process, client):
+        process.stderr.close()
+
+        client.create(NOBODY)
+
+        assert client.get("/jobs")["total"] == 1
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])
+def test_each_fire_time_arrives_once_and_on_time(make_process, target, seconds):
+    process = make_process()
+    intervals = {
+        process.create(target.url, schedule=schedule, enabled=True)["id"]: interval
+        for schedule, interval in (("@every 1s", 1), ("*/2 * * * * *", 2))
+    }
+
+    arrivals = [target.take() for _ in range(seconds * 3 // 2)]
+
+    lateness = []
+    for job_id, interval in intervals.items():
+        mine = [(h, at) for _, _, h, _, at in arrivals if h["X-Chronos-Job-ID"] == job_id]
+        fires = [chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) for headers, _at in mine]
+        assert fires == list(range(fires[0], fires[-1] + 1, interval * SECOND))
+        assert len(fires) >= seconds // interval - 1
+        lateness += [at - fire / SECOND for (_headers, at), fire in zip(mine, fires, strict=True)]
+    median = statistics.median(lateness)
+    print(f"lateness: median {median * 1000:.1f} ms, worst {max(lateness) * 1000:.1f} ms")
+    assert min(lateness) >= 0
+    assert median < (0.01 if seconds == 60 else 0.25)
+
+
+def test_a_thousand_jobs_due_in_one_second_all_fire_once(make_process, target, tmp_path):
+    at = (int(time.time()) + 3) * SECOND
+    fill_store(tmp_path / "home" / "data", target.url, 1000, f"@at {chronos.format_time(at)}", at)
+
+    process = make_process()
+
+    arrivals = [target.take() for _ in range(1000)]
+    ended = lambda job: job["last_execution"]["status"] == "success"  # noqa: E731
+    wait_until(lambda: all(map(ended, process.get("/jobs")["jobs"])))
+    print(f"1000 jobs took {max(at for *_, at in arrivals) - at / SECOND:.2f} s")
+    assert len({headers["X-Chronos-Job-ID"] for _, _, headers, _, _ in arrivals}) == 1000
+    assert {headers["X-Chronos-Attempt"] for _, _, headers, _, _ in arrivals} == {"1"}
+    assert min(arrived for *_, arrived in arrivals) >= at / SECOND
+    assert target.received.empty()
+
+
+@pytest.mark.long
+def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_process, tmp_path):
+    now = chronos.Clock().now()
+    hour = chronos.to_datetime(now).hour
+    later = now + 12 * chronos.HOUR
+    fill_store(tmp_path / "home" / "data", NOBODY, 1000, f"0 {(hour + 12) % 24} * * *", later)
+    process = make_process()
+
+    def cpu_seconds():
+        stat = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = cpu_seconds()
+    time.sleep(20)
+    share = (cpu_seconds() - before) / 20
+
+    print(f"idle: {share:.2%} of a core")
+    assert share < 0.01
+
+
+# ======================================================================================
+# What a new user does: the README and the files beside chronos.py
+# ======================================================================================
+
+
+def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
+    readme = (CHRONOS.parent / "README.md").read_text()
+    tour = readme.split("## The first job")[1].split("\n## ")[0]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = make_process().url.removeprefix("http://")
+    for printed, used in (("localhost:8080", address), ("8000", str(port)), ("/tmp", tmp_path)):
+        tour = tour.replace(printed, str(used))
+    serve, create, history, trigger, tidy = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
+    calls = tmp_path / "calls"
+
+    def run(block):
+        find = f"JOB=$(cat {tmp_path}/job 2>/dev/null || true)\n"
+        command = ["bash", "-ec", f"{find}{block}echo $JOB > {tmp_path}/job"]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+
+    command = serve.replace("python3 -m", "exec python3 -um").strip() + f" 2> {calls}"
+    hook = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL)
+    try:
+        created = json.loads(run(create))["data"]
+        wait_until(lambda: calls.exists() and '"GET /report HTTP/1.1" 200' in calls.read_text())
+        triggered = json.loads(run(trigger))["data"]
+        newest = json.loads(run(history))["data"]["executions"][0]
+        tidied = [json.loads(line)["success"] for line in run(tidy).splitlines()]
+    finally:
+        hook.kill()
+        hook.wait()
+
+    assert created["next_run"].endswith(("0Z", "5Z"))
+    assert (triggered["status"], triggered["trigger"]) == ("success", "manual")
+    assert (newest["status_code"], newest["response"]) == (200, "OK\n")
+    assert tidied == [True, True]
+
+
+def test_chronos_yaml_holds_every_setting_with_its_default():
+    shipped = chronos.load_settings(CHRONOS.with_name("chronos.yaml"), {})
+    lines = CHRONOS.with_name("chronos.yaml").read_text()
+
+    assert shipped == chronos.load_settings(None, {})
+    assert all(f"{key.rpartition('.')[2]}:" in lines for key in chronos.SETTINGS)
+
+
+def test_only_the_promised_files_stand_at_the_top_level():
+    names = {path.name for path in CHRONOS.parent.iterdir() if not path.name.startswith(".")}
+    promised = {"chronos.py", "chronos.yaml", "test_chronos.py", "requirements.txt", "README.md"}
+
+    assert names - {"LICENSE", "data", "__pycache__"} == promised

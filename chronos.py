@@ -28,7 +28,7 @@ The database is the queue: there is no schedule in memory, so a restart has noth
     engine      Engine        the only writer of the database; one pass after another
     worker-N    WorkerPool    one HTTP request at a time; never the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
-    dns-N       Wire          one name look-up; may hang, so nobody waits for it unbounded
+    dns-HOST    Wire          one name look-up; may hang, so nobody waits for it unbounded
     http        Service       waitress: accepts connections
     waitress-N  waitress      one API call at a time; reads the database, hands writes in
 """
@@ -64,7 +64,7 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -121,6 +121,7 @@ CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors ar
 HEARTBEAT = MINUTE
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
+LOOKUP_PATIENCE_S = 0.4  # how long a look-up waits for one of the others to end
 IDLE_CONNECTION = 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
@@ -568,14 +569,15 @@ def parse_schedule(text: str) -> Schedule:
     words = re.split(r"[ \t]+", text.strip(" \t"))
     keyword = words[0].lower() if words[0].isascii() else ""
     if keyword in ("@every", "@at") and len(words) == 2:
-        if keyword == "@at":
-            return AtSchedule(parse_time(words[1]))
-        interval = parse_duration(words[1])
-        if not SECOND <= interval <= MAX_INTERVAL:
-            raise ValueError(
-                f"@every {words[1]}: the shortest interval is 1s, the longest 10 years"
-            )
-        return EverySchedule(interval)
+        try:
+            if keyword == "@at":
+                return AtSchedule(parse_time(words[1]))
+            interval = parse_duration(words[1])
+            if not SECOND <= interval <= MAX_INTERVAL:
+                raise ValueError("the shortest interval is 1s, the longest 10 years")
+            return EverySchedule(interval)
+        except ValueError as error:
+            raise ValueError(f"{' '.join(words)}: {error}") from None
     if len(words) == 1 and keyword in CRON_ALIASES:
         words = CRON_ALIASES[keyword].split()
     if words[0].startswith("@"):
@@ -619,7 +621,7 @@ def validate(table: dict[str, Field], data: Any, ignored: frozenset[str] = froze
         raise ValueError("must be an object")
     clean: Json = {}
     problems: list[tuple[str, str]] = []
-    for name in sorted(data.keys() - table.keys() - ignored):
+    for name in sorted(data.keys() - table.keys() - ignored)[:20]:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         problems.append((name, f"is not a known name{hint}"))
@@ -1144,8 +1146,11 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         is_section = any(key.startswith(path + ".") for key in SETTINGS)
         if path not in SETTINGS and isinstance(value, yaml.MappingNode) and value.value:
             yield from _flatten(value, path + ".")
-        elif not (is_section and value.value in ("", "~", "null", [])):  # nothing is in it
+        elif not is_section:
             yield path, value
+        elif value.value not in ("", "~", "null", []):  # else the section is empty
+            line = value.start_mark.line + 1
+            raise ValueError(f"line {line}: {path} must be a mapping of keys")
 
 
 def _compose(content: str) -> Any:
@@ -1168,7 +1173,7 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
 
     ``path`` None: there is no file. Raises StartError with the line and what was meant.
     """
-    place, lines = path or "the environment", {}
+    place, lines = str(path), {}
     try:
         content = path.read_text("utf-8") if path else ""
         if len(content) > MAX_CONFIG_BYTES:
@@ -1177,19 +1182,23 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
         if root and not isinstance(root, yaml.MappingNode):
             raise ValueError("must be a mapping of sections, such as server: …")
         nodes = dict(_flatten(root)) if root else {}
-        lines = {key: f"line {node.start_mark.line + 1}: " for key, node in nodes.items()}
+        lines = {k: f"{path}: line {node.start_mark.line + 1}: " for k, node in nodes.items()}
         for key in SETTINGS:
             name = "CHRONOS_" + key.replace(".", "_").upper()
-            if name in environment:
+            if environment.get(name):
+                place, lines[key] = name, f"{name}: "
                 nodes[key] = _compose(environment[name])
         values = {key: _plain(node, environment) for key, node in nodes.items() if node}
         settings = validate(SETTINGS, values)
     except OSError as error:
         raise StartError(EXIT_CONFIG, f"{path} cannot be read: {error.strerror}") from error
     except Problems as error:
-        key, message = error.problems[0]
-        line = next((lines[known] for known in lines if f"{key}.".startswith(f"{known}.")), "")
-        raise StartError(EXIT_CONFIG, f"{place}: {line}{key} {message}") from error
+        told = [
+            next((lines[k] for k in lines if f"{key}.".startswith(f"{k}.")), "")
+            + f"{key} {message}"
+            for key, message in error.problems
+        ]
+        raise StartError(EXIT_CONFIG, "\n".join(told[:3])) from error
     except ValueError as error:
         raise StartError(EXIT_CONFIG, f"{place}: {error}") from error
     workers = settings["dispatcher.max_concurrent_jobs"]
@@ -1483,7 +1492,7 @@ class Store:
         row = self._one("SELECT value FROM meta WHERE key = :key", {"key": key})
         return row[0] if row else None
 
-    def set_number(self, key: str, value: int | None) -> None:
+    def set_number(self, key: str, value: int) -> None:
         """Keep a number in meta."""
         self._run("REPLACE INTO meta VALUES (:key, :value)", {"key": key, "value": value})
 
@@ -1587,13 +1596,9 @@ class Store:
         rows = self._run(sql, {"now": now, "most": most})
         return [tuple(row) for row in rows]
 
-    def enabled_jobs(self, after_seq: int, most: int) -> list[tuple[int, str, int]]:
-        """Return (seq, job id, version) of enabled jobs after ``after_seq``, in that order."""
-        sql = """
-            SELECT seq, id, version FROM jobs
-             WHERE enabled AND seq > :seq ORDER BY seq LIMIT :most"""
-        rows = self._run(sql, {"seq": after_seq, "most": most})
-        return [tuple(row) for row in rows]
+    def reset_cursors(self) -> None:
+        """Set every cursor to an instant that can't be true: it is to be computed anew."""
+        self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
         """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
@@ -1744,21 +1749,19 @@ def lock_data_dir(directory: Path) -> IO[str]:
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(directory / "chronos.lock", "a+")  # noqa: SIM115 - held for life
-    except OSError as error:
-        message = f"the data directory {directory} is unusable: {error.strerror}"
-        raise StartError(EXIT_CONFIG, message) from error
-    lock.seek(0)
-    try:
+        lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
+        lock.seek(0)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        return lock
+    except BlockingIOError:
         with lock:
             message = f"already running on {directory}, process {lock.read().strip()}"
         raise StartError(EXIT_RUNNING, message) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+    except OSError as error:
+        message = f"the data directory {directory} is unusable: {error.strerror}"
+        raise StartError(EXIT_CONFIG, message) from error
 
 
 # ======================================================================================
@@ -1795,8 +1798,7 @@ class Webhook:
         headers, auth = self._config["headers"], self._config["auth"] or {}
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth.get(name, "") for name in ("password", "token", "api_key")]
-        with contextlib.suppress(ValueError):  # what can't be prepared is not sent either
-            found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
+        found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
         return tuple(secret for secret in found if len(secret) >= 6)
 
     @functools.cached_property
@@ -1983,6 +1985,7 @@ class Wire(requests.adapters.BaseAdapter):
         self._policy = AddressPolicy(
             settings["dispatcher.blocked_networks"], settings["dispatcher.allowed_networks"]
         )
+        self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
         self._contexts: dict[bool, ssl.SSLContext] = {}
         self._idle: dict[tuple[str, bool], list[Connection]] = {}
@@ -1997,7 +2000,7 @@ class Wire(requests.adapters.BaseAdapter):
         BlockedTarget or another RequestException with a sentence for people.
         """
         key = (target_of(str(request.url)), verify)
-        while connection := self._take_idle(key):
+        if connection := self._take_idle(key):
             with contextlib.suppress(http.client.RemoteDisconnected):  # it died while it was idle
                 return self._exchange(connection, request, timeout)
         connection = self._connect(key, timeout)
@@ -2073,7 +2076,10 @@ class Wire(requests.adapters.BaseAdapter):
     def _put_idle(self, connection: Connection) -> None:
         connection.idle_since = self._clock.monotonic()
         with self._lock:
-            self._idle.setdefault(connection.key, []).append(connection)
+            if sum(map(len, self._idle.values())) < self._max_idle:
+                self._idle.setdefault(connection.key, []).append(connection)
+                return
+        connection.close()
 
     def close_idle(self, older_than: int) -> None:
         """Close the connections that have been idle for so many µs."""
@@ -2144,7 +2150,7 @@ class Wire(requests.adapters.BaseAdapter):
             return socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
             )
-        if not self._lookups.acquire(blocking=False):
+        if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
             raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
         done = threading.Event()
         found: list[Any] = []
@@ -2158,7 +2164,11 @@ class Wire(requests.adapters.BaseAdapter):
                 self._lookups.release()
                 done.set()
 
-        threading.Thread(target=look_up, name=f"dns-{host}", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name=f"dns-{host}", daemon=True).start()
+        except RuntimeError as error:
+            self._lookups.release()
+            raise requests.ConnectionError(f"DNS busy: {error}") from error
         attempt.borrow(done.set)
         done.wait()  # an abort ends it, too
         attempt.release()
@@ -2206,6 +2216,7 @@ class Dispatcher:
         self._connect_timeout = settings["dispatcher.connect_timeout"]
         self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
         self._stopped = threading.Event()
+        self.last_watch = clock.monotonic()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -2220,12 +2231,16 @@ class Dispatcher:
 
     def _watch(self) -> None:
         while not self._stopped.wait(WATCHDOG_TICK_S):
-            now = self._clock.monotonic()
-            for attempt in tuple(self._in_flight):
-                limit = attempt.limit
-                if limit and limit[0] <= now:
-                    attempt.abort(limit[1])
-            self._wire.close_idle(IDLE_CONNECTION)
+            try:
+                now = self._clock.monotonic()
+                for attempt in tuple(self._in_flight):
+                    limit = attempt.limit
+                    if limit and limit[0] <= now:
+                        attempt.abort(limit[1])
+                self._wire.close_idle(IDLE_CONNECTION)
+                self.last_watch = now
+            except Exception:  # no limit would hold any more
+                log.exception("the watchdog goes on")
 
     def send(self, attempt: Attempt) -> Outcome:
         """Make the request and say how it ended. Never raises."""
@@ -2233,15 +2248,15 @@ class Dispatcher:
         attempt.limit = (start + attempt.allowed, attempt.allowed_reason)
         self._in_flight.add(attempt)
         try:
-            result = self._judge(attempt.webhook, self._request(attempt), started_at)
+            result = self._judge(attempt.webhook, self._request(attempt))
+            for secret in attempt.webhook.secrets:
+                for name in ("error", "response"):
+                    result[name] = result[name] and result[name].replace(secret, MASK)
         except Exception as error:
             reason, sentence = self._explain(attempt, error)
-            result = {"reason": reason, "error": sentence, "response": None}
+            result = {"reason": reason, "error": sentence}
         finally:
             self._in_flight.discard(attempt)
-        for secret in attempt.webhook.secrets:
-            for name in ("error", "response"):
-                result[name] = result[name] and result[name].replace(secret, MASK)
         ended = self._clock.monotonic()
         return Outcome(attempt.execution, started_at, ended - start, ended, **result)
 
@@ -2254,19 +2269,22 @@ class Dispatcher:
         request.headers.setdefault("Idempotency-Key", execution.id)
         return self._wire.send(request, timeout=attempt, verify=attempt.webhook.verify_tls)
 
-    def _judge(self, webhook: Webhook, response: requests.Response, now: int) -> Json:
+    def _judge(self, webhook: Webhook, response: requests.Response) -> Json:
         """Return what an answer means, as fields of an Outcome."""
         code = response.status_code
         success = code in webhook.success_codes
+        error = f"the server answered {code} {response.reason}".strip()[:200]
+        if 200 <= code < 300:
+            error += ", which is not among success_codes"
         return {
             "status_code": code,
             "response": self._body(response),
             "success": success,
             "reason": None if success else "http_status",
-            "error": None
-            if success
-            else f"the server answered {code} {response.reason}".strip()[:200],
-            "retry_after": parse_retry_after(response.headers.get("Retry-After"), now),
+            "error": None if success else error,
+            "retry_after": parse_retry_after(
+                response.headers.get("Retry-After"), self._clock.now()
+            ),
         }
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
@@ -2344,13 +2362,39 @@ class Pass:
 Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside a savepoint
 
 
+class WorkerPool:
+    """The threads that run attempts. All are there from the start: none can fail to come later."""
+
+    def __init__(self, size: int, run: Callable[[Attempt], None]) -> None:
+        self._run = run
+        self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
+        self.submit = self._attempts.put
+        names = [f"worker-{n + 1}" for n in range(size)]
+        self._threads = [threading.Thread(target=self._work, name=n, daemon=True) for n in names]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while attempt := self._attempts.get():
+            self._run(attempt)
+
+    def stop(self) -> None:
+        """End the threads that are free; one that is not ends with the process."""
+        for _thread in self._threads:
+            self._attempts.put(None)
+
+
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
     attribute     written by             guarded by
     _inbox        workers, API threads   itself  (outcomes, changes, None: "look again")
     _waiters      API threads, engine    _lock   (execution id -> Event, set at its end)
-    problem       the engine thread      nothing (one reference, read by /health)
+    stopping, _stopped   stop()          nothing (flags, set once)
+    problem, last_pass   engine          nothing (one reference each, read by /health)
     all others    the engine thread      nothing (no other thread changes them)
     """
 
@@ -2365,7 +2409,7 @@ class Engine:
         self._missed_policy: str = settings["scheduler.missed_run_policy"]
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="worker")
+        self._pool = WorkerPool(self._workers, self._run_attempt)
         self._version = functools.lru_cache(VERSION_CACHE)(self._load_version)
         self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
         self._inbox = queue.SimpleQueue()
@@ -2379,7 +2423,7 @@ class Engine:
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
         self._saved_at = 0  # last heartbeat
         self._held = False  # the clock is before the release date: nothing fires
-        self._sweeping = self._recomputing = True  # there may be such work left
+        self._sweeping = True  # there may be history of deleted jobs left
         self._reported: dict[str, int] = {}  # kind of error -> when it was logged
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -2390,6 +2434,7 @@ class Engine:
         """Take up what the last process left, and begin with the passes."""
         self.recover()
         self.dispatcher.start()
+        self._pool.start()
         self._thread.start()
 
     def stop(self, grace: int) -> None:
@@ -2408,7 +2453,7 @@ class Engine:
         self._thread.join()
         for attempt in list(self._in_flight.values()):
             attempt.abort("shutdown")
-        self._pool.shutdown(wait=False)
+        self._pool.stop()
         self.dispatcher.stop()
 
     def hand_in(self, change: Callable[[Pass], Result]) -> Future[Result]:
@@ -2523,7 +2568,7 @@ class Engine:
             except Exception as error:  # a bug must not end the thread
                 self._report(error)
                 wait = SECOND
-        self._collect(0)
+        self.run_pass()  # what came in meanwhile is written; nothing is started
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
 
     def run_pass(self, wait: int = 0) -> int:
@@ -2539,6 +2584,8 @@ class Engine:
             if due or self._outcomes or self._changes:
                 with self.store.transaction():
                     self._work(turn, step)
+                if self.problem:
+                    log.warning("the engine goes on")
                 self.problem = None
         except Exception as error:
             self._report(error)
@@ -2566,8 +2613,10 @@ class Engine:
         self._look_at_clock(turn, step)
         for outcome in self._outcomes:
             self._record(turn, outcome)
-        if self._fires():
-            for job_id, number, fire_time in self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS):
+        start = self.clock.monotonic()
+        due = self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS) if self._fires() else []
+        for job_id, number, fire_time in due:
+            if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
         self._make_changes(turn)
         if self._sweeping:
@@ -2577,14 +2626,14 @@ class Engine:
         self._plan(turn)
 
     def _fires(self) -> bool:
-        return not (self.paused or self._held or self.stopping or self._recomputing)
+        return not (self.paused or self._held or self.stopping)
 
     def _plan(self, turn: Pass) -> None:
         """Find out when the next pass has something to do."""
         cursor, due_at = self.store.next_instants(turn.now)
         instants = [self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None]
         self._wake_at = min(instant for instant in instants if instant is not None)
-        if self._recomputing or self._sweeping:
+        if self._sweeping:
             self._wake_at = turn.now
         if cursor is None or cursor > turn.now:
             self._seen_at = None
@@ -2606,7 +2655,7 @@ class Engine:
                 self._in_flight[execution_id].abort(reason)
         for attempt in turn.taken:
             self._in_flight[attempt.execution.id] = attempt
-            self._pool.submit(self._run_attempt, attempt)
+            self._pool.submit(attempt)
 
     def _run_attempt(self, attempt: Attempt) -> None:
         self._inbox.put(self.dispatcher.send(attempt))
@@ -2618,7 +2667,7 @@ class Engine:
         if now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
             trace = None if isinstance(error, StoreError) else error
-            log.error("the engine's pass failed: %s", error, exc_info=trace)
+            log.error("the engine can't go on and tries again: %s", error, exc_info=trace)
 
     def _fail(self, turn: Pass, error: ApiError | None) -> None:
         """The pass was rolled back: its writers are told, outcomes wait for the next pass."""
@@ -2630,8 +2679,8 @@ class Engine:
             future.set_exception(error)
         self._changes.clear()
         self._wake_at = turn.now + SECOND
-        self._saved_at = 0  # whatever the pass has found out or written is void
-        self._sweeping = self._recomputing = True
+        self._saved_at, self._seen_at = 0, None  # what the pass has written or seen is void
+        self._sweeping = True
 
     # ------------------------------------------------------------------- the steps of a pass
 
@@ -2648,27 +2697,13 @@ class Engine:
         if abs(step) > CLOCK_STEP:
             log.warning("the clock was moved by %s s", step / SECOND)
             self._clock_moved(step)
-        if self._recomputing:
-            self._recompute(turn)
 
     def _clock_moved(self, step: int) -> None:
-        """Waits stay as long as they were; far back, cursors are computed anew."""
+        """Waits stay as long as they were; far back, cursors are computed anew by _fire()."""
         self.store.shift_due_times(step)
         self._seen_at = None
-        if step < -CLOCK_FAR_BACK:
-            self.store.set_number("recompute_after", 0)
-            self._recomputing = True
-
-    def _recompute(self, turn: Pass) -> None:
-        """Compute cursors anew from now, a batch a pass, if the clock went far back."""
-        after = self.store.number("recompute_after")
-        rows = [] if after is None else self.store.enabled_jobs(after, MAX_FIRES_PER_PASS)
-        for _seq, job_id, number in rows:
-            version = self._version(job_id, number)
-            self.store.move_cursor(job_id, version.schedule.next_after(turn.now, version.zone))
-        if after is not None:
-            self.store.set_number("recompute_after", rows[-1][0] if rows else None)
-        self._recomputing = bool(rows)
+        if step < -CLOCK_FAR_BACK and self.clock.now() >= RELEASED_AT:
+            self.store.reset_cursors()
 
     def _record(self, turn: Pass, outcome: Outcome) -> None:
         """Write down how an attempt ended, unless its execution ended otherwise before."""
@@ -2691,7 +2726,7 @@ class Engine:
         try:
             version = self._version(job_id, number)
             newest = fire_time
-            if fire_time < RELEASED_AT:  # computed from a wrong clock: decades were not missed
+            if fire_time < RELEASED_AT:  # reset, or of a wrong clock: decades were not missed
                 newest = turn.now
             elif self._seen_at - fire_time > self._grace:
                 newest = self._catch_up(turn, version, fire_time)
@@ -2913,9 +2948,10 @@ class Api:
 
     def health(self) -> Json:
         """Say whether the engine passes and the store can write."""
-        silent = (self.clock.monotonic() - self.engine.last_pass) / SECOND
+        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
+        silent = (self.clock.monotonic() - last) / SECOND
         if self.engine.problem or silent > 30:
-            problem = self.engine.problem or f"the engine has been silent for {silent:.0f} s"
+            problem = self.engine.problem or f"a thread has been silent for {silent:.0f} s"
             raise ApiError("UNAVAILABLE", problem)
         return {"status": "healthy", "timestamp": format_time(self._now_in_seconds())}
 
@@ -3186,6 +3222,7 @@ def run_serve(settings: Json) -> int:
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
+    log.info("stopped")
     return 0
 
 

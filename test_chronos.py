@@ -186,6 +186,7 @@ class World:
         self.dispatcher = chronos.Dispatcher(clock, self.settings)
         self.engine = chronos.Engine(self.store, self.dispatcher, self.settings, clock)
         self.engine.recover()
+        self.engine._pool.start()
 
     def do(self, call, *arguments):
         """Make a change as an API thread would, and turn the engine until it is made."""
@@ -235,7 +236,7 @@ class World:
     def close(self):
         for attempt in self.engine._in_flight.values():
             attempt.abort("shutdown")
-        self.engine._pool.shutdown(wait=True)
+        self.engine._pool.stop()
         self.dispatcher._wire.close()
         self.store.close()
 

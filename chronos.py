@@ -66,7 +66,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -80,6 +80,8 @@ try:
     import requests.adapters
     import requests.certs
     import waitress  # type: ignore[import-untyped]
+    import waitress.parser  # type: ignore[import-untyped]
+    import waitress.task  # type: ignore[import-untyped]
     import yaml  # type: ignore[import-untyped]
     from croniter import CroniterBadDateError, croniter  # type: ignore[import-untyped]
     from waitress import wasyncore
@@ -132,22 +134,16 @@ MASK = "********"
 #
 #   ChronosError         can be told to the person who asked
 #   ├── ApiError         one of the codes below, and what details there are
+#   │   ├── Problems     fields are wrong: each of them
 #   │   └── StoreError   sqlite could not do it: a full disk, a lock, damage
 #   └── StartError       the service can't start: with an exit status
 
 STATUS = {
-    "INVALID_JSON": 400,
-    "VALIDATION_ERROR": 400,
-    "INVALID_TIMEOUT": 400,
-    "NOT_FOUND": 404,
-    "METHOD_NOT_ALLOWED": 405,
-    "CONFLICT": 409,
-    "PAYLOAD_TOO_LARGE": 413,
-    "STORE_ERROR": 500,
-    "EXECUTION_ERROR": 500,
-    "INTERNAL_ERROR": 500,
+    "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "NOT_FOUND": 404,
+    "METHOD_NOT_ALLOWED": 405, "CONFLICT": 409, "PRECONDITION_FAILED": 412,
+    "PAYLOAD_TOO_LARGE": 413, "STORE_ERROR": 500, "EXECUTION_ERROR": 500, "INTERNAL_ERROR": 500,
     "UNAVAILABLE": 503,
-}
+}  # fmt: skip
 EXIT_FAILED, EXIT_RUNNING, EXIT_CONFIG = 1, 75, 78  # 75 and 78: sysexits.h
 
 
@@ -178,18 +174,16 @@ class StartError(ChronosError):
         self.exit_status = exit_status
 
 
-class Problems(ValueError):
-    """What is wrong with the fields of an object: (path, message) for each."""
+class Problems(ApiError, ValueError):
+    """What is wrong with the fields of an object, all at once: (path, message) for each."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{path} {message}".strip() for path, message in problems))
-        self.problems = problems
-
-    def to_api_error(self) -> ApiError:
-        """Return the error that reports every wrong field at once."""
-        only_timeout = [path for path, _message in self.problems] == ["timeout"]
+        only_timeout = [path for path, _message in problems] == ["timeout"]
         code = "INVALID_TIMEOUT" if only_timeout else "VALIDATION_ERROR"
-        return ApiError(code, str(self), [{"field": f, "message": m} for f, m in self.problems])
+        told = "; ".join(f"{path} {message}".strip() for path, message in problems)
+        details = [{"field": path, "message": message} for path, message in problems]
+        super().__init__(code, told, details)
+        self.problems = problems
 
 
 # ======================================================================================
@@ -203,14 +197,9 @@ _RFC_3339 = re.compile(
 _DURATION = re.compile(r"(?:[0-9]{1,12}(?:\.[0-9]{1,9})?(?:ns|us|µs|ms|s|m|h))+")
 _DURATION_PART = re.compile(r"([0-9.]+)(ns|us|µs|ms|s|m|h)")
 _UNITS = {
-    "ns": Decimal("0.001"),
-    "us": Decimal(1),
-    "µs": Decimal(1),
-    "ms": Decimal(1000),
-    "s": Decimal(SECOND),
-    "m": Decimal(MINUTE),
-    "h": Decimal(HOUR),
-}
+    "ns": Decimal("0.001"), "us": Decimal(1), "µs": Decimal(1), "ms": Decimal(1000),
+    "s": Decimal(SECOND), "m": Decimal(MINUTE), "h": Decimal(HOUR),
+}  # fmt: skip
 
 
 class Clock:
@@ -313,14 +302,9 @@ CRON_FIELDS = (
 )
 CRON_FULL = [list(range(f.low, f.high + 1)) for f in CRON_FIELDS[:5]] + [list(range(7))]
 CRON_ALIASES = {
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-    "@monthly": "0 0 1 * *",
-    "@weekly": "0 0 * * 0",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@hourly": "0 * * * *",
-}
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
+}  # fmt: skip
 _ITEM = re.compile(r"(?:(\*)|([0-9]+|[A-Za-z]+)(?:-([0-9]+|[A-Za-z]+))?)(?:/([0-9]+))?")
 _MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _ONE_SECOND = timedelta(seconds=1)
@@ -385,11 +369,11 @@ class Schedule:
             window *= 4
 
 
+@dataclass(frozen=True, eq=False)
 class AtSchedule(Schedule):
     """``@at <RFC 3339>``: once."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    at: int
 
     def next_after(self, after: int, zone: str) -> int | None:
         return self.at if self.at > after else None
@@ -398,11 +382,11 @@ class AtSchedule(Schedule):
         return 1
 
 
+@dataclass(frozen=True, eq=False)
 class EverySchedule(Schedule):
     """``@every <duration>``: elapsed time from one fire time to the next, no wall clock."""
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
+    interval: int
 
     def next_after(self, after: int, zone: str) -> int | None:
         return after + self.interval
@@ -412,8 +396,7 @@ class EverySchedule(Schedule):
 
     def latest(self, first: int, last: int, zone: str, most: int) -> list[int]:
         newest = (last - first) // self.interval
-        oldest = max(0, newest - most + 1)
-        return [first + n * self.interval for n in range(oldest, newest + 1)]
+        return [first + n * self.interval for n in range(max(0, newest - most + 1), newest + 1)]
 
 
 class CronSchedule(Schedule):
@@ -462,10 +445,12 @@ class CronSchedule(Schedule):
         found: datetime = self._croniter.get_next(datetime)
         return found
 
-    def next_after(self, after: int, zone: str) -> int | None:
-        return _next_of(self, after, zone)
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
+    def next_after(self, after: int, zone: str) -> int:
+        second = to_datetime(after).replace(microsecond=0)
+        return to_instant(self._walk(second, ZoneInfo(zone)))
 
-    def walk(self, after: datetime, zone: ZoneInfo) -> datetime:
+    def _walk(self, after: datetime, zone: ZoneInfo) -> datetime:
         """Return the first fire time later than ``after``, both aware.
 
         PEP 495: of a wall time that occurs twice ``fold=0`` is the earlier instant; of one that
@@ -523,6 +508,10 @@ class CronSchedule(Schedule):
                 total += bisect_right(seconds, wall.second)
         return total
 
+    def matches(self, wall: datetime) -> bool:
+        """Say whether this naive wall-clock time is one of the schedule's."""
+        return self._count_walls(wall - _ONE_SECOND, wall) == 1
+
     def _matches_day(self, day: date) -> bool:
         days, months, weekdays = self.numbers[3:]
         matches = (day.day in days, day.isoweekday() % 7 in weekdays)
@@ -534,7 +523,7 @@ def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
     return moment.astimezone(zone).replace(tzinfo=None)
 
 
-def _instants(wall: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
+def _instants(wall: datetime, zone: tzinfo | None) -> tuple[datetime, datetime]:
     """Return the instants that a naive wall time may mean: with fold 0 and with fold 1."""
     return (
         wall.replace(tzinfo=zone, fold=0).astimezone(UTC),
@@ -552,13 +541,6 @@ def _change_between(before: datetime, after: datetime, zone: ZoneInfo) -> dateti
         else:
             before = middle
     return after
-
-
-@functools.lru_cache(maxsize=4096)
-def _next_of(schedule: CronSchedule, after: int, zone: str) -> int:
-    """``next_after``, remembered: a thousand jobs with one schedule compute it once."""
-    second = to_datetime(after).replace(microsecond=0)
-    return to_instant(schedule.walk(second, ZoneInfo(zone)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -591,10 +573,48 @@ def parse_schedule(text: str) -> Schedule:
     return CronSchedule(words if len(words) == 6 else ["0", *words])
 
 
-@functools.cache
-def known_timezones() -> frozenset[str]:
-    """Return the names of the zone database: membership is the only safe question to ask it."""
-    return frozenset(available_timezones())
+def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[Json]:
+    """Yield the next fire times: ``utc``, ``local``, and a ``note`` at a change of the clock."""
+    for _n in range(count):
+        try:
+            at = schedule.next_after(after, zone)
+        except (OverflowError, ValueError):  # where dates end
+            at = None
+        if at is None:
+            return
+        moment, note = to_datetime(at), None
+        local = moment.astimezone(ZoneInfo(zone))
+        if isinstance(schedule, CronSchedule):
+            wall = local.replace(tzinfo=None)
+            early, late = _instants(wall, local.tzinfo)
+            if not schedule.matches(wall):
+                note = "the clock goes forward: a time that does not exist runs now"
+            elif early < late and schedule.repeating:
+                note = "the clock goes back: this hour comes twice, and both run"
+            elif early < late:
+                note = "the clock goes back: this hour comes twice, only the first runs"
+        yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
+        after = at
+
+
+def schedule_warnings(schedule: Schedule) -> list[str]:
+    """Return what people who write such a schedule often do not mean."""
+    if not isinstance(schedule, CronSchedule):
+        return []
+    seconds, _minutes, _hours, days, months, weekdays = schedule.numbers
+    found = {
+        "it fires every second of its minutes": len(seconds) == 60,
+        "day-of-month and day-of-week are both set: either matches": not schedule.both_days,
+        "months without such a day are left out": len(days) < 31
+        and len(weekdays) == 7
+        and any(
+            days[-1] > _MONTH_DAYS[month - 1] or (days[-1], month) == (29, 2) for month in months
+        ),
+    }
+    return [warning for warning, holds in found.items() if holds]
+
+
+known_timezones = functools.cache(available_timezones)
 
 
 # ======================================================================================
@@ -724,6 +744,17 @@ def mapping(name_check: Check, value_check: Callable[[str], Check], most: int) -
     return check
 
 
+def query_number(low: int, high: int) -> Check:
+    """A whole number written out; what is over ``high`` means ``high``."""
+
+    def check(value: Any) -> int:
+        if not re.fullmatch("[0-9]{1,18}", value, re.ASCII) or int(value) < low:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return min(int(value), high)
+
+    return check
+
+
 # -------------------------------------------------------------------------- a job's fields
 
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
@@ -737,10 +768,10 @@ def _schedule(value: Any, now: int = 0) -> str:
     return expression
 
 
-def _timezone(value: Any) -> str:
-    if not isinstance(value, str) or value not in known_timezones():
-        raise ValueError("must be an IANA time zone such as Europe/Madrid")
-    return value
+_timezone = rule(
+    lambda value: isinstance(value, str) and value in known_timezones(),
+    "must be an IANA time zone such as Europe/Madrid",
+)
 
 
 def _url(value: Any) -> str:
@@ -767,11 +798,7 @@ _RESERVED_HEADER = re.compile(
     re.IGNORECASE,
 )
 _SECRET_HEADER = re.compile(r"authorization|cookie|token|secret|password|api-key", re.IGNORECASE)
-
-
-def is_secret_header(name: str) -> bool:
-    """Say whether a header of this name holds a secret."""
-    return bool(_SECRET_HEADER.search(name))
+is_secret_header = _SECRET_HEADER.search  # of a header's name
 
 
 def _header_name(value: Any) -> str:
@@ -843,6 +870,7 @@ RETRY_FIELDS: dict[str, Field] = {
     "multiplier":        Field(number(1, 100, whole=False),                 2.0),
     "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
 }
+EXECUTION_STATUSES = ("pending", "running", "success", "failed", "skipped")
 MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 JOB_FIELDS: dict[str, Field] = {
     "name":              Field(text(200)),
@@ -863,13 +891,21 @@ SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and 
 # fmt: on
 
 
-def validate_job(data: Any, default_retry_policy: Json, now: int) -> tuple[Json, bool]:
+def validate_job(
+    data: Any, default_retry_policy: Json, now: int, stored: Json | None = None
+) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry_policy`` is completed from ``default_retry_policy``. Raises ApiError.
+    ``retry_policy`` is completed from ``default_retry_policy``. ``stored`` is the configuration
+    that is replaced: masked secrets are taken from it, and an instant that it has may be past.
+    Raises ApiError.
     """
     if not isinstance(data, dict):
-        raise Problems([("", "the body must be a JSON object")]).to_api_error()
+        raise Problems([("", "the body must be a JSON object")])
+    problems: list[tuple[str, str]] = []
+    if stored:
+        data, problems = restore_secrets(data, stored)
+        now = 0 if data.get("schedule") == stored["schedule"] else now
     given = data.get("retry_policy")
     if given is None or isinstance(given, dict):
         given = default_retry_policy | {k: v for k, v in (given or {}).items() if v is not None}
@@ -877,8 +913,52 @@ def validate_job(data: Any, default_retry_policy: Json, now: int) -> tuple[Json,
     try:
         config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
     except Problems as error:
-        raise error.to_api_error() from error
+        problems = error.problems + problems
+    if problems:
+        raise Problems(problems)
     return config, config.pop("enabled")
+
+
+def restore_secrets(data: Json, stored: Json) -> tuple[Json, list[tuple[str, str]]]:
+    """Return ``data`` with what ``stored`` has in the place of each mask, and what is wrong.
+
+    Another origin of the URL wants its secrets anew: else whoever may change a job could have
+    them sent to himself.
+    """
+    webhook = data.get("webhook")
+    if not isinstance(webhook, dict):
+        return data, []
+    problems, restored, moved = [], dict(webhook), False
+    with contextlib.suppress(ValueError):
+        moved = target_of(_url(webhook.get("url"))) != target_of(stored["webhook"]["url"])
+    for part in ("headers", "auth"):
+        given, kept = webhook.get(part), stored["webhook"][part] or {}
+        if isinstance(given, dict):
+            masked = [name for name, value in given.items() if value == MASK and name in kept]
+            restored[part] = given | {name: kept[name] for name in masked}
+            problems += [(f"webhook.{part}.{name}", "is a secret of another URL: give it anew")
+                         for name in masked if moved]  # fmt: skip
+    return data | {"webhook": restored}, problems
+
+
+def target_of(url: str) -> str:
+    """Return scheme://host:port, the port always there."""
+    parts = urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def merge_patch(target: Any, patch: Any, path: tuple[str, ...] = ()) -> Any:
+    """Return ``target`` changed as a JSON merge patch says (RFC 7396)."""
+    if not isinstance(patch, dict):
+        return patch
+    target = target if isinstance(target, dict) else {}
+    if path == ("webhook", "auth") and patch.get("type", target.get("type")) != target.get("type"):
+        target = {}  # another kind of auth: nothing of the one before belongs to it
+    merged = target | {
+        name: merge_patch(target.get(name), value, (*path, name)) for name, value in patch.items()
+    }
+    return {name: value for name, value in merged.items() if name not in patch or value is not None}
 
 
 # ======================================================================================
@@ -940,6 +1020,21 @@ class Job:
         }
 
 
+class JobVersion(NamedTuple):
+    """One numbered configuration of a job."""
+
+    job_id: str
+    version: int
+    config: str  # JSON
+    created_at: int
+    created_by: str
+
+    def to_json(self) -> Json:
+        """Return the version as the API shows it: secrets masked."""
+        shown = {"config": masked_config(json.loads(self.config))}
+        return self._asdict() | shown | {"created_at": format_time(self.created_at)}
+
+
 def masked_config(config: Json) -> Json:
     """Return a configuration with every secret replaced by the mask."""
     webhook = dict(config["webhook"])
@@ -983,38 +1078,33 @@ class Execution:
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
-        return {
-            "id": self.id,
-            "status": self.status,
-            "reason": self.reason,
-            "scheduled_time": format_time(self.scheduled_at),
-            "completed_at": format_time(self.completed_at),
-        }
+        shown = {name: getattr(self, name) for name in ("id", "status", "reason")}
+        times = (format_time(self.scheduled_at), format_time(self.completed_at))
+        return shown | dict(zip(("scheduled_time", "completed_at"), times, strict=True))
 
     def to_json(self, job_name: str) -> Json:
         """Return the execution as a list of the API shows it."""
+        as_it_is = (
+            "job_id", "job_version", "trigger", "attempts", "error", "status_code", "response",
+            "node_id", "replay_of", "missed_count",
+        )  # fmt: skip
+        times = ("started_at", "missed_from", "missed_to")
         return {
             **self.to_summary(),
-            "job_id": self.job_id,
             "job_name": job_name,
-            "job_version": self.job_version,
-            "trigger": self.trigger,
-            "started_at": format_time(self.started_at),
-            "attempts": self.attempts,
-            "error": self.error,
-            "status_code": self.status_code,
-            "response": self.response,
+            **{name: getattr(self, name) for name in as_it_is},
+            **{name: format_time(getattr(self, name)) for name in times},
             "duration": self.spent * 1000 if self.completed_at and self.attempts else None,
-            "node_id": self.node_id,
-            "replay_of": self.replay_of,
-            "missed_count": self.missed_count,
-            "missed_from": format_time(self.missed_from),
-            "missed_to": format_time(self.missed_to),
         }
 
 
 JOB_COLUMNS = tuple(column.name for column in fields(Job))
 EXECUTION_COLUMNS = tuple(column.name for column in fields(Execution))
+
+
+def row_of(record: Job | Execution) -> Json:
+    """Return a record's values by the names of their columns."""
+    return {column.name: getattr(record, column.name) for column in fields(record)}
 
 
 def scheduled_id(job_id: str, fire_time: int) -> str:
@@ -1046,11 +1136,6 @@ class Outcome:
 # environment variable CHRONOS_DISPATCHER_CONNECT_TIMEOUT overrides, read as a YAML scalar.
 
 
-def _address(value: Any) -> str:
-    split_address(text(300)(value))
-    return str(value)
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of ``127.0.0.1:8080`` or ``[::1]:8080``. Raises ValueError."""
     host, colon, port = address.rpartition(":")
@@ -1064,6 +1149,11 @@ def _network(value: Any) -> str:
         return str(ipaddress.ip_network(text(100)(value)))
     except ValueError:
         raise ValueError(f"{value!r} is not a network such as 10.0.0.0/8") from None
+
+
+def _address(value: Any) -> str:
+    split_address(text(300)(value))
+    return str(value)
 
 
 _networks = list_of(_network, 1000)
@@ -1290,10 +1380,10 @@ def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: 
     )
 
 
-def skipped(execution: Execution, reason: str, error: str, now: int) -> Execution:
-    """Return the execution as one that did not run, and why."""
-    ended = {"status": "skipped", "due_at": None, "completed_at": now}
-    return replace(execution, reason=reason, error=error, **ended)  # type: ignore[arg-type]
+def ended(execution: Execution, status: str, reason: str, error: str, now: int) -> Execution:
+    """Return the execution as one that ended for a reason that is not its own."""
+    execution = replace(execution, status=status, due_at=None, completed_at=now)
+    return replace(execution, reason=reason, error=error)
 
 
 class Missed(NamedTuple):
@@ -1336,10 +1426,10 @@ CREATE TABLE meta (                      -- a few numbers, such as last_seen
 CREATE TABLE jobs (
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
-    version      INTEGER NOT NULL,       -- the newest one of versions
-    enabled      INTEGER NOT NULL,
+    version      INTEGER,                -- the newest one of versions
+    enabled      INTEGER,
     created_at   INTEGER NOT NULL,       -- every *_at: µs since the epoch, UTC
-    updated_at   INTEGER NOT NULL,
+    updated_at   INTEGER,
     next_run_at  INTEGER                 -- the cursor; NULL: disabled, or nothing comes any more
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
@@ -1351,6 +1441,9 @@ CREATE TABLE versions (
     created_by   TEXT NOT NULL,
     PRIMARY KEY (job_id, version)
 );
+CREATE VIEW configured_jobs AS           -- with their newest configuration
+    SELECT jobs.*, config FROM jobs
+      JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
 CREATE TABLE executions (
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- one per fire time, whatever crashes or restarts
@@ -1388,6 +1481,12 @@ CREATE TABLE deleted_jobs (              -- their history goes in batches
 PRAGMA application_id = 1130918511;
 PRAGMA user_version = 1;
 """
+
+
+class Rows(list[Any]):
+    """What a statement returned; ``rowcount``: how many rows it has changed."""
+
+    rowcount = 0
 
 
 class Store:
@@ -1440,19 +1539,22 @@ class Store:
         full = self._synchronous == "FULL"
         connection.execute("PRAGMA synchronous = FULL" if full else "PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA journal_size_limit = 16777216")
+        connection.create_function("casefold", 1, lambda text: text and text.casefold())
         return connection
 
-    def _run(self, statement: str, values: Json | None = None) -> sqlite3.Cursor:
+    def _run(self, statement: str, /, **values: Any) -> Rows:
         try:
             if not hasattr(self._local, "connection"):
                 self._local.connection = self._connect()
-            cursor: sqlite3.Cursor = self._local.connection.execute(statement, values or {})
-            return cursor
+            cursor = self._local.connection.execute(statement, values)
+            rows = Rows(cursor.fetchall())
+            rows.rowcount = cursor.rowcount
+            return rows
         except sqlite3.Error as error:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
-    def _one(self, statement: str, values: Json | None = None) -> Any:
-        return self._run(statement, values).fetchone()
+    def _one(self, statement: str, /, **values: Any) -> Any:
+        return next(iter(self._run(statement, **values)), None)
 
     @property
     def in_transaction(self) -> bool:
@@ -1489,12 +1591,12 @@ class Store:
 
     def number(self, key: str) -> int | None:
         """Return one of the numbers in meta, or None."""
-        row = self._one("SELECT value FROM meta WHERE key = :key", {"key": key})
+        row = self._one("SELECT value FROM meta WHERE key = :key", key=key)
         return row[0] if row else None
 
     def set_number(self, key: str, value: int) -> None:
         """Keep a number in meta."""
-        self._run("REPLACE INTO meta VALUES (:key, :value)", {"key": key, "value": value})
+        self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
     def next_instants(self, now: int) -> tuple[int | None, int | None]:
         """Return the earliest cursor, and the earliest due_at later than now."""
@@ -1502,69 +1604,94 @@ class Store:
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
                    (SELECT min(due_at) FROM executions
                      WHERE status = 'pending' AND due_at > :now)"""
-        row = self._one(sql, {"now": now})
+        row = self._one(sql, now=now)
         return row[0], row[1]
 
     # ----------------------------------------------------------------------------- jobs
 
-    def _jobs(self, statement: str, values: Json) -> list[Job]:
-        rows = self._run(statement, values)
-        parsers: Json = {"config": json.loads, "enabled": bool}
-        return [
-            Job(*(parsers.get(name, lambda value: value)(row[name]) for name in JOB_COLUMNS))
-            for row in rows
-        ]
+    def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
+        jobs = [Job(*(row[n] for n in JOB_COLUMNS)) for row in self._run(statement, **values)]
+        return [replace(j, enabled=bool(j.enabled), config=json.loads(str(j.config))) for j in jobs]
 
     def job(self, job_id: str) -> Job:
         """Return the job. Raises ApiError NOT_FOUND."""
-        found = self._jobs(
-            """
-            SELECT jobs.*, config FROM jobs JOIN versions
-                ON versions.job_id = jobs.id AND versions.version = jobs.version
-             WHERE jobs.id = :job_id
-            """,
-            {"job_id": job_id},
-        )
+        found = self._jobs("SELECT * FROM configured_jobs WHERE id = :id", id=job_id)
         if not found:
             raise ApiError("NOT_FOUND", f"there is no job {job_id}")
         return found[0]
 
-    def jobs(self) -> list[Job]:
-        """Return all jobs in the order of their creation."""
+    def jobs(self, filters: Json, most: int, offset: int) -> tuple[list[Job], int]:
+        """Return matching jobs in the order of their creation, and how many match in all.
+
+        ``filters``: enabled, q (in name or description), status (of the last execution), each
+        None where any will do, and tags, a list of [name, value].
+        """
         sql = """
-            SELECT jobs.*, config FROM jobs JOIN versions
-                ON versions.job_id = jobs.id AND versions.version = jobs.version
-             ORDER BY jobs.seq"""
-        return self._jobs(sql, {})
+             FROM configured_jobs
+            WHERE (:enabled IS NULL OR enabled = :enabled)
+              AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
+                   OR instr(casefold(json_extract(config, '$.description')), casefold(:q)))
+              AND (:status IS NULL OR :status = (
+                       SELECT status FROM executions WHERE job_id = configured_jobs.id
+                        ORDER BY seq DESC LIMIT 1))
+              AND NOT EXISTS (
+                       SELECT 1 FROM json_each(:tags) AS tag WHERE NOT EXISTS (
+                           SELECT 1 FROM json_each(config, '$.tags') AS own
+                            WHERE own.key = json_extract(tag.value, '$[0]')
+                              AND own.value = json_extract(tag.value, '$[1]')))"""
+        values = filters | {"tags": json.dumps(filters["tags"])}
+        page = "SELECT *" + sql + " ORDER BY seq LIMIT :most OFFSET :offset"
+        found = self._jobs(page, **values, most=most, offset=offset)
+        if any(filters.values()) or filters["enabled"] is not None:
+            return found, int(self._one("SELECT count(*)" + sql, **values)[0])
+        return found, self.count_jobs()
+
+    def count_jobs(self) -> int:
+        """Return how many jobs there are."""
+        return int(self._one("SELECT count(*) FROM jobs")[0])
+
+    def soonest_jobs(self, most: int) -> list[tuple[str, int]]:
+        """Return (job id, cursor) of the jobs that fire next."""
+        sql = """
+            SELECT id, next_run_at FROM jobs
+             WHERE next_run_at IS NOT NULL ORDER BY next_run_at LIMIT :most"""
+        return [tuple(row) for row in self._run(sql, most=most)]
 
     def add_job(self, job: Job, created_by: str) -> None:
         """Add a job and its first version."""
-        values = {name: getattr(job, name) for name in JOB_COLUMNS}
-        sql = """
-            INSERT INTO jobs (id, version, enabled, created_at, updated_at, next_run_at)
-            VALUES (:id, :version, :enabled, :created_at, :updated_at, :next_run_at)"""
-        self._run(sql, values)
         self._run(
-            "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)",
-            values | {"config": json.dumps(job.config), "created_by": created_by},
+            "INSERT INTO jobs (id, created_at) VALUES (:id, :at)", id=job.id, at=job.created_at
         )
+        self.update_job(job, created_by)
 
-    def set_enabled(self, job_id: str, enabled: bool, next_run_at: int | None, now: int) -> None:
-        """Enable or disable a job; ``next_run_at`` is its new cursor."""
+    def update_job(self, job: Job, created_by: str | None) -> None:
+        """Write a changed job; ``created_by``: its version is a new one, by this user."""
+        values = row_of(job) | {"config": json.dumps(job.config), "created_by": created_by}
         sql = """
-            UPDATE jobs SET enabled = :enabled, next_run_at = :next_run_at, updated_at = :now
+            UPDATE jobs
+               SET version = :version, enabled = :enabled, updated_at = :updated_at,
+                   next_run_at = :next_run_at
              WHERE id = :id"""
-        self._run(sql, {"id": job_id, "enabled": enabled, "next_run_at": next_run_at, "now": now})
+        self._run(sql, **values)
+        if created_by is not None:
+            sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
+            self._run(sql, **values)
+
+    def versions(self, job_id: str, number: int | None = None) -> list[JobVersion]:
+        """Return the versions of a job, the newest first, or only the one with this number."""
+        sql = """
+            SELECT * FROM versions
+             WHERE job_id = :id AND (:number IS NULL OR version = :number) ORDER BY version DESC"""
+        return [JobVersion(*row) for row in self._run(sql, id=job_id, number=number)]
 
     def delete_job(self, job_id: str) -> None:
         """Remove a job and its versions, and note that its history is to go."""
-        for statement in (
-            "INSERT INTO deleted_jobs SELECT job_id, max(seq) FROM executions"
-            " WHERE job_id = :id GROUP BY job_id",
-            "DELETE FROM jobs WHERE id = :id",
-            "DELETE FROM versions WHERE job_id = :id",
-        ):
-            self._run(statement, {"id": job_id})
+        sql = """
+            INSERT INTO deleted_jobs
+            SELECT job_id, max(seq) FROM executions WHERE job_id = :id GROUP BY job_id"""
+        self._run(sql, id=job_id)
+        self._run("DELETE FROM jobs WHERE id = :id", id=job_id)
+        self._run("DELETE FROM versions WHERE job_id = :id", id=job_id)
 
     def sweep_deleted_jobs(self, most: int) -> bool:
         """Remove up to ``most`` executions of deleted jobs; return whether there were any."""
@@ -1575,26 +1702,22 @@ class Store:
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions
                  WHERE job_id = :job_id AND seq <= :last_seq LIMIT :most)"""
-        gone = self._run(sql, {"job_id": row["job_id"], "last_seq": row["last_seq"], "most": most})
+        gone = self._run(sql, job_id=row["job_id"], last_seq=row["last_seq"], most=most)
         if gone.rowcount < most:
-            self._run("DELETE FROM deleted_jobs WHERE rowid = :id", {"id": row["rowid"]})
+            self._run("DELETE FROM deleted_jobs WHERE rowid = :id", id=row["rowid"])
         return True
 
     def config(self, job_id: str, version: int) -> Json | None:
-        """Return the configuration of a version; None: the job was deleted."""
-        row = self._one(
-            "SELECT config FROM versions WHERE job_id = :id AND version = :version",
-            {"id": job_id, "version": version},
-        )
-        return dict(json.loads(row[0])) if row else None
+        """Return the configuration of a version, or None."""
+        found = self.versions(job_id, version)
+        return dict(json.loads(found[0].config)) if found else None
 
     def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
         """Return (job id, version, fire time) of jobs whose time has come, the oldest first."""
         sql = """
             SELECT id, version, next_run_at FROM jobs
              WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most"""
-        rows = self._run(sql, {"now": now, "most": most})
-        return [tuple(row) for row in rows]
+        return [tuple(row) for row in self._run(sql, now=now, most=most)]
 
     def reset_cursors(self) -> None:
         """Set every cursor to an instant that can't be true: it is to be computed anew."""
@@ -1602,15 +1725,13 @@ class Store:
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
         """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
-        self._run(
-            "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id",
-            {"id": job_id, "at": next_run_at},
-        )
+        sql = "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id"
+        self._run(sql, id=job_id, at=next_run_at)
 
     # ----------------------------------------------------------------------- executions
 
-    def _executions(self, statement: str, values: Json) -> list[Execution]:
-        rows = self._run(statement, values)
+    def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
+        rows = self._run(statement, **values)
         return [Execution(*(row[name] for name in EXECUTION_COLUMNS)) for row in rows]
 
     def add_execution(self, execution: Execution) -> bool:
@@ -1625,39 +1746,72 @@ class Store:
                 :attempts, :spent, :completed_at, :reason, :error, :node_id, :replay_of,
                 :missed_count, :missed_from, :missed_to, :attempt_log)
             ON CONFLICT (id) DO NOTHING"""
-        cursor = self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
-        return cursor.rowcount > 0
+        return self._run(sql, **row_of(execution)).rowcount > 0
 
     def execution(self, execution_id: str) -> Execution | None:
         """Return the execution, or None."""
-        found = self._executions("SELECT * FROM executions WHERE id = :id", {"id": execution_id})
+        found = self._executions("SELECT * FROM executions WHERE id = :id", id=execution_id)
         return found[0] if found else None
 
-    def executions(self, job_id: str, most: int) -> list[Execution]:
-        """Return the newest executions of a job, the newest first."""
-        return self._executions(
-            "SELECT * FROM executions WHERE job_id = :id ORDER BY seq DESC LIMIT :most",
-            {"id": job_id, "most": most},
-        )
+    def execution_of(self, job_id: str, execution_id: str) -> Execution:
+        """Return an execution of this job. Raises ApiError NOT_FOUND."""
+        execution = self.execution(execution_id)
+        if execution is None or execution.job_id != job_id:
+            raise ApiError("NOT_FOUND", f"job {job_id} has no execution {execution_id}")
+        return execution
 
-    def count_executions(self, job_id: str) -> int:
-        """Return how many executions of a job there are."""
-        row = self._one("SELECT count(*) FROM executions WHERE job_id = :id", {"id": job_id})
-        return int(row[0])
+    def executions(
+        self, job_id: str, most: int, before: str | None = None, status: str | None = None
+    ) -> list[Execution]:
+        """Return the newest executions of a job, older than ``before``, with this status."""
+        sql = """
+            SELECT * FROM executions
+             WHERE job_id = :job_id AND (:status IS NULL OR status = :status)
+               AND (:before IS NULL OR seq < (SELECT seq FROM executions WHERE id = :before))
+             ORDER BY seq DESC LIMIT :most"""
+        return self._executions(sql, job_id=job_id, most=most, before=before, status=status)
+
+    def count_executions(self, job_id: str, status: str | None = None) -> int:
+        """Return how many executions a job has, with this status (None: any)."""
+        sql = """
+            SELECT count(*) FROM executions
+             WHERE job_id = :id AND (:status IS NULL OR status = :status)"""
+        return int(self._one(sql, id=job_id, status=status)[0])
+
+    def all_executions(
+        self, most: int, before: str | None, status: str | None
+    ) -> list[tuple[Execution, str]]:
+        """Return the newest executions over all jobs, each with the name of its job."""
+        sql = """
+            SELECT executions.*, json_extract(config, '$.name') AS job_name
+              FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id
+             WHERE (:status IS NULL OR status = :status)
+               AND (:before IS NULL
+                    OR executions.seq < (SELECT seq FROM executions WHERE id = :before))
+             ORDER BY executions.seq DESC LIMIT :most"""
+        rows = self._run(sql, most=most, before=before, status=status)
+        return [(Execution(*(row[n] for n in EXECUTION_COLUMNS)), row["job_name"]) for row in rows]
+
+    def count_active(self) -> dict[str, int]:
+        """Return how many executions are pending and how many are running."""
+        sql = """
+            SELECT status, count(*) FROM executions
+             WHERE status IN ('pending', 'running') GROUP BY status"""
+        return {"pending": 0, "running": 0} | {row[0]: row[1] for row in self._run(sql)}
 
     def active_executions(self, job_id: str, most: int) -> list[Execution]:
         """Return pending and running executions of a job, the oldest first."""
         sql = """
             SELECT * FROM executions
              WHERE job_id = :id AND status IN ('pending', 'running') ORDER BY seq LIMIT :most"""
-        return self._executions(sql, {"id": job_id, "most": most})
+        return self._executions(sql, id=job_id, most=most)
 
     def running_executions(self) -> list[Execution]:
         """Return what runs; at a start, what ran when the last process ended."""
         sql = """
             SELECT * FROM executions
              WHERE status IN ('pending', 'running') AND status = 'running' ORDER BY seq"""
-        return self._executions(sql, {})
+        return self._executions(sql)
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
         """Return executions that may start, the oldest due_at first.
@@ -1665,15 +1819,11 @@ class Store:
         ``passed_over`` are targets that hold all they may. With some, the index by target is
         walked from one target to the next, so that 50,000 rows of a dead host cost nothing.
         """
-        values = {"now": now, "most": most, "passed_over": json.dumps(list(passed_over))}
         if not passed_over:
-            return self._executions(
-                """
+            sql = """
                 SELECT * FROM executions WHERE status = 'pending' AND due_at <= :now
-                 ORDER BY due_at, seq LIMIT :most
-                """,
-                values,
-            )
+                 ORDER BY due_at, seq LIMIT :most"""
+            return self._executions(sql, now=now, most=most)
         sql = """
             WITH RECURSIVE targets (target) AS (
                 SELECT min(target) FROM executions WHERE status = 'pending'
@@ -1688,43 +1838,28 @@ class Store:
                  ORDER BY due_at, seq LIMIT :most)
              WHERE targets.target NOT IN (SELECT value FROM json_each(:passed_over))
              ORDER BY due_at, executions.seq LIMIT :most"""
-        return self._executions(sql, values)
+        names = json.dumps(list(passed_over))
+        return self._executions(sql, now=now, most=most, passed_over=names)
 
-    def start_execution(self, execution: Execution) -> None:
-        """Write down that the next attempt of a pending execution begins."""
-        sql = """
-            UPDATE executions
-               SET status = :status, attempts = :attempts, started_at = :started_at,
-                   attempt_at = :attempt_at, node_id = :node_id
-             WHERE id = :id"""
-        self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
+    def save_execution(self, execution: Execution, only_running: bool = False) -> bool:
+        """Write what has become of an execution.
 
-    def record_attempt(self, execution: Execution) -> bool:
-        """Write down how an attempt of a running execution ended, and what becomes of it.
-
-        False: it is not running in this attempt any more (cancelled, replaced, deleted).
+        ``only_running``: if it still runs, in this attempt; else (cancelled, replaced, deleted)
+        nothing is written and the answer is False.
         """
         sql = """
             UPDATE executions
-               SET status = :status, due_at = :due_at, spent = :spent,
+               SET status = :status, due_at = :due_at, attempts = :attempts, spent = :spent,
+                   started_at = :started_at, attempt_at = :attempt_at, node_id = :node_id,
                    completed_at = :completed_at, reason = :reason, error = :error,
                    status_code = :status_code, attempt_log = :attempt_log, response = :response
-             WHERE id = :id AND status = 'running' AND attempts = :attempts"""
-        cursor = self._run(sql, {name: getattr(execution, name) for name in EXECUTION_COLUMNS})
-        return cursor.rowcount > 0
-
-    def end_execution(self, execution_id: str, reason: str, error: str, now: int) -> None:
-        """Fail an execution that has not ended, for a reason that is not its own."""
-        sql = """
-            UPDATE executions
-               SET status = 'failed', due_at = NULL, completed_at = :now, reason = :reason,
-                   error = :error
-             WHERE id = :id AND status IN ('pending', 'running')"""
-        self._run(sql, {"id": execution_id, "reason": reason, "error": error, "now": now})
+             WHERE id = :id
+               AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))"""
+        return self._run(sql, **row_of(execution), only_running=only_running).rowcount > 0
 
     def delete_execution(self, execution_id: str) -> None:
         """Remove one execution."""
-        self._run("DELETE FROM executions WHERE id = :id", {"id": execution_id})
+        self._run("DELETE FROM executions WHERE id = :id", id=execution_id)
 
     def release_oldest(self, job_id: str, now: int) -> None:
         """Make the oldest active execution of a job due, if it waited for older ones."""
@@ -1733,12 +1868,12 @@ class Store:
              WHERE due_at IS NULL AND status = 'pending' AND seq = (
                 SELECT min(seq) FROM executions
                  WHERE job_id = :job_id AND status IN ('pending', 'running'))"""
-        self._run(sql, {"job_id": job_id, "now": now})
+        self._run(sql, job_id=job_id, now=now)
 
     def shift_due_times(self, step: int) -> None:
         """Move every due_at with the wall clock, so that a wait stays as long as it was."""
         self._run(
-            "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'", {"step": step}
+            "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'", step=step
         )
 
 
@@ -1828,13 +1963,6 @@ def _content_type(body: str) -> str:
     except (ValueError, RecursionError):
         return "text/plain; charset=utf-8"
     return "application/json"
-
-
-def target_of(url: str) -> str:
-    """Return scheme://host:port, the port always there."""
-    parts = urlsplit(url)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
 @dataclass(eq=False, slots=True)
@@ -2456,21 +2584,21 @@ class Engine:
         self._pool.stop()
         self.dispatcher.stop()
 
-    def hand_in(self, change: Callable[[Pass], Result]) -> Future[Result]:
+    def hand_in(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Give the engine a change to make in its next pass, inside a savepoint of its own."""
         future: Future[Result] = Future()
         if self._stopped:
             future.set_exception(ApiError("UNAVAILABLE", "the server is stopping"))
         else:
-            self._inbox.put((future, change))
+            self._inbox.put((future, lambda turn: change(turn, *arguments)))
         return future
 
-    def make(self, change: Callable[[Pass], Result]) -> Result:
-        """Let the engine make a change; return what it returned, once that is on disk.
+    def make(self, change: Callable[..., Result], *arguments: Any) -> Result:
+        """Let the engine call ``change(turn, *arguments)``; return what it returned, once on disk.
 
         Raises what the change raised, or StoreError; then nothing of it has happened.
         """
-        future = self.hand_in(change)
+        future = self.hand_in(change, *arguments)
         try:
             return future.result(WRITE_PATIENCE_S)
         except TimeoutError:
@@ -2492,58 +2620,105 @@ class Engine:
             with self._lock:
                 del self._waiters[execution_id]
 
-    def create_job(self, config: Json, enabled: bool, user: str) -> Job:
+    # ---------------------------------------------- changes: call them through make(), any thread
+
+    def create_job(self, turn: Pass, config: Json, enabled: bool, user: str) -> Job:
         """Add a job; where enabled, its schedule counts from now."""
+        job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
+        if enabled:
+            job = replace(job, next_run_at=job.next_after(turn.now))
+        self.store.add_job(job, user)
+        return job
 
-        def change(turn: Pass) -> Job:
-            job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
-            if enabled:
-                job = replace(job, next_run_at=job.next_after(turn.now))
-            self.store.add_job(job, user)
-            return job
-
-        return self.make(change)
-
-    def set_enabled(self, job_id: str, enabled: bool) -> Job:
+    def set_enabled(self, turn: Pass, job_id: str, enabled: bool) -> Job:
         """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
+        job = self._settled_job(turn, job_id)
+        return self._update(turn, job, replace(job, enabled=enabled), None)
 
-        def change(turn: Pass) -> Job:
-            job = self._settled_job(turn, job_id)
-            if job.enabled != enabled:
-                cursor = job.next_after(turn.now) if enabled else None
-                if enabled and cursor is None:
-                    raise ApiError("CONFLICT", f"{job.config['schedule']}: nothing comes any more")
-                self.store.set_enabled(job_id, enabled, cursor, turn.now)
-            return self.store.job(job_id)
+    def update_job(
+        self, turn: Pass, base: Job, config: Json, enabled: bool | None, user: str
+    ) -> Job:
+        """Replace the configuration of a job that is still as ``base``; None leaves its state.
 
-        return self.make(change)
+        Raises ApiError PRECONDITION_FAILED if it was changed meanwhile.
+        """
+        job = self._settled_job(turn, base.id)
+        if job.version != base.version:
+            raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
+        state = job.enabled if enabled is None else enabled
+        version = job.version + (config != job.config)
+        changed = replace(job, config=config, version=version, enabled=state)
+        return self._update(turn, job, changed, user)
 
-    def delete_job(self, job_id: str) -> None:
-        """Remove a job; its requests are aborted, its history goes in batches."""
+    def roll_back(self, turn: Pass, job_id: str, number: int, user: str) -> Job:
+        """Make a new version out of an older one; whether the job is enabled stays."""
+        job = self._settled_job(turn, job_id)
+        config = self.store.config(job_id, number)
+        if config is None:
+            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
+        changed = replace(job, config=config, version=job.version + 1)
+        if changed.next_after(turn.now) is None:
+            changed = replace(changed, enabled=False)
+        return self._update(turn, job, changed, user)
 
-        def change(turn: Pass) -> None:
-            self.store.job(job_id)
-            self.store.delete_job(job_id)
-            self._version.cache_clear()  # a version that is not found: nothing of it is started
-            self._sweeping = True
-            in_flight = self._in_flight.items()
-            turn.aborts += [(i, "deleted") for i, a in in_flight if a.execution.job_id == job_id]
-            waited_for = map(self.store.execution, list(self._waiters))
-            turn.ended += [e.id for e in waited_for if e and e.job_id == job_id]
+    def _update(self, turn: Pass, job: Job, changed: Job, user: str | None) -> Job:
+        """Write a changed job. Its cursor moves only where state, schedule or zone do."""
+        when = [(j.enabled, j.config["schedule"], j.config["timezone"]) for j in (job, changed)]
+        if not changed.enabled:
+            changed = replace(changed, next_run_at=None)
+        elif when[0] != when[1]:
+            changed = replace(changed, next_run_at=changed.next_after(turn.now))
+            if changed.next_run_at is None:
+                raise ApiError("CONFLICT", f"{when[1][1]}: nothing comes any more")
+        if changed != job:
+            changed = replace(changed, updated_at=turn.now)
+            self.store.update_job(changed, user if changed.version != job.version else None)
+        return changed
 
-        self.make(change)
+    def delete_job(self, turn: Pass, base: Job) -> None:
+        """Remove a job that is still as ``base``; its requests are aborted.
 
-    def trigger(self, job_id: str, execution_id: str) -> None:
-        """Make an execution of the job that is due now, as its concurrency policy has it."""
+        Its history goes in batches. Raises ApiError PRECONDITION_FAILED if it was changed.
+        """
+        job_id = base.id
+        if self.store.job(job_id).version != base.version:
+            raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
+        self.store.delete_job(job_id)
+        self._version.cache_clear()  # a version that is not found: nothing of it is started
+        self._sweeping = True
+        in_flight = self._in_flight.items()
+        turn.aborts += [(i, "deleted") for i, a in in_flight if a.execution.job_id == job_id]
+        with self._lock:
+            waited_for = list(self._waiters)
+        found = map(self.store.execution, waited_for)
+        turn.ended += [e.id for e in found if e and e.job_id == job_id]
 
-        def change(turn: Pass) -> None:
-            if self.paused:
-                raise ApiError("CONFLICT", "this server is paused: it starts nothing")
-            version = self._version(job_id, self.store.job(job_id).version)
-            execution = self._new(version, "manual", turn.now, turn.now)
-            self._enqueue(turn, replace(execution, id=execution_id), version.concurrency)
+    def trigger(
+        self, turn: Pass, job_id: str, execution_id: str, replay_of: str | None = None
+    ) -> None:
+        """Make an execution that is due now, as the job's concurrency policy has it.
 
-        self.make(change)
+        ``replay_of``: it sends what that execution sent, from the version of then.
+        """
+        if self.paused:
+            raise ApiError("CONFLICT", "this server is paused: it starts nothing")
+        job = self.store.job(job_id)
+        version = self._version(job_id, job.version)
+        execution = self._new(version, "manual", turn.now, turn.now)
+        if replay_of:
+            original = self.store.execution_of(job_id, replay_of)
+            version = self._version(job_id, original.job_version)
+            execution = self._new(version, "replay", original.scheduled_at, turn.now)
+        execution = replace(execution, id=execution_id, replay_of=replay_of)
+        self._enqueue(turn, execution, job.config["concurrency"])
+
+    def cancel(self, turn: Pass, job_id: str, execution_id: str, user: str) -> Execution:
+        """Fail an execution that has not ended, and abort its request."""
+        execution = self.store.execution_of(job_id, execution_id)
+        if execution.completed_at is not None:
+            raise ApiError("CONFLICT", f"{execution_id} has ended: {execution.status}")
+        self._end(turn, execution, "cancelled", f"cancelled by {user}")
+        return self.store.execution_of(job_id, execution_id)
 
     # ----------------------------------------------------------------------------- the passes
 
@@ -2714,7 +2889,7 @@ class Engine:
             return
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.retry, version.timeout, ended_at)
-        if self.store.record_attempt(after) and after.completed_at:
+        if self.store.save_execution(after, only_running=True) and after.completed_at:
             turn.ended.append(after.id)
             self.store.release_oldest(after.job_id, turn.now)
             if after.status == "failed":
@@ -2738,7 +2913,7 @@ class Engine:
             raise
         except Exception:
             log.exception("job %s fires no more until it is enabled anew", job_id)
-            self.store.set_enabled(job_id, False, None, turn.now)
+            self.store.move_cursor(job_id, None)
 
     def _settled_job(self, turn: Pass, job_id: str) -> Job:
         """Return a job with its due fire times in the ledger, so that no change erases them."""
@@ -2756,8 +2931,9 @@ class Engine:
             last = missed.newest_passed_over
             period = f"from {format_time(first)} to {format_time(last)}"
             reason = f"{missed.passed_over} fire times {period} passed while no server was there"
+            new = self._new(version, "schedule", last, None)
             passed_over = replace(
-                skipped(self._new(version, "schedule", last, None), "missed", reason, turn.now),
+                ended(new, "skipped", "missed", reason, turn.now),
                 missed_count=missed.passed_over,
                 missed_from=first,
                 missed_to=last,
@@ -2821,7 +2997,7 @@ class Engine:
             attempt_at=turn.now,
             node_id=self._node_id,
         )
-        self.store.start_execution(started)
+        self.store.save_execution(started)
         left, limit = version.timeout - execution.spent, version.retry.attempt_timeout
         if limit is None or left <= limit:
             turn.taken.append(Attempt(started, version.webhook, left, "timeout"))
@@ -2841,16 +3017,16 @@ class Engine:
         others = self.store.active_executions(execution.job_id, most) if most else []
         if others and concurrency == "forbid":
             error = f"{others[0].id} was still {others[0].status}"
-            execution = skipped(execution, "overlap", error, turn.now)
+            execution = ended(execution, "skipped", "overlap", error, turn.now)
             turn.ended.append(execution.id)
         if not self.store.add_execution(execution):
             return  # this fire time is in the ledger
         for other in others if concurrency == "replace" else ():
-            self.end(turn, other, "replaced", f"replaced by {execution.id}")
+            self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
-    def end(self, turn: Pass, execution: Execution, reason: str, error: str) -> None:
+    def _end(self, turn: Pass, execution: Execution, reason: str, error: str) -> None:
         """Fail an execution that has not ended, and abort its request after the commit."""
-        self.store.end_execution(execution.id, reason, error, turn.now)
+        self.store.save_execution(ended(execution, "failed", reason, error, turn.now))
         self.store.release_oldest(execution.job_id, turn.now)
         turn.ended.append(execution.id)
         turn.aborts.append((execution.id, reason))
@@ -2870,27 +3046,62 @@ class Engine:
 # Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
 
 
+# fmt: off
+EXECUTIONS_QUERY = {
+    "limit":    Field(query_number(1, 100),                         20),
+    "before":   Field(text(100),                                    None),
+    "status":   Field(one_of(*EXECUTION_STATUSES),                  None),
+}
+JOBS_QUERY = {
+    "limit":    Field(query_number(1, 1_000_000),                   -1),
+    "offset":   Field(query_number(0, 1_000_000_000),               0),
+    "enabled":  Field(one_of("true", "false"),                      None),
+    "q":        Field(text(200),                                    None),
+    "status":   Field(one_of(*EXECUTION_STATUSES),                  None),
+}
+PREVIEW_QUERY = {
+    "schedule": Field(_schedule),
+    "timezone": Field(_timezone,                                    "UTC"),
+    "count":    Field(query_number(1, 100),                         5),
+    "from":     Field(parse_time,                                   None),
+}
+# fmt: on
+
+
 class Api:
     """The HTTP interface, as a WSGI application. Its methods run in waitress's threads."""
 
     # fmt: off
     ROUTES = (
-        ("GET",    "/health",                                   "health"),
-        ("GET",    "/api/v1/jobs",                              "list_jobs"),
-        ("POST",   "/api/v1/jobs",                              "create_job"),
-        ("GET",    "/api/v1/jobs/<job_id>",                     "get_job"),
-        ("DELETE", "/api/v1/jobs/<job_id>",                     "delete_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/enable",              "enable_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/disable",             "disable_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/trigger",             "trigger_job"),
-        ("GET",    "/api/v1/jobs/<job_id>/executions",          "list_executions"),
-        ("GET",    "/api/v1/jobs/<job_id>/executions/<exec_id>", "get_execution"),
+        # method    path                                                handler
+        ("GET",    "/health",                                           "health"),
+        ("GET",    "/api/v1/jobs",                                      "list_jobs"),
+        ("POST",   "/api/v1/jobs",                                      "create_job"),
+        ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
+        ("PUT",    "/api/v1/jobs/<job_id>",                             "replace_job"),
+        ("PATCH",  "/api/v1/jobs/<job_id>",                             "patch_job"),
+        ("DELETE", "/api/v1/jobs/<job_id>",                             "delete_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/enable",                      "enable_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/disable",                     "disable_job"),
+        ("POST",   "/api/v1/jobs/<job_id>/trigger",                     "trigger_job"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions",                  "list_executions"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions/<exec_id>",        "get_execution"),
+        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/replay", "replay_execution"),
+        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/cancel", "cancel_execution"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions",                    "list_versions"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions/<number>",           "get_version"),
+        ("POST",   "/api/v1/jobs/<job_id>/rollback/<number>",           "roll_back_job"),
+        ("GET",    "/api/v1/executions",                                "list_all_executions"),
+        ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
+        ("GET",    "/api/v1/cluster/status",                            "cluster_status"),
     )
     # fmt: on
 
     def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
+        self._node_id: str = settings["cluster.node_id"]
+        self._started = clock.monotonic()
         self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
         self.app = bottle.Bottle()
         for method, path, name in self.ROUTES:
@@ -2900,32 +3111,30 @@ class Api:
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
         try:
-            bottle.request.environ["bottle.raw_path"].encode(
-                "latin-1"
-            ).decode()  # else it drops bytes
+            raw_path: str = bottle.request.environ["bottle.raw_path"]
+            raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
             result = handler(**path)
             bottle.response.status, data = result if isinstance(result, tuple) else (200, result)
             return self._envelope(data, None)
         except ApiError as error:
             return self._error(error)
         except UnicodeDecodeError:
-            return self._error(ApiError("VALIDATION_ERROR", "the path is not UTF-8"))
+            return self._error(ApiError("VALIDATION_ERROR", "the URL is not UTF-8"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
-        known = {400: "VALIDATION_ERROR", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
         place = f"{bottle.request.method} {bottle.request.path}"
-        messages = {404: f"there is nothing at {place}", 405: f"{place} is not possible"}
-        code = error.status_code
-        message = messages.get(
-            code, "a bug: the server's log has more" if code >= 500 else error.body
-        )
-        if code not in known:
+        code, message = {
+            400: ("VALIDATION_ERROR", str(error.body)),
+            404: ("NOT_FOUND", f"there is nothing at {place}"),
+            405: ("METHOD_NOT_ALLOWED", f"{place} is not possible"),
+        }.get(error.status_code, ("INTERNAL_ERROR", "a bug: the server's log has more"))
+        if code == "INTERNAL_ERROR":
             log.error("%s failed", place, exc_info=error.exception)
-        return self._error(ApiError(known.get(code, "INTERNAL_ERROR"), message))
+        return self._error(ApiError(code, message))
 
     def _error(self, error: ApiError) -> bytes:
         bottle.response.status = STATUS[error.code]
@@ -2953,98 +3162,221 @@ class Api:
         if self.engine.problem or silent > 30:
             problem = self.engine.problem or f"a thread has been silent for {silent:.0f} s"
             raise ApiError("UNAVAILABLE", problem)
-        return {"status": "healthy", "timestamp": format_time(self._now_in_seconds())}
-
-    def _now_in_seconds(self) -> int:
-        return self.clock.now() // SECOND * SECOND
+        return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
 
     def list_jobs(self) -> Json:
-        """All jobs in the order of their creation."""
-        jobs = [self._job_json(job) for job in self.store.jobs()]
-        return {"jobs": jobs, "total": len(jobs)}
+        """Return the jobs that match, in the order of their creation."""
+        query = self._query(JOBS_QUERY)
+        state = {"true": True, "false": False, None: None}[query["enabled"]]
+        tags = [tag.partition(":")[::2] for tag in bottle.request.query.decode().getall("tag")]
+        filters = {"enabled": state, "q": query["q"], "status": query["status"], "tags": tags}
+        jobs, total = self.store.jobs(filters, query["limit"], query["offset"])
+        return {"jobs": [self._job_json(job) for job in jobs], "total": total}
 
     def create_job(self) -> tuple[int, Json]:
         """Create a job."""
         data = read_json(bottle.request)
         config, enabled = validate_job(data, self._retry_policy, self.clock.now())
-        job = self.engine.create_job(config, enabled, self._user())
+        job = self.engine.make(self.engine.create_job, config, enabled, self._user())
         log.info("job %s (%s) was created by %s", job.id, config["name"], self._user())
-        return 201, self._job_json(job)
+        return 201, self._show_job(job)
 
     def get_job(self, job_id: str) -> Json:
-        """One job."""
-        return self._job_json(self.store.job(job_id))
+        """Return one job."""
+        return self._show_job(self.store.job(job_id))
+
+    def replace_job(self, job_id: str) -> Json:
+        """Replace the whole configuration; what is left out goes back to its default."""
+        data = read_json(bottle.request)
+        return self._change_job(job_id, lambda _shown: data, sets_state=True)
+
+    def patch_job(self, job_id: str) -> Json:
+        """Change what the body names, a JSON merge patch."""
+        patch = read_json(bottle.request)
+        names = patch if isinstance(patch, dict) else {}
+        return self._change_job(job_id, lambda job: merge_patch(job, patch), "enabled" in names)
+
+    def _change_job(self, job_id: str, change: Callable[[Json], Any], sets_state: bool) -> Json:
+        """Change a job as it is now; begin again if another change comes between."""
+        while True:
+            base = self.store.job(job_id)
+            self._check_match(base)
+            data = change(masked_config(base.config) | {"enabled": base.enabled})
+            now = self.clock.now()
+            config, enabled = validate_job(data, self._retry_policy, now, base.config)
+            try:
+                state = enabled if sets_state else None
+                job = self.engine.make(self.engine.update_job, base, config, state, self._user())
+                break
+            except ApiError as error:
+                if error.code != "PRECONDITION_FAILED" or "If-Match" in bottle.request.headers:
+                    raise
+        note = ", which disabled it" if base.enabled and not job.enabled else ""
+        log.info("job %s was changed by %s%s", job_id, self._user(), note)
+        return self._show_job(job)
+
+    def _check_match(self, job: Job) -> None:
+        """Raise PRECONDITION_FAILED if If-Match names other versions (RFC 9110, 13.1.1)."""
+        wanted = bottle.request.headers.get("If-Match", "*")
+        if wanted != "*" and f'"{job.version}"' not in map(str.strip, wanted.split(",")):
+            raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
 
     def delete_job(self, job_id: str) -> Json:
         """Delete a job and its history."""
-        self.engine.delete_job(job_id)
+        job = self.store.job(job_id)
+        self._check_match(job)
+        self.engine.make(self.engine.delete_job, job)
         log.info("job %s was deleted by %s", job_id, self._user())
         return {"id": job_id}
 
-    def enable_job(self, job_id: str) -> Json:
-        """Let the job's schedule fire, from now on."""
-        return self._set_enabled(job_id, True)
+    def enable_job(self, job_id: str, enabled: bool = True) -> Json:
+        """Let the job's schedule fire, from now on; or stop its fire times."""
+        job = self.engine.make(self.engine.set_enabled, job_id, enabled)
+        log.info("job %s was %s by %s", job_id, "enabled" if enabled else "disabled", self._user())
+        return self._show_job(job)
 
     def disable_job(self, job_id: str) -> Json:
         """Stop the job's fire times."""
-        return self._set_enabled(job_id, False)
-
-    def _set_enabled(self, job_id: str, enabled: bool) -> Json:
-        job = self.engine.set_enabled(job_id, enabled)
-        log.info("job %s was %s by %s", job_id, "enabled" if enabled else "disabled", self._user())
-        return self._job_json(job)
+        return self.enable_job(job_id, enabled=False)
 
     def _job_json(self, job: Job) -> Json:
         last = self.store.executions(job.id, 1)
         return job.to_json(last[0] if last else None)
+
+    def _show_job(self, job: Job) -> Json:
+        bottle.response.set_header("ETag", f'"{job.version}"')
+        return self._job_json(job)
+
+    def list_versions(self, job_id: str) -> list[Json]:
+        """Return the versions of a job, the newest first."""
+        self.store.job(job_id)
+        return [version.to_json() for version in self.store.versions(job_id)]
+
+    def get_version(self, job_id: str, number: str) -> Json:
+        """Return one version of a job."""
+        found = self.store.versions(job_id, self._version_number(job_id, number))
+        if not found:
+            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
+        return found[0].to_json()
+
+    def roll_back_job(self, job_id: str, number: str) -> Json:
+        """Make a new version out of an older one."""
+        wanted = self._version_number(job_id, number)
+        job = self.engine.make(self.engine.roll_back, job_id, wanted, self._user())
+        log.info("job %s was rolled back to version %s by %s", job_id, number, self._user())
+        return {"job": self._show_job(job), "rolled_back_from": wanted, "new_version": job.version}
+
+    def _version_number(self, job_id: str, number: str) -> int:
+        self.store.job(job_id)
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
+        return int(number)
 
     def trigger_job(self, job_id: str) -> tuple[int, Json]:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
         wait_s = self._wait_seconds()
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
-            self.engine.trigger(job_id, execution_id)
+            self.engine.make(self.engine.trigger, job_id, execution_id)
             log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
             if not self.engine.stopping and self._may_wait.acquire(blocking=False):
                 try:
                     ended.wait(wait_s)
                 finally:
                     self._may_wait.release()
-        execution = self._execution(job_id, execution_id)
+        execution = self.store.execution_of(job_id, execution_id)
         if execution.status_code is None and execution.reason in NO_ANSWER:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
         data = execution.to_json(self.store.job(job_id).config["name"])
         return (200 if execution.completed_at else 202), data
 
     def _wait_seconds(self) -> float | None:
-        wait = bottle.request.query.get("wait")
-        try:
-            return None if wait is None else min(parse_duration(wait), DAY) / SECOND
-        except ValueError as error:
-            raise Problems([("wait", str(error))]).to_api_error() from error
+        wait = self._query({"wait": Field(parse_duration, None)})["wait"]
+        return None if wait is None else min(wait, DAY) / SECOND
 
     def list_executions(self, job_id: str) -> Json:
-        """The newest executions of a job, the newest first."""
-        job, limit = self.store.job(job_id), bottle.request.query.get("limit", "20")
-        if not re.fullmatch("[0-9]{1,9}", limit) or int(limit) < 1:
-            problem = ("limit", "must be a whole number from 1 to 100")
-            raise Problems([problem]).to_api_error()
-        found = self.store.executions(job_id, min(int(limit), 100))
-        name = job.config["name"]
-        total = self.store.count_executions(job_id)
-        return {"executions": [execution.to_json(name) for execution in found], "total": total}
+        """Return the executions of a job that match, the newest first."""
+        job, query = self.store.job(job_id), self._query(EXECUTIONS_QUERY)
+        if query["before"]:
+            self.store.execution_of(job_id, query["before"])
+        found = self.store.executions(job_id, query["limit"], query["before"], query["status"])
+        return {
+            "executions": [execution.to_json(job.config["name"]) for execution in found],
+            "total": self.store.count_executions(job_id, query["status"]),
+        }
+
+    def list_all_executions(self) -> Json:
+        """Return the newest executions over all jobs, without what was answered."""
+        query = self._query(EXECUTIONS_QUERY)
+        limit, before = query["limit"], query["before"]
+        if before and not self.store.execution(before):
+            raise ApiError("NOT_FOUND", f"there is no execution {before}")
+        found = self.store.all_executions(limit + 1, before, query["status"])
+        shown = [execution.to_json(name) for execution, name in found[:limit]]
+        for execution in shown:
+            del execution["response"]
+        return {"executions": shown, "has_more": len(found) > limit}
 
     def get_execution(self, job_id: str, exec_id: str) -> Json:
-        """One execution, with its attempts."""
-        job, execution = self.store.job(job_id), self._execution(job_id, exec_id)
-        attempts = {"attempt_log": json.loads(execution.attempt_log)}
-        return execution.to_json(job.config["name"]) | attempts
+        """Return one execution with its attempts and what it sends."""
+        job = self.store.job(job_id)
+        execution = self.store.execution_of(job_id, exec_id)
+        (version,) = self.store.versions(job_id, execution.job_version)
+        config = version.to_json()["config"]["webhook"]
+        headers = Webhook(config).request.headers.items()
+        request = {
+            "method": config["method"],
+            "url": config["url"],
+            "headers": {n: MASK if is_secret_header(n) else value for n, value in headers},
+            "body": config["body"],
+        }
+        more = {"attempt_log": json.loads(execution.attempt_log), "request": request}
+        return execution.to_json(job.config["name"]) | more
 
-    def _execution(self, job_id: str, execution_id: str) -> Execution:
-        execution = self.store.execution(execution_id)
-        if execution is None or execution.job_id != job_id:
-            raise ApiError("NOT_FOUND", f"job {job_id} has no execution {execution_id}")
-        return execution
+    def replay_execution(self, job_id: str, exec_id: str) -> tuple[int, Json]:
+        """Send again what an execution sent."""
+        replay_id = f"exec-{uuid.uuid4()}"
+        self.store.job(job_id)
+        self.engine.make(self.engine.trigger, job_id, replay_id, exec_id)
+        log.info("job %s: %s replays %s for %s", job_id, replay_id, exec_id, self._user())
+        return 202, {
+            "replay_execution_id": replay_id,
+            "original_execution_id": exec_id,
+            "message": "Execution replay triggered",
+        }
+
+    def cancel_execution(self, job_id: str, exec_id: str) -> Json:
+        """End an execution that is pending or running."""
+        job = self.store.job(job_id)
+        execution = self.engine.make(self.engine.cancel, job_id, exec_id, self._user())
+        return execution.to_json(job.config["name"])
+
+    def preview_schedule(self) -> Json:
+        """Return the next fire times of a schedule that no job needs to have."""
+        query = self._query(PREVIEW_QUERY)
+        schedule = parse_schedule(query["schedule"])
+        after = self.clock.now() if query["from"] is None else query["from"]
+        runs = preview(schedule, after, query["timezone"], query["count"])
+        return {"next_runs": list(runs), "warnings": schedule_warnings(schedule)}
+
+    def cluster_status(self) -> Json:
+        """Return what the whole of Chronos is doing: this one node."""
+        soonest = self.store.soonest_jobs(10)
+        return {
+            "is_leader": True,
+            "node_id": self._node_id,
+            "version": __version__,
+            "uptime": (self.clock.monotonic() - self._started) // SECOND,
+            "jobs_total": self.store.count_jobs(),
+            **self.store.count_active(),
+            "next_runs": [{"job_id": job, "next_run": format_time(at)} for job, at in soonest],
+        }
+
+    @staticmethod
+    def _query(table: dict[str, Field]) -> Json:
+        """Return the query parameters of a table. Raises ApiError."""
+        query = bottle.request.query.decode()
+        return validate(table, dict(query), frozenset(query))
 
 
 NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger an EXECUTION_ERROR
@@ -3052,9 +3384,7 @@ NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger a
 
 def read_json(request: Any) -> Any:
     """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
-    if request.content_length > MAX_BODY_BYTES:
-        raise ApiError("PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes")
-    body = request.environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+    body = request.environ["wsgi.input"].read()  # waitress has bounded it
     try:
         data = json.loads(
             body.decode(),
@@ -3100,6 +3430,36 @@ def _check_depth(data: Any, left: int) -> None:
 # ======================================================================================
 
 
+class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    """waitress's parser, which hangs up on a request line that urllib can't split."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Parse the head of a request. Raises ParsingError, which is answered with 400."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise waitress.parser.ParsingError(str(error)) from error
+
+
+class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
+    """Answers in the envelope what waitress refuses: what is not HTTP, or too large."""
+
+    def execute(self) -> None:
+        """Write the answer, with the status that waitress chose."""
+        error = self.request.error
+        code = {413: "PAYLOAD_TOO_LARGE", 500: "INTERNAL_ERROR"}.get(error.code, "VALIDATION_ERROR")
+        message = f"{error.reason}: {error.body}"
+        if error.code == 413:
+            message = f"the body has more than {MAX_BODY_BYTES} bytes"
+        answer = {"success": False, "data": None, "error": {"code": code, "message": message}}
+        error.to_response = lambda *_: (
+            f"{error.code} {error.reason}",
+            [("Content-Type", "application/json")],
+            json.dumps(answer).encode() + b"\n",
+        )
+        super().execute()
+
+
 class Service:
     """Everything that runs: start() returns when requests are taken, stop() when all has ended."""
 
@@ -3138,6 +3498,8 @@ class Service:
             max_request_body_size=MAX_BODY_BYTES + 1,
             clear_untrusted_proxy_headers=True,
         )
+        answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
+        self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
         self.engine.start()
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
@@ -3168,7 +3530,8 @@ class Service:
             while self._unsent() and time.monotonic() < deadline:
                 time.sleep(0.01)
             close_all = functools.partial(wasyncore.close_all, self._channels)
-            self._server.trigger.pull_trigger(close_all)
+            with contextlib.suppress(OSError):  # the http thread may have closed all meanwhile
+                self._server.trigger.pull_trigger(close_all)
             self._thread.join(timeout=2)
         self.store.close()
         if self._lock:

@@ -188,23 +188,12 @@ class World:
         self.engine.recover()
         self.engine._pool.start()
 
-    def do(self, call, *arguments):
-        """Make a change as an API thread would, and turn the engine until it is made."""
-        box = queue.Queue()
-
-        def run():
-            try:
-                box.put((call(*arguments), None))
-            except Exception as error:
-                box.put((None, error))
-
-        threading.Thread(target=run).start()
-        while box.empty():
-            self.engine.run_pass(10_000)
-        result, error = box.get()
-        if error:
-            raise error
-        return result
+    def do(self, change, *arguments):
+        """Hand a change in as an API thread would, and turn the engine until it is made."""
+        future = self.engine.hand_in(change, *arguments)
+        while not future.done():
+            self.engine.run_pass()
+        return future.result()
 
     def create(self, url, enabled=True, **fields):
         """Create a job and return it."""
@@ -228,6 +217,11 @@ class World:
         """Let time pass, then settle."""
         self.clock.advance(seconds)
         self.settle()
+
+    def all_jobs(self):
+        """Return all jobs in the order of their creation."""
+        anything = {"enabled": None, "q": None, "status": None, "tags": []}
+        return self.store.jobs(anything, -1, 0)[0]
 
     def executions(self, job):
         """Return the executions of a job, the oldest first."""
@@ -1457,7 +1451,7 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     world.settle()
     world.do(world.engine.set_enabled, job.id, False)
     world.executions(job)
-    world.do(world.engine.delete_job, job.id)
+    world.do(world.engine.delete_job, job)
     engine_connection(world).set_trace_callback(None)
 
     kinds = ("SELECT", "WITH", "UPDATE", "DELETE", "INSERT")
@@ -3082,7 +3076,7 @@ def test_a_crash_during_a_big_delete_does_not_stop_the_next_start(make_world, ta
     job = before.create(target.url + "/hang")
     add_executions(before, job, 2000, "success")
     hang(before, target, job)
-    before.do(before.engine.delete_job, job.id)
+    before.do(before.engine.delete_job, job)
 
     world = make_world()
     turn_until(world, lambda: world.executions(job) == [])
@@ -3260,7 +3254,7 @@ def test_who_has_waited_too_long_withdraws_a_change_that_was_not_begun(world, ta
     monkeypatch.setattr(chronos, "WRITE_PATIENCE_S", 0.05)
 
     with pytest.raises(chronos.StoreError, match="nothing was changed"):
-        world.engine.set_enabled(job.id, False)
+        world.engine.make(world.engine.set_enabled, job.id, False)
     world.settle()
 
     assert world.store.job(job.id).enabled
@@ -3277,7 +3271,7 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     left = [5002]
 
     with world.engine.waiter(running) as first, world.engine.waiter(waiting) as second:
-        threading.Thread(target=world.engine.delete_job, args=[job.id]).start()
+        world.engine.hand_in(world.engine.delete_job, job)
         while left[-1]:
             world.engine.run_pass(10_000)
             left.append(world.store.count_executions(job.id))
@@ -3285,13 +3279,11 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
         assert second.is_set()
     world.settle()  # though the target still holds the request
 
-    assert world.store.jobs() == [other]
+    assert world.all_jobs() == [other]
     assert target.received.qsize() == 1
     assert world.store.count_executions(other.id) == 10
     assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
 
-
-INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
 
 # ======================================================================================
 # 12. API
@@ -3588,6 +3580,7 @@ def test_one_execution_shows_each_attempt(service, target):
     shown = service.get(f"/jobs/{job['id']}/executions/{execution['id']}")
 
     attempts = shown.pop("attempt_log")
+    assert shown.pop("request")["method"] == "POST"
     assert shown == execution
     assert shown["attempts"] == 2
     assert [(a["number"], a["status_code"]) for a in attempts] == [(1, 503), (2, 503)]
@@ -3741,6 +3734,583 @@ def test_a_lone_surrogate_in_an_answer_harms_no_list(service, target, charset, b
 
     assert execution["status"] == "success"
     assert "\ud800" not in execution["response"]
+
+
+# ======================================================================================
+# 12. API: changing a job, and its secrets
+# ======================================================================================
+
+NO_ID = "11111111-1111-4111-8111-111111111111"
+EXAMPLE_RETRY = EXAMPLE["retry_policy"] | {"attempt_timeout": None}
+MASKED_BEARER = {"type": "bearer", "token": chronos.MASK}
+BASIC_AUTH = {"type": "basic", "username": "me", "password": "p"}
+
+
+def path_of(job, rest=""):
+    return f"/jobs/{job['id']}{rest}"
+
+
+def put(service, job, body):
+    return service.expect(200, "PUT", path_of(job), body)
+
+
+def patch(service, job, body):
+    return service.expect(200, "PATCH", path_of(job), body)
+
+
+def wrong_fields(service, method, path, body=None):
+    """Return the names of the fields for which a request is refused."""
+    return [detail["field"] for detail in service.error(400, method, path, body)["details"]]
+
+
+def differences(before, after):
+    return {name: after[name] for name in before if before[name] != after[name]}
+
+
+def in_seconds(seconds):
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def test_put_replaces_everything_and_what_is_left_out_goes_to_its_default(service, caplog):
+    caplog.set_level("INFO")
+    minimal = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
+    job, fresh = service.post("/jobs", EXAMPLE), service.post("/jobs", minimal)
+
+    changed = put(service, job, minimal)
+
+    assert differences(fresh, changed).keys() == {"id", "version", "created_at", "updated_at"}
+    assert (changed["id"], changed["version"]) == (job["id"], 2)
+    assert job["created_at"] == changed["created_at"] != changed["updated_at"]
+    assert changed["enabled"] is False
+    assert any(job["id"] in line and "disabled" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(("name", "value", "becomes"), [
+    ("timeout", None, "5m"), ("description", None, None), ("concurrency", "replace", "replace"),
+    ("tags", {"a": "9", "b": None, "c": "3"}, {"a": "9", "c": "3"}), ("tags", None, {}),
+    ("retry_policy", {"max_attempts": 7, "multiplier": None}, EXAMPLE_RETRY | {"max_attempts": 7}),
+    ("webhook", {"method": None}, {"method": "GET"}),
+    ("webhook", {"success_codes": [204]}, {"success_codes": [204]}),
+    ("webhook", {"headers": {"x-a": None, "X-B": "2"}}, {"headers": {"X-B": "2"}}),
+    ("webhook", {"auth": None}, {"auth": None}),
+    ("webhook", {"auth": {"username": "u"}},
+     {"auth": BASIC_AUTH | {"username": "u", "password": chronos.MASK}}),
+    ("webhook", {"auth": MASKED_BEARER | {"token": "t"}}, {"auth": MASKED_BEARER}),
+])  # fmt: skip
+def test_patch_changes_what_it_names_and_null_is_the_default(service, name, value, becomes):
+    webhook = {"success_codes": [200], "headers": {"x-a": "1"}, "auth": BASIC_AUTH, "body": "b"}
+    fields = {"timeout": "1m", "tags": {"a": "1", "b": "2"}, "description": "d"}
+    job = service.create(NOBODY, webhook=webhook, retry_policy={"multiplier": 4}, **fields)
+
+    after = patch(service, job, {name: value})
+
+    assert differences(job, after).keys() == {name, "version", "updated_at"}
+    assert after[name] == (job["webhook"] | becomes if name == "webhook" else becomes)
+    assert after["version"] == 2
+
+
+@pytest.mark.parametrize(("body", "moves"), [
+    ({"description": "x", "timeout": "1s", "schedule": "@every 1h", "enabled": True}, False),
+    ({"schedule": "@every 2h"}, True),
+    ({"timezone": "Asia/Tokyo"}, True),
+])  # fmt: skip
+def test_a_cursor_moves_only_where_schedule_time_zone_or_state_change(service, body, moves):
+    job = service.create(NOBODY, schedule="@every 1h", enabled=True)
+
+    after = patch(service, job, body)
+
+    assert (after["next_run"] != job["next_run"]) is moves
+    assert put(service, job, after) == service.post(path_of(job, "/enable")) == after
+    disabled = patch(service, job, {"enabled": None})
+    enabled = patch(service, job, {"enabled": True})
+    assert differences(after, disabled).keys() == {"enabled", "next_run", "updated_at"}
+    assert enabled["next_run"] not in (None, after["next_run"])
+    assert enabled["version"] == after["version"] == 2
+
+
+def test_an_instant_in_the_past_is_kept_but_not_set_anew(service):
+    job = service.create(NOBODY, schedule=f"@at {in_seconds(1)}", enabled=True, retry_policy=ONCE)
+    path = path_of(job)
+    job = wait_until(lambda: (got := service.get(path))["next_run"] is None and got)
+    past = {"schedule": f"@at {in_seconds(-5)}"}
+
+    assert patch(service, job, {"description": "was"})["version"] == 2
+    assert wrong_fields(service, "PATCH", path, past) == ["schedule"]
+    assert wrong_fields(service, "POST", "/jobs", job_body(NOBODY, **past)) == ["schedule"]
+    for method, rest, body in (("POST", "/enable", None), ("PATCH", "", {"enabled": True})):
+        assert service.error(409, method, path + rest, body)["code"] == "CONFLICT"
+    assert patch(service, job, {"schedule": f"@at {in_seconds(60)}", "enabled": True})["next_run"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize(("wanted", "status"), [
+    ("*", 200), ('"2"', 200), ('"1", "2"', 200),
+    ('"1","2"', 200),
+    ('"1"', 412), ('"1", "3"', 412), ('W/"2"', 412), ("2", 412), ("", 412),
+])  # fmt: skip
+def test_a_change_is_made_only_to_a_version_that_if_match_names(service, method, wanted, status):
+    job = service.create(NOBODY)
+    job = patch(service, job, {"name": "second"})
+    body = None if method == "DELETE" else job_body(NOBODY, name="third")
+
+    got, envelope = service.call(method, path_of(job), body, headers={"If-Match": wanted})
+
+    assert got == status, envelope
+    if status == 412:
+        assert envelope["error"]["code"] == "PRECONDITION_FAILED"
+        assert service.get(path_of(job)) == job
+
+
+def test_the_etag_of_a_job_is_its_version(service):
+    path = f"/api/v1{path_of(service.create(NOBODY))}"
+
+    for method, body, etag in (("GET", None, 1), ("PATCH", '{"name": "b"}', 2), ("GET", None, 2)):
+        assert send_as_is(service, method, path, body)[1].headers["ETag"] == f'"{etag}"'
+
+
+@pytest.mark.parametrize(("headers", "made"), [({}, 16), ({"If-Match": '"1"'}, 1)])
+def test_of_changes_at_the_same_time_none_is_lost(service, background, headers, made):
+    job = service.create(NOBODY)
+
+    def change(n):
+        return service.call("PATCH", path_of(job), {"tags": {f"t{n}": ""}}, headers=headers)[0]
+
+    assert sorted(background.map(change, range(16))) == [200] * made + [412] * (16 - made)
+    after = service.get(path_of(job))
+    assert (len(after["tags"]), after["version"]) == (made, 1 + made)
+
+
+def test_every_change_of_the_configuration_is_a_version_newest_first(service):
+    job = service.create(NOBODY, name="one")
+    patch(service, job, {"name": "two"})
+    third = put(service, job, job_body(NOBODY, name="three"))
+
+    versions = service.get(path_of(job, "/versions"))
+
+    found = [(v["version"], v["config"]["name"], v["created_by"]) for v in versions]
+    assert found == [(3, "three", "anonymous"), (2, "two", "anonymous"), (1, "one", "anonymous")]
+    assert versions[0]["created_at"] == third["updated_at"] != versions[2]["created_at"]
+    assert versions[0]["config"].items() <= third.items()
+    assert [service.get(path_of(job, f"/versions/{n}")) for n in (3, 2, 1)] == versions
+
+
+def test_a_rollback_is_a_new_version_and_leaves_state_and_cursor_alone(service, target):
+    fields = {"schedule": "@every 1h", "enabled": True, "webhook": WITH_SECRET["bearer"]}
+    job = service.create(target.url, **fields)
+    patch(service, job, {"name": "two", "webhook": {"auth": {"token": "another"}}})
+
+    answer = service.post(path_of(job, "/rollback/1"))
+    again = service.post(path_of(job, "/rollback/3"))
+    service.post(trigger_path(job))
+    service.post(path_of(job, "/disable"))
+
+    assert (answer["rolled_back_from"], answer["new_version"]) == (1, 3)
+    assert differences(job, answer["job"]).keys() == {"version", "updated_at"}
+    assert (again["rolled_back_from"], again["new_version"], again["job"]["version"]) == (3, 4, 4)
+    assert target.take()[2]["Authorization"] == f"Bearer {CANARY}"
+    assert service.post(path_of(job, "/rollback/1"))["job"]["enabled"] is False
+
+
+@pytest.mark.parametrize("n", ["2", "0", "-1", "%2B1", "1.0", "x", "%D9%A1", "9" * 10, "9" * 5000])
+def test_a_version_that_is_not_there_is_not_found(service, n):
+    job = service.create(NOBODY)
+
+    for method, rest in (("GET", "versions"), ("POST", "rollback")):
+        assert service.error(404, method, path_of(job, f"/{rest}/{n}"))["code"] == "NOT_FOUND"
+    assert service.get(path_of(job)) == job
+
+
+SECRETS = {  # by the field that is the secret
+    "auth.token": WITH_SECRET["bearer"], "auth.password": WITH_SECRET["basic"],
+    "auth.api_key": {"auth": {"type": "api_key", "api_key": CANARY, "header": "X-Key"}},
+} | {f"headers.{name}": {"headers": {name: CANARY}}
+     for name in ("Authorization", "cookie", "X-PASSWORD", "x-api-key", "the-secret")}  # fmt: skip
+EACH_SECRET = pytest.mark.parametrize(("field", "webhook"), SECRETS.items(), ids=SECRETS)
+
+
+@EACH_SECRET
+def test_what_get_gave_can_be_sent_back_and_the_target_gets_secrets(
+    service, target, field, webhook
+):
+    webhook = EXAMPLE["webhook"] | {"headers": {}, "auth": None, "url": target.url} | webhook
+    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
+
+    def sent():
+        service.post(trigger_path(job))
+        headers = target.take()[2].items()
+        return {n: v for n, v in headers if not n.startswith(("X-Chronos", "Idempotency"))}
+
+    before = sent()
+    shown = service.get(path_of(job))
+    assert put(service, job, shown) == shown
+    assert put(service, job, job | {"description": "changed"})["version"] == 2
+    assert sent() == before
+    patch(service, job, {"webhook": {"url": target.url + "/b", "auth": job["webhook"]["auth"]}})
+    assert sent() == before
+    for path in (path_of(job), path_of(job, "/versions"), path_of(job, "/versions/1")):
+        assert CANARY not in json.dumps(service.get(path))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:2", "https://127.0.0.1:1", "http://localhost:1"])
+@EACH_SECRET
+def test_a_stored_secret_does_not_go_to_another_origin(service, field, webhook, url):
+    job = service.create(NOBODY, webhook=webhook)
+    moved = job | {"webhook": job["webhook"] | {"url": url}}
+
+    for method, body in (("PATCH", {"webhook": {"url": url}}), ("PUT", moved)):
+        assert wrong_fields(service, method, path_of(job), body) == [f"webhook.{field}"]
+    assert service.get(path_of(job)) == job
+    assert patch(service, job, {"webhook": webhook | {"url": url}})["webhook"]["url"] == url
+
+
+@pytest.mark.parametrize(("body", "fields"), [
+    ({"webhook": {"headers": {"X-Token": chronos.MASK}}}, ["webhook.headers.X-Token"]),
+    ({"webhook": {"auth": BASIC_AUTH | {"password": chronos.MASK}}}, ["webhook.auth.password"]),
+    ({"webhook": {"auth": {"type": "api_key", "api_key": chronos.MASK}}}, ["webhook.auth.api_key"]),
+    ({"name": None, "schedule": None, "taggs": {}}, ["taggs", "name", "schedule"]),
+    ({"webhook": {"url": None}}, ["webhook.url"]),
+    ({"name": None, "webhook": {"url": "http://other/"}}, ["name", "webhook.auth.token"]),
+])  # fmt: skip
+def test_what_a_change_has_wrong_is_named_all_at_once(service, body, fields):
+    job = service.create(NOBODY, webhook=WITH_SECRET["bearer"])
+
+    assert wrong_fields(service, "PATCH", path_of(job), body) == fields
+    assert service.get(path_of(job)) == job
+
+
+# ======================================================================================
+# 12. API: lists and executions
+# ======================================================================================
+
+
+@pytest.mark.parametrize(("query", "found", "total"), [
+    ("enabled=true", "a", 1), ("enabled=false", "bcd", 3), ("q=REPORT", "b", 1),
+    ("tag=team:x", "ab", 2), ("tag=team:x&tag=env:prod:eu", "b", 1), ("tag=team:", "d", 1),
+    ("tag=gr%C3%B6%C3%9Fe:%22", "c", 1), ("q=nightly", "ac", 2), ("q=%25", "d", 1),
+    ("q=%C3%84RGER", "c", 1),
+    ("status=success", "a", 1), ("status=failed", "b", 1), ("status=skipped", "", 0),
+    ("limit=2", "ab", 4), ("limit=2&offset=1", "bc", 4), ("offset=9", "", 4),
+    ("q=nightly&limit=1", "a", 2), ("q=nightly&enabled=false&tag=team:x", "", 0),
+])  # fmt: skip
+def test_jobs_are_found_by_state_tag_text_and_last_outcome(service, target, query, found, total):
+    tags, url = {"team": "x"}, target.url + "/status/404"
+    service.create(target.url, name="a", description="Nightly", enabled=True, tags=tags)
+    service.create(url, name="b Report", tags=tags | {"env": "prod:eu"})
+    service.create(url, name="c NIGHTLY", description="ärger", tags={"größe": '"', "Team": "x"})
+    service.create(url, name="d 100%", tags={"team": ""})
+    for job in service.get("/jobs?limit=2")["jobs"]:
+        service.post(trigger_path(job))
+
+    answer = service.get(f"/jobs?{query}")
+
+    assert "".join(job["name"][0] for job in answer["jobs"]) == found
+    assert answer["total"] == total
+
+
+@pytest.mark.parametrize(("path", "fields"), [
+    ("jobs?enabled=yes&status=done&limit=0&offset=-1", ["limit", "offset", "enabled", "status"]),
+    ("jobs?limit=x&offset=1e99", ["limit", "offset"]),
+    ("executions?limit=0&status=done", ["limit", "status"]),
+    ("schedules/preview?count=0", ["schedule", "count"]),
+    ("schedules/preview?schedule=* * *&timezone=Mars/Base&count=x&from=tomorrow",
+        ["schedule", "timezone", "count", "from"]),
+])  # fmt: skip
+def test_a_wrong_query_is_refused_naming_every_parameter(service, path, fields):
+    assert wrong_fields(service, "GET", f"/{path}") == fields
+
+
+@pytest.fixture
+def history(service, target):
+    """A job and its executions: two successes, one that runs on, one that it skipped."""
+    job = service.create(target.url + "/ok", name="history")
+    ids = [service.post(trigger_path(job))["id"] for _ in range(2)]
+    patch(service, job, {"webhook": {"url": target.url + "/hang"}})
+    ids.append(service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"])
+    assert target.hanging.acquire(timeout=10)
+    return job, [*ids, service.post(trigger_path(job))["id"]]
+
+
+@pytest.mark.parametrize(("query", "found", "total"), [
+    ("before={3}", [2, 1, 0], 4), ("before={2}&limit=1", [1], 4), ("before={0}", [], 4),
+    ("status=success", [1, 0], 2), ("status=success&before={1}", [0], 2), ("status=failed", [], 0),
+    ("status=running", [2], 1), ("status=skipped", [3], 1), ("limit=500", [3, 2, 1, 0], 4),
+])  # fmt: skip
+def test_executions_are_paged_by_before_and_filtered(service, history, query, found, total):
+    job, ids = history
+
+    page, overall = (
+        service.get(f"{path}/executions?{query.format(*ids)}") for path in (path_of(job), "")
+    )
+
+    assert [execution["id"] for execution in page["executions"]] == [ids[n] for n in found]
+    assert page["total"] == total
+    assert [e["id"] for e in overall["executions"]] == [ids[n] for n in found]
+    assert overall["has_more"] is ("limit=1" in query)
+    assert all(e["job_name"] == "history" and "response" not in e for e in overall["executions"])
+
+
+def test_an_execution_of_another_job_is_none(service, history):
+    other, running = service.create(NOBODY), history[1][2]
+    path = path_of(other, "/executions")
+
+    calls = ["GET ?before={}", "GET /{}", "POST /{}/replay", "POST /{}/cancel"]
+    for method, rest in map(str.split, calls):
+        error = service.error(404, method, path + rest.format(running))
+        assert error["code"] == "NOT_FOUND"
+    assert service.get("/executions?status=running")["executions"][0]["id"] == running
+
+
+def test_nothing_comes_before_an_execution_that_is_not_there(service):
+    assert service.error(404, "GET", f"/executions?before=exec-{NO_ID}")["code"] == "NOT_FOUND"
+
+
+@EACH_SECRET
+def test_an_execution_shows_the_request_of_its_version_masked(service, target, field, webhook):
+    headers = {"X-Plain": "1"} | webhook.get("headers", {})
+    job = service.create(target.url + "/old", webhook=webhook | {"headers": headers, "body": "{}"})
+    execution = service.post(trigger_path(job))
+    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "method": "PUT"}})
+
+    request = service.get(path_of(job, f"/executions/{execution['id']}"))["request"]
+
+    arrived = dict(target.take()[2])
+    shown = request.pop("headers")
+    hidden = {name for name in shown if shown[name] == chronos.MASK}
+    assert request == {"method": "POST", "url": target.url + "/old", "body": "{}"}
+    assert hidden == {n for n, v in arrived.items() if CANARY in v or n == "Authorization"} != set()
+    assert {"X-Plain", "Content-Type", "User-Agent"} <= shown.keys() <= arrived.keys()
+    assert differences(shown, arrived).keys() == hidden
+
+
+def test_a_replay_sends_what_the_original_sent_even_after_a_change(service, target):
+    job = service.create(target.url + "/old", webhook={"body": "old", **WITH_SECRET["bearer"]})
+    original, first = service.post(trigger_path(job)), target.take()
+    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "auth": None}})
+
+    answer = service.expect(202, "POST", path_of(job, f"/executions/{original['id']}/replay"))
+
+    again, replay_id = target.take(), answer.pop("replay_execution_id")
+    assert answer.pop("original_execution_id") == original["id"] != replay_id
+    assert answer == {"message": "Execution replay triggered"}
+    assert [again[n] for n in (0, 1, 3)] == ["POST", "/old", b"old"]
+    fresh = {"X-Chronos-Execution-ID": replay_id, "Idempotency-Key": replay_id}
+    assert differences(dict(first[2]), dict(again[2])) == fresh
+    replay = service.get(path_of(job, f"/executions/{replay_id}"))
+    kept = {name: original[name] for name in ("job_version", "scheduled_time")}
+    assert {"trigger": "replay", "replay_of": original["id"], **kept}.items() <= replay.items()
+
+
+def test_a_replay_obeys_the_concurrency_that_the_job_has_now(service, history):
+    job, ids = history
+
+    for concurrency, status in (("forbid", "skipped"), ("allow", "success")):
+        patch(service, job, {"concurrency": concurrency})
+        service.expect(202, "POST", path_of(job, f"/executions/{ids[0]}/replay"))
+        newest = path_of(job, f"/executions?limit=1&status={status}")
+        wait_until(lambda url=newest: service.get(url)["executions"][0]["trigger"] == "replay")
+
+
+def test_cancelling_a_running_execution_ends_its_connection(service, hostile):
+    def behave(server, connection):
+        server.requests.put(read_request(connection))
+        server.requests.put(connection.recv(1))
+
+    server = hostile(behave)
+    job = service.create(server.url)
+    execution = service.expect(202, "POST", trigger_path(job, "?wait=0"))
+    path = path_of(job, f"/executions/{execution['id']}")
+    assert server.requests.get(timeout=10)
+
+    answer = service.post(path + "/cancel")
+
+    assert (answer["status"], answer["reason"]) == ("failed", "cancelled")
+    assert "anonymous" in answer["error"]
+    assert server.requests.get(timeout=2) == b""
+    assert service.error(409, "POST", path + "/cancel")["code"] == "CONFLICT"
+
+
+def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
+    job = service.create(target.url + "/status/503", retry_policy={"initial_interval": "2s"})
+    execution = service.expect(202, "POST", trigger_path(job, "?wait=1s"))
+
+    answer = service.post(path_of(job, f"/executions/{execution['id']}/cancel"))
+
+    assert (execution["status"], execution["attempts"]) == ("pending", 1)
+    assert (answer["status"], answer["reason"], answer["attempts"]) == ("failed", "cancelled", 1)
+    target.take()
+    with pytest.raises(queue.Empty):
+        target.received.get(timeout=2)
+
+
+# ======================================================================================
+# 12. API: schedules, cluster, the reference, HTTP
+# ======================================================================================
+
+
+@pytest.mark.parametrize(("schedule", "after", "utc", "local", "note"), [
+    ("30 2 * * *", "03-27T12:00", "03-28T01:00", "03-28T03:00:00+02:00", "forward"),
+    ("30 2 * * *", "03-28T12:00", "03-29T00:30", "03-29T02:30:00+02:00", None),
+    ("0 * * * *", "03-28T00:30", "03-28T01:00", "03-28T03:00:00+02:00", None),
+    ("30 2 * * *", "10-30T12:00", "10-31T00:30", "10-31T02:30:00+02:00", "only the first"),
+    ("30 * * * *", "10-31T00:00", "10-31T00:30", "10-31T02:30:00+02:00", "both"),
+    ("30 * * * *", "10-31T00:30", "10-31T01:30", "10-31T02:30:00+01:00", "both"),
+])  # fmt: skip
+def test_a_preview_notes_a_clock_change(service, schedule, after, utc, local, note):
+    query = f"schedule={schedule}&timezone=Europe/Madrid&from=2027-{after}:00Z&count=1"
+
+    (run,) = service.get(f"/schedules/preview?{query}")["next_runs"]
+
+    assert (run["utc"], run["local"]) == (f"2027-{utc}:00Z", f"2027-{local}")
+    assert note in run["note"] if note else run["note"] is None
+
+
+@pytest.mark.parametrize(("schedule", "warnings"), [
+    ("0 0 1 * 1", ["either"]), ("0 0 31 * *", ["months"]), ("0 0 29 2 *", ["months"]),
+    ("0 0 28 * *", []), ("0 0 31 1 *", []), ("0 9 * * 1", []), ("@every 1h", []),
+    ("* * * * * *", ["every second"]),
+    ("0 9 * * *", []),
+])  # fmt: skip
+def test_a_preview_warns_of_what_people_often_do_not_mean(service, schedule, warnings):
+    found = service.get(f"/schedules/preview?schedule={schedule}")["warnings"]
+
+    assert len(found) == len(warnings)
+    assert all(words in warning for warning, words in zip(found, warnings, strict=True))
+
+
+@pytest.mark.parametrize(("query", "count"), [
+    ("@hourly", 5), ("@hourly&count=999", 100), ("@at 2020-01-01T00:00:00Z", 0),
+    ("@at 2020-01-01T01:00:00%2B01:00&from=2019-01-01T00:00:00Z", 1),
+    *((query, 0) for query in (
+        "@daily&from=9999-12-31T23:59:59Z", "0 0 29 2 *&from=9999-01-01T00:00:00Z")),
+    ("@daily&from=0001-01-01T00:00:00Z&timezone=America/New_York", 0),
+])  # fmt: skip
+def test_a_preview_has_five_runs_and_at_most_100_and_ends_where_dates_end(service, query, count):
+    assert len(service.get(f"/schedules/preview?schedule={query}")["next_runs"]) == count
+
+
+def test_the_cluster_counts_what_there_is_and_names_the_ten_soonest(make_service, target):
+    service = make_service(dispatcher__max_concurrent_jobs=1, cluster__node_id="n1")
+    hours = range(12, 0, -1)
+    jobs = [service.create(NOBODY, schedule=f"@every {n}h", enabled=True) for n in hours]
+    busy = service.create(target.url + "/hang", concurrency="allow")
+    for _ in range(3):
+        service.expect(202, "POST", trigger_path(busy, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+
+    status = service.get("/cluster/status")
+
+    soonest = [{"job_id": job["id"], "next_run": job["next_run"]} for job in jobs[:1:-1]]
+    assert 0 <= status.pop("uptime") < 60
+    assert status == {
+        "is_leader": True, "node_id": "n1", "version": chronos.__version__, "jobs_total": 13,
+        "running": 1, "pending": 2, "next_runs": soonest}  # fmt: skip
+
+
+# fmt: off
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"
+ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+JOB = {  # the answers of the API reference
+    "id": ID, "name": str, "description": str, "schedule": str, "timezone": str, "next_run": TIME,
+    "webhook": {"url": str, "method": str}, "enabled": bool, "created_at": TIME, "updated_at": TIME}
+TRIGGERED = {
+    "id": f"exec-{ID}", "job_id": ID, "status": str, "attempts": int, "started_at": TIME,
+    "completed_at": TIME, "status_code": int, "response": str, "duration": int}
+EXECUTION = TRIGGERED | {"job_name": str, "scheduled_time": TIME, "node_id": str}
+VERSION = {"job_id": ID, "version": int, "config": {}, "created_at": TIME, "created_by": str}
+ROLLED_BACK = {"job": JOB, "rolled_back_from": int, "new_version": int}
+CLUSTER = {
+    "is_leader": bool, "jobs_total": int, "running": int,
+    "next_runs": [{"job_id": ID, "next_run": TIME}]}
+# fmt: on
+
+
+def check(value, documented):
+    """Check that everything of an answer in the reference is there, with its type."""
+    if isinstance(documented, dict):
+        for name, inner in documented.items():
+            check(value[name], inner)
+    elif isinstance(documented, list):
+        for item in value or [None]:
+            check(item, documented[0])
+    elif isinstance(documented, str):
+        assert re.fullmatch(documented, value)
+    else:
+        assert type(value) is documented
+
+
+def test_every_answer_has_what_the_reference_documents(service, target):
+    body = EXAMPLE | {"webhook": EXAMPLE["webhook"] | {"url": target.url + "/reports"}}
+    job = service.post("/jobs", body)
+    execution = service.post(trigger_path(job))
+    path = path_of(job)
+
+    check(job, JOB)
+    check(put(service, job, body | {"description": "Changed"}), JOB)
+    check(service.get(path), JOB)
+    check(service.get("/jobs"), {"jobs": [JOB], "total": int})
+    check(execution, TRIGGERED)
+    check(service.get(path + "/executions"), {"executions": [EXECUTION], "total": int})
+    check(service.get(f"{path}/executions/{execution['id']}"), EXECUTION)
+    check(service.get(path + "/versions"), [VERSION])
+    check(service.get(path + "/versions/2"), VERSION)
+    check(service.post(path + "/rollback/1"), ROLLED_BACK)
+    check(service.get("/cluster/status"), CLUSTER)
+    check(service.post(path + "/enable"), JOB)
+    check(service.post(path + "/disable"), JOB | {"next_run": type(None)})
+
+
+def test_a_job_is_on_disk_when_its_201_arrives(service, background):
+    def create_and_look(_n):
+        job_id = service.create(NOBODY)["id"]
+        with contextlib.closing(sqlite3.connect(service.service.store.path)) as other:
+            sql = "SELECT count(*) FROM jobs JOIN versions ON id = job_id WHERE id = ?"
+            return other.execute(sql, [job_id]).fetchone()[0]
+
+    assert list(background.map(create_and_look, range(80))) == [1] * 80
+
+
+@pytest.mark.parametrize(("method", "path"), [r[:2] for r in chronos.Api.ROUTES if "<" in r[1]])
+def test_what_is_not_there_is_not_found(service, method, path):
+    status, answer = send_as_is(service, method, re.sub("<.*?>", NO_ID, path), "{}")
+
+    assert (status, json.loads(answer.text)["error"]["code"]) == (404, "NOT_FOUND")
+
+
+def test_head_answers_with_the_head_of_get(service):
+    job_path = f"/api/v1{path_of(service.create(NOBODY))}"
+
+    for path in ("/health", job_path, f"{job_path}/executions", "/api/v1/jobs/x"):
+        got, head = (send_as_is(service, method, path) for method in ("GET", "HEAD"))
+        assert (got[0], bool(got[1].text), head[1].text) == (head[0], True, "")
+        assert differences(dict(got[1].headers), dict(head[1].headers)).keys() <= {"Date"}
+
+
+def test_a_body_of_one_mebibyte_is_accepted(service):
+    assert service.call("POST", "/jobs", json.dumps(job_body(NOBODY)).ljust(2**20))[0] == 201
+
+
+@pytest.mark.parametrize(("sent", "status"), [
+    (b"garbage\r\n\r\n", "400 404"), (b"\x16\x03\x01\r\n\r\n", "400 404"),  # waitress 2.1: 404
+    (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", "400"), (b"GET /\xff HTTP/1.1\r\n\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", "501"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", "413"),
+    (b"GET / HTTP/1.1\r\nX: " + b"x" * 262_144, "431"),
+    (b"GET http://[::1/ HTTP/1.1\r\n\r\n", "400"),
+])  # fmt: skip
+def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+
+    codes = {"413": "PAYLOAD_TOO_LARGE", "404": "NOT_FOUND"}
+    got, envelope = head.split()[1].decode(), json.loads(body)
+    assert got in status.split()
+    assert b"Content-Type: application/json" in head and b"\r\nServer:" not in head
+    assert envelope.pop("error")["code"] == codes.get(got, "VALIDATION_ERROR")
+    assert envelope == {"success": False, "data": None}
 
 
 # ======================================================================================
@@ -4104,13 +4674,14 @@ def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_pr
 
 def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
     readme = (CHRONOS.parent / "README.md").read_text()
-    tour = readme.split("## The first job")[1].split("\n## ")[0]
+    tour = readme.split("## The first job")[1].split("\n## The API")[0]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = make_process().url.removeprefix("http://")
     for printed, used in (("localhost:8080", address), ("8000", str(port)), ("/tmp", tmp_path)):
         tour = tour.replace(printed, str(used))
-    serve, create, history, trigger, tidy = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
+    serve, create, history, trigger, change, versions, roll_back, replay, tidy = blocks
     calls = tmp_path / "calls"
 
     def run(block):
@@ -4127,6 +4698,10 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
         wait_until(lambda: calls.exists() and '"GET /report HTTP/1.1" 200' in calls.read_text())
         triggered = json.loads(run(trigger))["data"]
         newest = json.loads(run(history))["data"]["executions"][0]
+        changed = json.loads(run(change))["data"]
+        numbers = [version["version"] for version in json.loads(run(versions))["data"]]
+        back = json.loads(run(roll_back))["data"]
+        replayed = json.loads(run(replay))["data"]
         tidied = [json.loads(line)["success"] for line in run(tidy).splitlines()]
     finally:
         hook.kill()
@@ -4135,6 +4710,10 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
     assert created["next_run"].endswith(("0Z", "5Z"))
     assert (triggered["status"], triggered["trigger"]) == ("success", "manual")
     assert (newest["status_code"], newest["response"]) == (200, "OK\n")
+    assert changed["webhook"]["url"].endswith("/wrong")
+    assert numbers == [2, 1]
+    assert (back["new_version"], back["job"]["webhook"]["url"][-7:]) == (3, "/report")
+    assert replayed["message"] == "Execution replay triggered"
     assert tidied == [True, True]
 
 

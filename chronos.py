@@ -26,7 +26,7 @@ The database is the queue: there is no schedule in memory, so a restart has noth
     thread      started by    what it does, and what it may touch
     main        the shell     waits for signals
     engine      Engine        the only writer of the database; one pass after another
-    worker-N    WorkerPool    one HTTP request at a time; never the database
+    worker-N    Engine        one HTTP request at a time; never the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
     dns-HOST    Wire          one name look-up; may hang, so nobody waits for it unbounded
     http        Service       waitress: accepts connections
@@ -61,7 +61,7 @@ import threading
 import time
 import uuid
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -86,10 +86,8 @@ try:
     from croniter import CroniterBadDateError, croniter  # type: ignore[import-untyped]
     from waitress import wasyncore
 except ImportError as error:
-    sys.exit(
-        f"chronos: the Python package {error.name or str(error)!r} is missing; "
-        "this installs all it needs: python3 -m pip install -r requirements.txt"
-    )
+    package = repr(error.name or str(error))
+    sys.exit(f"chronos: the package {package} is missing: pip install -r requirements.txt")
 
 # ======================================================================================
 # 1. Constants
@@ -100,6 +98,8 @@ __version__ = "0.1.0"
 log = logging.getLogger("chronos")
 
 Json = dict[str, Any]
+Prepared = requests.PreparedRequest
+Reply = requests.Response
 Result = TypeVar("Result")
 
 SECOND = 1_000_000  # instants and durations are integers, in microseconds
@@ -352,7 +352,7 @@ class Schedule:
 
     def count(self, first: int, last: int, zone: str) -> int:
         """Return how many fire times lie in [first, last]; ``first`` is one of them."""
-        raise NotImplementedError
+        return len(self.latest(first, last, zone, most=1_000_000))
 
     def latest(self, first: int, last: int, zone: str, most: int) -> list[int]:
         """Return the newest ``most`` fire times of [first, last], in order; ``first`` is one."""
@@ -377,9 +377,6 @@ class AtSchedule(Schedule):
 
     def next_after(self, after: int, zone: str) -> int | None:
         return self.at if self.at > after else None
-
-    def count(self, first: int, last: int, zone: str) -> int:
-        return 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,33 +481,25 @@ class CronSchedule(Schedule):
         info = ZoneInfo(zone)
         walls = (_wall(to_datetime(first - SECOND), info), _wall(to_datetime(last), info))
         total = self._count_walls(*walls)
-        if total > 500:  # a year of seconds is 31 million: no walk, and so no look at DST
-            return total
-        return len(self.latest(first, last, zone, total + 1000))
+        # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
+        return total if total > 500 else super().count(first, last, zone)
 
     def _count_walls(self, after: datetime, until: datetime) -> int:
         """Return how many wall-clock times in (after, until] match, both naive."""
-        if until <= after:
-            return 0
-        per_day = len(self.numbers[0]) * len(self.numbers[1]) * len(self.numbers[2])
-        days = (until.date() - after.date()).days
-        whole = sum(self._matches_day(after.date() + timedelta(days=n)) for n in range(days))
-        total = whole * per_day - self._matches_day(after.date()) * self._count_on_day(after)
-        return total + self._matches_day(until.date()) * self._count_on_day(until)
-
-    def _count_on_day(self, wall: datetime) -> int:
-        """Return how many times of day match up to ``wall``, itself included."""
         seconds, minutes, hours = self.numbers[:3]
-        total = bisect_left(hours, wall.hour) * len(minutes) * len(seconds)
-        if wall.hour in hours:
-            total += bisect_left(minutes, wall.minute) * len(seconds)
-            if wall.minute in minutes:
-                total += bisect_right(seconds, wall.second)
+        times = [(h * 60 + m) * 60 + s for h in hours for m in minutes for s in seconds]
+        first, last = after.date(), until.date()
+        days = (first + timedelta(days=n) for n in range((last - first).days))
+        total = sum(map(self._matches_day, days)) * len(times)
+        for wall, sign in ((after, -1), (until, 1)):
+            upto = bisect_right(times, (wall.hour * 60 + wall.minute) * 60 + wall.second)
+            total += sign * upto * self._matches_day(wall.date())
         return total
 
     def matches(self, wall: datetime) -> bool:
         """Say whether this naive wall-clock time is one of the schedule's."""
-        return self._count_walls(wall - _ONE_SECOND, wall) == 1
+        time_of_day = zip((wall.second, wall.minute, wall.hour), self.numbers, strict=False)
+        return self._matches_day(wall.date()) and all(n in known for n, known in time_of_day)
 
     def _matches_day(self, day: date) -> bool:
         days, months, weekdays = self.numbers[3:]
@@ -525,10 +514,8 @@ def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def _instants(wall: datetime, zone: tzinfo | None) -> tuple[datetime, datetime]:
     """Return the instants that a naive wall time may mean: with fold 0 and with fold 1."""
-    return (
-        wall.replace(tzinfo=zone, fold=0).astimezone(UTC),
-        wall.replace(tzinfo=zone, fold=1).astimezone(UTC),
-    )
+    early, late = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+    return early, late
 
 
 def _change_between(before: datetime, after: datetime, zone: ZoneInfo) -> datetime:
@@ -605,11 +592,8 @@ def schedule_warnings(schedule: Schedule) -> list[str]:
     found = {
         "it fires every second of its minutes": len(seconds) == 60,
         "day-of-month and day-of-week are both set: either matches": not schedule.both_days,
-        "months without such a day are left out": len(days) < 31
-        and len(weekdays) == 7
-        and any(
-            days[-1] > _MONTH_DAYS[month - 1] or (days[-1], month) == (29, 2) for month in months
-        ),
+        "months without such a day are left out": len(weekdays) == 7
+        and any(days[0] > _MONTH_DAYS[month - 1] - (month == 2) for month in months),
     }
     return [warning for warning, holds in found.items() if holds]
 
@@ -674,14 +658,10 @@ def rule(holds: Callable[[Any], object], problem: str) -> Check:
 def text(most: int, least: int = 1, lines: bool = False) -> Check:
     """A string without control characters; ``lines`` allows tabs and line ends."""
     control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
-    clean = re.compile(rf"[^{control}\x7f\ud800-\udfff]*")
+    some = r"(?s:(?=.*\S))" if least else ""
+    allowed = re.compile(rf"{some}[^{control}\x7f\ud800-\udfff]{{{least},{most}}}")
     return rule(
-        lambda value: (
-            isinstance(value, str)
-            and least <= len(value) <= most
-            and clean.fullmatch(value)
-            and (value.strip() or not least)
-        ),
+        lambda value: isinstance(value, str) and allowed.fullmatch(value),
         f"must be a string of {least} to {most} characters, no control characters among them",
     )
 
@@ -830,10 +810,7 @@ def _headers(value: Any) -> Json:
     return headers
 
 
-def _user_name(value: Any) -> str:
-    if ":" in text(256)(value):
-        raise ValueError("must not contain a colon")
-    return str(value)
+_user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
 
 
 def _auth(value: Any) -> Json:
@@ -891,12 +868,10 @@ SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and 
 # fmt: on
 
 
-def validate_job(
-    data: Any, default_retry_policy: Json, now: int, stored: Json | None = None
-) -> tuple[Json, bool]:
+def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry_policy`` is completed from ``default_retry_policy``. ``stored`` is the configuration
+    ``retry_policy`` is completed from ``retry``. ``stored`` is the configuration
     that is replaced: masked secrets are taken from it, and an instant that it has may be past.
     Raises ApiError.
     """
@@ -908,7 +883,7 @@ def validate_job(
         now = 0 if data.get("schedule") == stored["schedule"] else now
     given = data.get("retry_policy")
     if given is None or isinstance(given, dict):
-        given = default_retry_policy | {k: v for k, v in (given or {}).items() if v is not None}
+        given = retry | {k: v for k, v in (given or {}).items() if v is not None}
     table = JOB_FIELDS | {"schedule": Field(functools.partial(_schedule, now=now))}
     try:
         config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
@@ -979,14 +954,8 @@ class RetryPolicy:
     @classmethod
     def of(cls, config: Json) -> RetryPolicy:
         """Return the policy of a validated ``retry_policy``."""
-        limit = config["attempt_timeout"]
-        return cls(
-            config["max_attempts"],
-            parse_duration(config["initial_interval"]),
-            parse_duration(config["max_interval"]),
-            float(config["multiplier"]),
-            None if limit is None else parse_duration(limit),
-        )
+        values = [config[column.name] for column in fields(cls)]
+        return cls(*(parse_duration(v) if isinstance(v, str) else v for v in values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1018,21 +987,6 @@ class Job:
             "last_execution": last and last.to_summary(),
             "managed_by": None,
         }
-
-
-class JobVersion(NamedTuple):
-    """One numbered configuration of a job."""
-
-    job_id: str
-    version: int
-    config: str  # JSON
-    created_at: int
-    created_by: str
-
-    def to_json(self) -> Json:
-        """Return the version as the API shows it: secrets masked."""
-        shown = {"config": masked_config(json.loads(self.config))}
-        return self._asdict() | shown | {"created_at": format_time(self.created_at)}
 
 
 def masked_config(config: Json) -> Json:
@@ -1144,19 +1098,8 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
-def _network(value: Any) -> str:
-    try:
-        return str(ipaddress.ip_network(text(100)(value)))
-    except ValueError:
-        raise ValueError(f"{value!r} is not a network such as 10.0.0.0/8") from None
-
-
-def _address(value: Any) -> str:
-    split_address(text(300)(value))
-    return str(value)
-
-
-_networks = list_of(_network, 1000)
+_networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
+_address = rule(lambda value: split_address(text(300)(value)), "must be an address")
 _path = text(4096)
 
 # fmt: off
@@ -1306,11 +1249,9 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
 
 
 def retry_wait(policy: RetryPolicy, attempt: int, retry_after: int | None) -> int:
-    """Return how long to wait before the next attempt, in µs.
+    """Return the wait (µs) after attempt 1, 2, 3 …: with the defaults 1 s, 2 s, 4 s … up to 1 m.
 
-    ``attempt`` is the number of the attempt that just failed, from 1. With the defaults the
-    waits are 1 s, 2 s, 4 s … up to ``max_interval``; what the answer asked for in
-    ``Retry-After`` (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
+    What the answer asked for (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
     """
     grown = policy.initial_interval * policy.multiplier ** min(attempt - 1, 100)
     return max(int(min(grown, policy.max_interval)), retry_after or 0)
@@ -1344,24 +1285,15 @@ def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: 
     """
     execution, error = outcome.execution, outcome.error
     attempt = {
-        "number": execution.attempts,
-        "started_at": format_time(outcome.started_at),
-        "duration": outcome.duration * 1000,
-        "status_code": outcome.status_code,
-        "error": error,
-    }
+        "number": execution.attempts, "started_at": format_time(outcome.started_at),
+        "duration": outcome.duration * 1000, "status_code": outcome.status_code, "error": error,
+    }  # fmt: skip
     after = replace(
-        execution,
-        status="success" if outcome.success else "failed",
-        due_at=None,
-        spent=execution.spent + outcome.duration,
-        completed_at=ended_at,
-        reason=outcome.reason,
-        error=error,
-        status_code=outcome.status_code,
-        response=outcome.response,
+        execution, status="success" if outcome.success else "failed", due_at=None,
+        spent=execution.spent + outcome.duration, completed_at=ended_at, reason=outcome.reason,
+        error=error, status_code=outcome.status_code, response=outcome.response,
         attempt_log=json.dumps([*json.loads(execution.attempt_log), attempt]),
-    )
+    )  # fmt: skip
     if not is_retryable(outcome) or outcome.success or execution.attempts >= retry.max_attempts:
         return after
     wait = retry_wait(retry, execution.attempts, outcome.retry_after)
@@ -1370,14 +1302,8 @@ def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: 
     if after.spent + wait >= timeout:
         late = f"{error}; the next attempt would begin after the timeout"
         return replace(after, reason="timeout", error=late)
-    return replace(
-        after,
-        status="pending",
-        due_at=ended_at + wait,
-        spent=after.spent + wait,
-        completed_at=None,
-        reason=None,
-    )
+    waiting = replace(after, status="pending", completed_at=None, reason=None)
+    return replace(waiting, due_at=ended_at + wait, spent=after.spent + wait)
 
 
 def ended(execution: Execution, status: str, reason: str, error: str, now: int) -> Execution:
@@ -1483,12 +1409,6 @@ PRAGMA user_version = 1;
 """
 
 
-class Rows(list[Any]):
-    """What a statement returned; ``rowcount``: how many rows it has changed."""
-
-    rowcount = 0
-
-
 class Store:
     """The database file. See the head of this section for who may call what."""
 
@@ -1530,9 +1450,7 @@ class Store:
             self._local = threading.local()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, timeout=5.0
-        )
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         with self._lock:
             self._connections.append(connection)
         connection.row_factory = sqlite3.Row
@@ -1542,19 +1460,20 @@ class Store:
         connection.create_function("casefold", 1, lambda text: text and text.casefold())
         return connection
 
-    def _run(self, statement: str, /, **values: Any) -> Rows:
+    def _run(self, statement: str, /, **values: Any) -> list[Any]:
         try:
             if not hasattr(self._local, "connection"):
                 self._local.connection = self._connect()
-            cursor = self._local.connection.execute(statement, values)
-            rows = Rows(cursor.fetchall())
-            rows.rowcount = cursor.rowcount
-            return rows
+            return list(self._local.connection.execute(statement, values))
         except sqlite3.Error as error:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
     def _one(self, statement: str, /, **values: Any) -> Any:
         return next(iter(self._run(statement, **values)), None)
+
+    def _changed(self) -> int:
+        """Return how many rows the last statement of this thread has changed."""
+        return int(self._one("SELECT changes()")[0])
 
     @property
     def in_transaction(self) -> bool:
@@ -1563,29 +1482,25 @@ class Store:
         return bool(connection and connection.in_transaction)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit what happens inside, or nothing of it."""
-        self._run("BEGIN IMMEDIATE")
+    def _scope(self, begin: str, end: str, *undo: str) -> Iterator[None]:
+        self._run(begin)
         try:
             yield
-            self._run("COMMIT")
+            self._run(end)
         except BaseException:
-            if self.in_transaction:
-                self._run("ROLLBACK")
+            for statement in undo if self.in_transaction else ():
+                self._run(statement)
             raise
 
-    @contextlib.contextmanager
-    def savepoint(self) -> Iterator[None]:
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        """Commit what happens inside, or nothing of it."""
+        return self._scope("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+
+    def savepoint(self) -> contextlib.AbstractContextManager[None]:
         """Undo what happened inside if it raises, and nothing else of the transaction."""
-        self._run("SAVEPOINT change")
-        try:
-            yield
-        except BaseException:
-            if self.in_transaction:
-                self._run("ROLLBACK TO change")
-                self._run("RELEASE change")
-            raise
-        self._run("RELEASE change")
+        return self._scope(
+            "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change", "RELEASE change"
+        )
 
     # -------------------------------------------------------------- numbers and instants
 
@@ -1677,12 +1592,13 @@ class Store:
             sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
             self._run(sql, **values)
 
-    def versions(self, job_id: str, number: int | None = None) -> list[JobVersion]:
-        """Return the versions of a job, the newest first, or only the one with this number."""
+    def versions(self, job_id: str, number: int | None = None) -> list[Json]:
+        """Return the versions of a job, the newest first, or only that with this number."""
         sql = """
             SELECT * FROM versions
              WHERE job_id = :id AND (:number IS NULL OR version = :number) ORDER BY version DESC"""
-        return [JobVersion(*row) for row in self._run(sql, id=job_id, number=number)]
+        rows = self._run(sql, id=job_id, number=number)
+        return [dict(row) | {"config": json.loads(row["config"])} for row in rows]
 
     def delete_job(self, job_id: str) -> None:
         """Remove a job and its versions, and note that its history is to go."""
@@ -1702,15 +1618,15 @@ class Store:
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions
                  WHERE job_id = :job_id AND seq <= :last_seq LIMIT :most)"""
-        gone = self._run(sql, job_id=row["job_id"], last_seq=row["last_seq"], most=most)
-        if gone.rowcount < most:
+        self._run(sql, job_id=row["job_id"], last_seq=row["last_seq"], most=most)
+        if self._changed() < most:
             self._run("DELETE FROM deleted_jobs WHERE rowid = :id", id=row["rowid"])
         return True
 
     def config(self, job_id: str, version: int) -> Json | None:
         """Return the configuration of a version, or None."""
         found = self.versions(job_id, version)
-        return dict(json.loads(found[0].config)) if found else None
+        return dict(found[0]["config"]) if found else None
 
     def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
         """Return (job id, version, fire time) of jobs whose time has come, the oldest first."""
@@ -1746,7 +1662,8 @@ class Store:
                 :attempts, :spent, :completed_at, :reason, :error, :node_id, :replay_of,
                 :missed_count, :missed_from, :missed_to, :attempt_log)
             ON CONFLICT (id) DO NOTHING"""
-        return self._run(sql, **row_of(execution)).rowcount > 0
+        self._run(sql, **row_of(execution))
+        return self._changed() > 0
 
     def execution(self, execution_id: str) -> Execution | None:
         """Return the execution, or None."""
@@ -1855,7 +1772,8 @@ class Store:
                    status_code = :status_code, attempt_log = :attempt_log, response = :response
              WHERE id = :id
                AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))"""
-        return self._run(sql, **row_of(execution), only_running=only_running).rowcount > 0
+        self._run(sql, **row_of(execution), only_running=only_running)
+        return self._changed() > 0
 
     def delete_execution(self, execution_id: str) -> None:
         """Remove one execution."""
@@ -1909,6 +1827,9 @@ def lock_data_dir(directory: Path) -> IO[str]:
 # before connect(): close() leaves the call blocked, and TLS detaches the socket it wraps.
 
 
+Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
+
+
 class Aborted(Exception):
     """The attempt was cut off; its ``reason`` says why."""
 
@@ -1937,7 +1858,7 @@ class Webhook:
         return tuple(secret for secret in found if len(secret) >= 6)
 
     @functools.cached_property
-    def request(self) -> requests.PreparedRequest:
+    def request(self) -> Prepared:
         """The prepared request: its first worker makes it, because that costs most."""
         config, auth = self._config, self._config["auth"] or {"type": None}
         headers = requests.structures.CaseInsensitiveDict(config["headers"])
@@ -2030,8 +1951,8 @@ class AddressPolicy:
 class Connection:
     """A connection to a target; ``cut`` ends from another thread what blocks on it."""
 
-    def __init__(self, key: tuple[str, bool], family: int) -> None:
-        self.key = key  # target, verify_tls
+    def __init__(self, key: Key, family: int) -> None:
+        self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.idle_since = 0
         self._handle = self.socket.dup()
@@ -2116,12 +2037,10 @@ class Wire(requests.adapters.BaseAdapter):
         self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
         self._contexts: dict[bool, ssl.SSLContext] = {}
-        self._idle: dict[tuple[str, bool], list[Connection]] = {}
+        self._idle: list[Connection] = []  # the oldest first
         self._lock = threading.Lock()  # protects _idle and _contexts
 
-    def send(  # type: ignore[override]
-        self, request: requests.PreparedRequest, timeout: Attempt, verify: bool = True
-    ) -> requests.Response:
+    def send(self, request: Prepared, timeout: Attempt, verify: bool = True) -> Reply:  # type: ignore[override]
         """Send the request and return the answer, its body read as far as it is kept.
 
         ``timeout`` is the Attempt: it has the limit and can be aborted. Raises Aborted, and
@@ -2135,17 +2054,14 @@ class Wire(requests.adapters.BaseAdapter):
         try:
             return self._exchange(connection, request, timeout)
         except http.client.RemoteDisconnected as error:
-            raise requests.ConnectionError(
-                f"{key[0]} closed the connection without an answer"
-            ) from error
+            said = f"{key[0]} closed the connection without an answer"
+            raise requests.ConnectionError(said) from error
 
     def close(self) -> None:
         """Close the idle connections."""
         self.close_idle(0)
 
-    def _exchange(
-        self, connection: Connection, request: requests.PreparedRequest, attempt: Attempt
-    ) -> requests.Response:
+    def _exchange(self, connection: Connection, request: Prepared, attempt: Attempt) -> Reply:
         """Send and receive on this connection. Raises RemoteDisconnected if no byte came back."""
         reusable = False
         answer = Answer(connection.socket, method=request.method)
@@ -2170,14 +2086,14 @@ class Wire(requests.adapters.BaseAdapter):
                 connection.close()
         if attempt.reason:  # an abort can look like the end of the answer
             raise Aborted
-        response = requests.Response()
+        response = Reply()
         response.status_code, response.reason = answer.status, answer.reason
         response.headers.update(answer.headers.items())
         response.raw, response.request, response.url = io.BytesIO(body), request, str(request.url)
         return response
 
     @staticmethod
-    def _send(sock: socket.socket, request: requests.PreparedRequest) -> bool:
+    def _send(sock: socket.socket, request: Prepared) -> bool:
         """Send the request; False: the server stopped reading, its answer may be there."""
         lines = [f"{request.method} {request.path_url} HTTP/1.1"]
         if "Host" not in request.headers:
@@ -2192,10 +2108,10 @@ class Wire(requests.adapters.BaseAdapter):
 
     # ----------------------------------------------------------------------- connections
 
-    def _take_idle(self, key: tuple[str, bool]) -> Connection | None:
+    def _take_idle(self, key: Key) -> Connection | None:
         with self._lock:
-            while self._idle.get(key):
-                connection = self._idle[key].pop()
+            for connection in [c for c in reversed(self._idle) if c.key == key]:
+                self._idle.remove(connection)
                 if connection.is_quiet():
                     return connection
                 connection.close()
@@ -2204,22 +2120,18 @@ class Wire(requests.adapters.BaseAdapter):
     def _put_idle(self, connection: Connection) -> None:
         connection.idle_since = self._clock.monotonic()
         with self._lock:
-            if sum(map(len, self._idle.values())) < self._max_idle:
-                self._idle.setdefault(connection.key, []).append(connection)
-                return
-        connection.close()
+            self._idle.append(connection)
+            if len(self._idle) > self._max_idle:
+                self._idle.pop(0).close()
 
     def close_idle(self, older_than: int) -> None:
         """Close the connections that have been idle for so many µs."""
         limit = self._clock.monotonic() - older_than
         with self._lock:
-            for key, connections in list(self._idle.items()):
-                while connections and connections[0].idle_since <= limit:
-                    connections.pop(0).close()
-                if not connections:
-                    del self._idle[key]
+            while self._idle and self._idle[0].idle_since <= limit:
+                self._idle.pop(0).close()
 
-    def _connect(self, key: tuple[str, bool], attempt: Attempt) -> Connection:
+    def _connect(self, key: Key, attempt: Attempt) -> Connection:
         """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
         parts, outer = urlsplit(key[0]), attempt.limit
         limit = self._clock.monotonic() + self._connect_timeout
@@ -2241,7 +2153,7 @@ class Wire(requests.adapters.BaseAdapter):
             attempt.limit = outer
 
     def _dial(
-        self, family: int, address: Any, key: tuple[str, bool], left: float, attempt: Attempt
+        self, family: int, address: Any, key: Key, left: float, attempt: Attempt
     ) -> Connection:
         """Connect to one address within ``left`` seconds. Raises OSError, Aborted."""
         connection, made = Connection(key, family), False
@@ -2388,7 +2300,7 @@ class Dispatcher:
         ended = self._clock.monotonic()
         return Outcome(attempt.execution, started_at, ended - start, ended, **result)
 
-    def _request(self, attempt: Attempt) -> requests.Response:
+    def _request(self, attempt: Attempt) -> Reply:
         execution, request = attempt.execution, attempt.webhook.request.copy()
         request.headers["X-Chronos-Job-ID"] = execution.job_id
         request.headers["X-Chronos-Execution-ID"] = execution.id
@@ -2397,7 +2309,7 @@ class Dispatcher:
         request.headers.setdefault("Idempotency-Key", execution.id)
         return self._wire.send(request, timeout=attempt, verify=attempt.webhook.verify_tls)
 
-    def _judge(self, webhook: Webhook, response: requests.Response) -> Json:
+    def _judge(self, webhook: Webhook, response: Reply) -> Json:
         """Return what an answer means, as fields of an Outcome."""
         code = response.status_code
         success = code in webhook.success_codes
@@ -2417,13 +2329,11 @@ class Dispatcher:
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
+        waited = f"no connection to {attempt.webhook.target} within {self._connect_timeout}"
         limits = {
             "timeout": ("timeout", "there was no whole answer within the timeout"),
             "attempt_timeout": ("no_answer", "there was no whole answer within attempt_timeout"),
-            "connect_timeout": (
-                "no_answer",
-                f"no connection to {attempt.webhook.target} within {self._connect_timeout}",
-            ),
+            "connect_timeout": ("no_answer", waited),
         }
         if attempt.reason:
             return limits.get(attempt.reason, (attempt.reason, "the request was aborted"))
@@ -2432,7 +2342,7 @@ class Dispatcher:
         log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
         return "no_answer", f"unexpected error: {type(error).__name__}"
 
-    def _body(self, response: requests.Response) -> str:
+    def _body(self, response: Reply) -> str:
         """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
         limit, body = self._max_bytes, response.raw.read()
         cut = len(body) > limit
@@ -2490,31 +2400,6 @@ class Pass:
 Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside a savepoint
 
 
-class WorkerPool:
-    """The threads that run attempts. All are there from the start: none can fail to come later."""
-
-    def __init__(self, size: int, run: Callable[[Attempt], None]) -> None:
-        self._run = run
-        self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
-        self.submit = self._attempts.put
-        names = [f"worker-{n + 1}" for n in range(size)]
-        self._threads = [threading.Thread(target=self._work, name=n, daemon=True) for n in names]
-
-    def start(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
-
-    def _work(self) -> None:
-        while attempt := self._attempts.get():
-            self._run(attempt)
-
-    def stop(self) -> None:
-        """End the threads that are free; one that is not ends with the process."""
-        for _thread in self._threads:
-            self._attempts.put(None)
-
-
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
@@ -2537,7 +2422,7 @@ class Engine:
         self._missed_policy: str = settings["scheduler.missed_run_policy"]
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
-        self._pool = WorkerPool(self._workers, self._run_attempt)
+        self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._version = functools.lru_cache(VERSION_CACHE)(self._load_version)
         self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
         self._inbox = queue.SimpleQueue()
@@ -2562,8 +2447,17 @@ class Engine:
         """Take up what the last process left, and begin with the passes."""
         self.recover()
         self.dispatcher.start()
-        self._pool.start()
+        self.start_workers()
         self._thread.start()
+
+    def start_workers(self) -> None:
+        """Start the pool: all at once, so that none can fail to come when it is needed."""
+        for n in range(self._workers):
+            threading.Thread(target=self._worker, name=f"worker-{n + 1}", daemon=True).start()
+
+    def _worker(self) -> None:
+        while attempt := self._attempts.get():
+            self._inbox.put(self.dispatcher.send(attempt))
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
@@ -2581,7 +2475,8 @@ class Engine:
         self._thread.join()
         for attempt in list(self._in_flight.values()):
             attempt.abort("shutdown")
-        self._pool.stop()
+        for _worker in range(self._workers):
+            self._attempts.put(None)
         self.dispatcher.stop()
 
     def hand_in(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
@@ -2635,9 +2530,7 @@ class Engine:
         job = self._settled_job(turn, job_id)
         return self._update(turn, job, replace(job, enabled=enabled), None)
 
-    def update_job(
-        self, turn: Pass, base: Job, config: Json, enabled: bool | None, user: str
-    ) -> Job:
+    def update_job(self, turn: Pass, base: Job, config: Json, state: bool | None, user: str) -> Job:
         """Replace the configuration of a job that is still as ``base``; None leaves its state.
 
         Raises ApiError PRECONDITION_FAILED if it was changed meanwhile.
@@ -2645,8 +2538,8 @@ class Engine:
         job = self._settled_job(turn, base.id)
         if job.version != base.version:
             raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
-        state = job.enabled if enabled is None else enabled
         version = job.version + (config != job.config)
+        state = job.enabled if state is None else state
         changed = replace(job, config=config, version=version, enabled=state)
         return self._update(turn, job, changed, user)
 
@@ -2693,9 +2586,7 @@ class Engine:
         found = map(self.store.execution, waited_for)
         turn.ended += [e.id for e in found if e and e.job_id == job_id]
 
-    def trigger(
-        self, turn: Pass, job_id: str, execution_id: str, replay_of: str | None = None
-    ) -> None:
+    def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now, as the job's concurrency policy has it.
 
         ``replay_of``: it sends what that execution sent, from the version of then.
@@ -2709,7 +2600,7 @@ class Engine:
             original = self.store.execution_of(job_id, replay_of)
             version = self._version(job_id, original.job_version)
             execution = self._new(version, "replay", original.scheduled_at, turn.now)
-        execution = replace(execution, id=execution_id, replay_of=replay_of)
+        execution = replace(execution, id=new_id, replay_of=replay_of)
         self._enqueue(turn, execution, job.config["concurrency"])
 
     def cancel(self, turn: Pass, job_id: str, execution_id: str, user: str) -> Execution:
@@ -2830,10 +2721,7 @@ class Engine:
                 self._in_flight[execution_id].abort(reason)
         for attempt in turn.taken:
             self._in_flight[attempt.execution.id] = attempt
-            self._pool.submit(attempt)
-
-    def _run_attempt(self, attempt: Attempt) -> None:
-        self._inbox.put(self.dispatcher.send(attempt))
+            self._attempts.put(attempt)
 
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
@@ -2934,10 +2822,8 @@ class Engine:
             new = self._new(version, "schedule", last, None)
             passed_over = replace(
                 ended(new, "skipped", "missed", reason, turn.now),
-                missed_count=missed.passed_over,
-                missed_from=first,
-                missed_to=last,
-            )
+                missed_count=missed.passed_over, missed_from=first, missed_to=last,
+            )  # fmt: skip
             if self.store.add_execution(passed_over):
                 log.warning("job %s: %s", version.job_id, reason)
         for fire_time in missed.run:
@@ -2990,13 +2876,9 @@ class Engine:
             self._sweeping = True  # others may stand behind it: there is another pass at once
             return False
         started = replace(
-            execution,
-            status="running",
-            attempts=execution.attempts + 1,
-            started_at=execution.started_at or turn.now,
-            attempt_at=turn.now,
-            node_id=self._node_id,
-        )
+            execution, status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
+            started_at=execution.started_at or turn.now, node_id=self._node_id,
+        )  # fmt: skip
         self.store.save_execution(started)
         left, limit = version.timeout - execution.spent, version.retry.attempt_timeout
         if limit is None or left <= limit:
@@ -3247,17 +3129,22 @@ class Api:
         bottle.response.set_header("ETag", f'"{job.version}"')
         return self._job_json(job)
 
-    def list_versions(self, job_id: str) -> list[Json]:
+    def list_versions(self, job_id: str, number: int | None = None) -> list[Json]:
         """Return the versions of a job, the newest first."""
         self.store.job(job_id)
-        return [version.to_json() for version in self.store.versions(job_id)]
+        return [
+            version
+            | {"config": masked_config(version["config"])}
+            | {"created_at": format_time(version["created_at"])}
+            for version in self.store.versions(job_id, number)
+        ]
 
     def get_version(self, job_id: str, number: str) -> Json:
         """Return one version of a job."""
-        found = self.store.versions(job_id, self._version_number(job_id, number))
+        found = self.list_versions(job_id, self._version_number(job_id, number))
         if not found:
             raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
-        return found[0].to_json()
+        return found[0]
 
     def roll_back_job(self, job_id: str, number: str) -> Json:
         """Make a new version out of an older one."""
@@ -3274,14 +3161,14 @@ class Api:
 
     def trigger_job(self, job_id: str) -> tuple[int, Json]:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
-        wait_s = self._wait_seconds()
+        wait = self._query({"wait": Field(parse_duration, None)})["wait"]
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
             self.engine.make(self.engine.trigger, job_id, execution_id)
             log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
             if not self.engine.stopping and self._may_wait.acquire(blocking=False):
                 try:
-                    ended.wait(wait_s)
+                    ended.wait(None if wait is None else min(wait, DAY) / SECOND)
                 finally:
                     self._may_wait.release()
         execution = self.store.execution_of(job_id, execution_id)
@@ -3289,10 +3176,6 @@ class Api:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
         data = execution.to_json(self.store.job(job_id).config["name"])
         return (200 if execution.completed_at else 202), data
-
-    def _wait_seconds(self) -> float | None:
-        wait = self._query({"wait": Field(parse_duration, None)})["wait"]
-        return None if wait is None else min(wait, DAY) / SECOND
 
     def list_executions(self, job_id: str) -> Json:
         """Return the executions of a job that match, the newest first."""
@@ -3321,15 +3204,11 @@ class Api:
         """Return one execution with its attempts and what it sends."""
         job = self.store.job(job_id)
         execution = self.store.execution_of(job_id, exec_id)
-        (version,) = self.store.versions(job_id, execution.job_version)
-        config = version.to_json()["config"]["webhook"]
+        (version,) = self.list_versions(job_id, execution.job_version)
+        config = version["config"]["webhook"]
         headers = Webhook(config).request.headers.items()
-        request = {
-            "method": config["method"],
-            "url": config["url"],
-            "headers": {n: MASK if is_secret_header(n) else value for n, value in headers},
-            "body": config["body"],
-        }
+        request = {name: config[name] for name in ("method", "url", "body")}
+        request["headers"] = {n: MASK if is_secret_header(n) else v for n, v in headers}
         more = {"attempt_log": json.loads(execution.attempt_log), "request": request}
         return execution.to_json(job.config["name"]) | more
 
@@ -3339,11 +3218,8 @@ class Api:
         self.store.job(job_id)
         self.engine.make(self.engine.trigger, job_id, replay_id, exec_id)
         log.info("job %s: %s replays %s for %s", job_id, replay_id, exec_id, self._user())
-        return 202, {
-            "replay_execution_id": replay_id,
-            "original_execution_id": exec_id,
-            "message": "Execution replay triggered",
-        }
+        ids = {"replay_execution_id": replay_id, "original_execution_id": exec_id}
+        return 202, ids | {"message": "Execution replay triggered"}
 
     def cancel_execution(self, job_id: str, exec_id: str) -> Json:
         """End an execution that is pending or running."""
@@ -3447,16 +3323,12 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         """Write the answer, with the status that waitress chose."""
         error = self.request.error
-        code = {413: "PAYLOAD_TOO_LARGE", 500: "INTERNAL_ERROR"}.get(error.code, "VALIDATION_ERROR")
-        message = f"{error.reason}: {error.body}"
+        code, message = "VALIDATION_ERROR", f"{error.reason}: {error.body}"
         if error.code == 413:
-            message = f"the body has more than {MAX_BODY_BYTES} bytes"
+            code, message = "PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes"
         answer = {"success": False, "data": None, "error": {"code": code, "message": message}}
-        error.to_response = lambda *_: (
-            f"{error.code} {error.reason}",
-            [("Content-Type", "application/json")],
-            json.dumps(answer).encode() + b"\n",
-        )
+        head = f"{error.code} {error.reason}", [("Content-Type", "application/json")]
+        error.to_response = lambda *_: (*head, json.dumps(answer).encode() + b"\n")
         super().execute()
 
 
@@ -3486,18 +3358,12 @@ class Service:
         self._lock = lock_data_dir(self.data_dir)
         self.store.open()
         self._server = waitress.create_server(
-            self.api.app,
-            map=self._channels,
-            sockets=[self._listen()],
-            threads=self.settings["server.http.threads"],
-            connection_limit=1000,
-            channel_timeout=30,
-            cleanup_interval=5,
+            self.api.app, map=self._channels, sockets=[self._listen()],
+            threads=self.settings["server.http.threads"], connection_limit=1000,
+            channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
-            ident=None,
             max_request_body_size=MAX_BODY_BYTES + 1,
-            clear_untrusted_proxy_headers=True,
-        )
+        )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
         self.engine.start()
@@ -3508,16 +3374,11 @@ class Service:
         address = self.settings["server.http.address"]
         host, port = split_address(address)
         try:
-            family, _kind, _protocol, _name, sockaddr = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(sockaddr)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, port), family=family, backlog=1024)
         except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {address}: {getattr(error, 'strerror', error)}"
+            message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
-        return listener
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
@@ -3542,6 +3403,9 @@ class Service:
         return any(getattr(channel, "total_outbufs_len", 0) for channel in channels)
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 class LogFormatter(logging.Formatter):
     """One line an event: control characters of names and errors can't forge a line."""
 
@@ -3549,12 +3413,8 @@ class LogFormatter(logging.Formatter):
         """Return the line; only a traceback of our own has more than one."""
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
         line = super().format(record)
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _escaped, line)
+        line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
         return f"{line}\n{self.formatException(trace)}" if trace else line
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode()
 
 
 def set_up_logging(level: str) -> None:
@@ -3606,11 +3466,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
-    parser = argparse.ArgumentParser(
-        prog="chronos.py",
-        description="A cron service that fires HTTP webhooks.",
-        parents=[options],
-    )
+    summary = "A cron service that fires HTTP webhooks."
+    parser = argparse.ArgumentParser("chronos.py", description=summary, parents=[options])
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_run, summary) in COMMANDS.items():

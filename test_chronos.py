@@ -94,6 +94,14 @@ class ManualClock(chronos.Clock):
         self.wall += int(seconds * SECOND)
 
 
+class HookedClock(ManualClock):
+    hook = staticmethod(lambda: None)  # called whenever somebody looks at the monotonic time
+
+    def monotonic(self):
+        self.hook()
+        return super().monotonic()
+
+
 class TargetHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -186,7 +194,7 @@ class World:
         self.dispatcher = chronos.Dispatcher(clock, self.settings)
         self.engine = chronos.Engine(self.store, self.dispatcher, self.settings, clock)
         self.engine.recover()
-        self.engine._pool.start()
+        self.engine.start_workers()
 
     def do(self, change, *arguments):
         """Hand a change in as an API thread would, and turn the engine until it is made."""
@@ -230,7 +238,8 @@ class World:
     def close(self):
         for attempt in self.engine._in_flight.values():
             attempt.abort("shutdown")
-        self.engine._pool.stop()
+        for _worker in range(self.engine._workers):
+            self.engine._attempts.put(None)
         self.dispatcher._wire.close()
         self.store.close()
 
@@ -1120,7 +1129,7 @@ TAGS_AND_SHAPES = [
     ("store:\n  synchronous: OFF", 2, "must be one of FULL, NORMAL"),
     (DIAL + "connect_timeout: 10", 2, "must be a duration"),
     (DIAL + "blocked_networks: 10.0.0.0/8", 2, "must be a list"),
-    (DIAL + "blocked_networks: [10.0.0.1/8]", 2, "'10.0.0.1/8' is not a network"),
+    (DIAL + "blocked_networks: [10.0.0.1/8]", 2, "10.0.0.1/8 has host bits set"),
     *TAGS_AND_SHAPES,
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
@@ -2526,6 +2535,79 @@ def test_what_cannot_be_prepared_ends_as_an_outcome(send, target, webhook):
     assert target.received.empty()
 
 
+def test_an_attempt_is_delivered_at_most_twice_however_many_idle_connections_die(send, hostile):
+    together = threading.Barrier(4)
+
+    def behave(server, connection):
+        if server.accepted <= 4 and read_request(connection):
+            together.wait(10)
+            connection.sendall(OK)
+        server.requests.put(read_request(connection))  # and closes without an answer
+
+    server = hostile(behave)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(outcome.success for outcome in pool.map(send, [server.url] * 4))
+
+    assert send(server.url, method="POST", body="x").reason == "no_answer"
+    assert (server.requests.qsize(), server.accepted) == (2, 5)
+
+
+def test_look_ups_wait_for_one_another_and_free_their_place(send, target, monkeypatch):
+    url, real = target.url.replace("127.0.0.1", "slow.test"), socket.getaddrinfo
+
+    def look_up(host, port, *arguments, flags=0, **options):
+        if host == "slow.test" and not flags & socket.AI_NUMERICHOST:
+            time.sleep(0.02)
+            host = "127.0.0.1"
+        return real(host, port, *arguments, flags=flags, **options)
+
+    def no_thread(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        errors = {send(url).error for _ in range(chronos.MAX_LOOKUPS + 1)}
+    with ThreadPoolExecutor(60, initializer=threading.Barrier(60).wait) as pool:
+        outcomes = list(pool.map(send, [url] * 60))
+
+    assert errors == {"DNS busy: can't start new thread"}
+    assert {outcome.error for outcome in outcomes} == {None}
+
+
+def test_idle_connections_are_no_more_than_the_workers_and_end_after_30_s(make_world, hostile):
+    world = make_world(dispatcher__max_concurrent_jobs=3)
+    servers = [hostile(answers(OK), host=f"127.0.0.{n}") for n in range(2, 14)]
+    opened = lambda: [len(server.handles) for server in servers]  # noqa: E731
+    world.dispatcher.start()
+
+    for server in servers:
+        assert world.dispatcher.send(make_attempt(server.url)).success
+    wait_until(lambda: opened() == [0] * 9 + [1, 1, 1])
+    world.clock.advance(29.9)
+    wait_until(lambda: world.dispatcher.last_watch == world.clock.monotonic())
+    assert (
+        world.dispatcher.send(make_attempt(servers[-2].url)).success and servers[-2].accepted == 1
+    )
+    for seconds, left in ((0.1, [0, 1, 0]), (29.9, [0, 0, 0])):
+        world.clock.advance(seconds)
+        wait_until(lambda left=left: opened() == [0] * 9 + left)
+    world.dispatcher.stop()
+
+
+def test_a_retry_after_that_is_a_date_counts_from_the_answer(world, target):
+    script(target, "/hang/status/503")
+    target.extra_headers = {"Retry-After": "Mon, 01 Mar 2027 12:01:00 GMT"}
+    job = world.create(target.url)
+    hang(world, target, job)
+
+    world.clock.advance(25)
+    target.let_go.set()
+    world.settle()
+
+    assert states(world, job, "status", "due_at") == [("pending", at("12:01:00"))]
+
+
 # ======================================================================================
 # 11. Engine: fire times and executions
 # ======================================================================================
@@ -3283,6 +3365,145 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     assert target.received.qsize() == 1
     assert world.store.count_executions(other.id) == 10
     assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+
+
+def test_ending_a_run_releases_the_one_that_is_made_up_for_behind_it(world, target):
+    script(target, "/hang")
+    job = world.create(target.url, schedule="* * * * *")
+    hang(world, target, job)
+    world.clock.advance(80)
+    world.engine.run_pass()
+
+    first, _behind = world.executions(job)
+    world.engine.hand_in(lambda turn: world.engine._end(turn, first, "replaced", "by another"))
+    world.settle()
+
+    assert states(world, job) == ["failed", "success"]
+
+
+def test_the_outcome_of_an_earlier_attempt_does_not_count_for_a_later_one(make_world, target):
+    script(target, "/hang/echo", "/hang/echo")
+    before = make_world()
+    job = before.create(target.url)
+    hang(before, target, job)
+    world = make_world()
+    target.let_go.set()
+    target.let_go.clear()
+    turn_until(world, lambda: target.hanging.acquire(blocking=False))
+    turn_until(before, lambda: not before.engine._in_flight)
+
+    assert states(world, job, "status", "attempts") == [("running", 2)]
+
+
+@pytest.mark.parametrize(("policy", "seconds", "expected"), [
+    ("ignore", 11, ("schedule", "skipped", 1)),
+    ("execute_one", 11, ("catch_up", "success", None)),
+    ("ignore", 10, ("schedule", "success", None)),
+])  # fmt: skip
+def test_what_passed_while_the_disk_was_full_is_missed(world, target, policy, seconds, expected):
+    add_jobs(world, 100, target.url, schedule="* * * * *", missed_run_policy=policy)
+    fill_disk(world)
+    world.advance(60)
+    for _ in range(seconds - 1):
+        world.advance(1)
+        assert "disk is full" in world.engine.problem
+
+    free_disk(world)
+    world.advance(1)
+
+    rows = by_hand(world, "SELECT trigger, status, missed_count FROM executions")
+    assert rows == [expected] * 100
+
+
+@pytest.mark.parametrize("step", [0, -4 * 3600])
+def test_a_job_whose_time_zone_is_gone_does_not_stop_the_others(world, target, step):
+    gone, job = [world.create(target.url, schedule="0 * * * *") for _ in range(2)]
+    config = json.dumps(gone.config | {"timezone": "Gone/Zone"})
+    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, gone.id)
+
+    world.clock.step(step)
+    world.settle()
+    world.advance(3600)
+
+    assert states(world, job) == ["success"]
+    assert not (world.store.job(gone.id).enabled or world.engine.problem)
+
+
+@pytest.mark.parametrize(("policy", "run"), [("ignore", []), ("execute_one", ["12:03:00"])])
+def test_a_boot_in_1970_hides_nothing_that_was_missed(make_world, target, clock, policy, run):
+    job = make_world().create(target.url, schedule="* * * * *", missed_run_policy=policy)
+    clock.step(-NOON / SECOND)
+    world = make_world()
+    world.advance(100)
+
+    clock.step(NOON / SECOND + 130)
+    world.settle()
+
+    assert fire_times(target, job) == run
+    first, *_ = states(world, job, "status", "missed_count", "missed_from")
+    assert first == ("skipped", 3 - len(run), at("12:01:00"))
+
+
+def test_a_pass_with_long_work_to_do_is_cut_short_and_the_next_follows_at_once(tmp_path, target):
+    world = World(tmp_path / "data", HookedClock())
+    jobs = add_jobs(world, 30, target.url, schedule="0 * * * *", missed_run_policy="execute_all")
+    world.clock.advance(50 * 3600)
+    world.clock.hook = lambda: world.clock.advance(0.01)
+
+    done = [0]
+    while done[-1] < 30:
+        wait = world.engine.run_pass()
+        done.append(sum(bool(world.executions(job)) for job in jobs))
+        assert 0 < done[-1] - done[-2] <= 6 and (wait == 0 or done[-1] == 30)
+    world.close()
+
+
+def test_an_error_of_passes_is_logged_once_a_minute_and_its_end_is_logged(world, caplog):
+    fill_disk(world)
+    for minute in (1, 2):
+        for _ in range(61):
+            set_number(world, "b" * 90_000)
+            world.engine.run_pass()
+            world.clock.advance(1)
+        assert len(caplog.messages) == caplog.text.count("disk is full") == minute
+
+    free_disk(world)
+    world.engine.run_pass()
+
+    assert caplog.messages[2:] == ["the engine goes on"]
+
+
+def test_an_error_that_leaves_a_pass_does_not_end_the_engine(service, target, caplog):
+    service.service.engine.make(lambda turn: turn.ended.append([]))  # no id: it can't be told
+
+    service.create(target.url)
+    wait_until(lambda: service.call("GET", "/health")[0] == 200)
+    assert "unhashable" in caplog.text
+
+
+def test_an_outcome_that_arrives_during_the_stop_is_written(make_service, target, monkeypatch):
+    begun, clock = threading.Event(), HookedClock()
+    monkeypatch.setattr(chronos, "Clock", lambda: clock)
+    client = make_service(server__shutdown_grace="0s")
+    engine, job = client.service.engine, client.create(target.url + "/hang")
+
+    def last_pass(_turn):
+        begun.set()
+        target.let_go.set()
+        wait_until(lambda: engine._inbox.qsize() == 2)  # the outcome, the call to stop
+
+    def hook():
+        if threading.current_thread() is threading.main_thread():  # it begins to count the grace
+            clock.hook = HookedClock.hook
+            engine.hand_in(last_pass)
+            assert begun.wait(10)
+
+    client.expect(202, "POST", trigger_path(job, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+    clock.hook = hook
+    engine.stop(0)
+
+    assert client.get(f"/jobs/{job['id']}")["last_execution"]["status"] == "success"
 
 
 # ======================================================================================
@@ -4665,6 +4886,47 @@ def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_pr
 
     print(f"idle: {share:.2%} of a core")
     assert share < 0.01
+
+
+@pytest.mark.parametrize("silent", ["watchdog", "engine"])
+def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypatch, silent):
+    clock, begun, let_go = HookedClock(), threading.Event(), threading.Event()
+    monkeypatch.setattr(chronos, "Clock", lambda: clock)
+
+    def hook():
+        if threading.current_thread().name == silent and not let_go.is_set():
+            begun.set()
+            if silent == "watchdog":
+                raise RuntimeError("a bug")
+            let_go.wait(20) or let_go.set()
+
+    clock.hook, client = hook, make_service()
+    engine = client.service.engine
+    assert begun.wait(10)
+    for seconds, status in ((30, 200), (1, 503)):
+        clock.advance(seconds)
+        wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
+        shown = client.expect(status, "GET", "/health")
+    let_go.set()
+    wait_until(lambda: client.call("GET", "/health")[0] == 200)
+
+    assert shown == {"code": "UNAVAILABLE", "message": "a thread has been silent for 31 s"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+@pytest.mark.parametrize("free", [0, 4, 8, 40, 80])
+def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory], check=True)
+    try:
+        (directory / "ballast").write_bytes(bytes((3072 - free) << 10))
+        result = run_chronos("--config", configure("cluster: {data_dir: data}"))
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+    check_refused(result, result.returncode or "an error", str(directory))
+    assert len(result.stderr.splitlines()) == 1
 
 
 # ======================================================================================

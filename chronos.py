@@ -1795,28 +1795,6 @@ class Store:
         )
 
 
-def lock_data_dir(directory: Path) -> IO[str]:
-    """Create the directory and hold its lock for as long as the returned file is open.
-
-    Raises StartError: with the other process's id, or with what is wrong with the directory.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
-        lock.seek(0)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        return lock
-    except BlockingIOError:
-        with lock:
-            message = f"already running on {directory}, process {lock.read().strip()}"
-        raise StartError(EXIT_RUNNING, message) from None
-    except OSError as error:
-        message = f"the data directory {directory} is unusable: {error.strerror}"
-        raise StartError(EXIT_CONFIG, message) from error
-
-
 # ======================================================================================
 # 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
 # ======================================================================================
@@ -2928,6 +2906,52 @@ class Engine:
 # Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
 
 
+NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger an EXECUTION_ERROR
+
+
+def read_json(request: Any) -> Any:
+    """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
+    body = request.environ["wsgi.input"].read()  # waitress has bounded it
+    try:
+        data = json.loads(
+            body.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        _check_depth(data, MAX_JSON_DEPTH)
+        return data
+    except RecursionError as error:
+        raise ApiError("INVALID_JSON", "the body is nested too deep") from error
+    except ValueError as error:
+        raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    names = [name for name, _value in pairs]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"the name {name!r} is there twice")
+    return dict(pairs)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    return float(text) if abs(float(text)) < float("inf") else _refuse_constant(text)
+
+
+def _check_depth(data: Any, left: int) -> None:
+    if not left:
+        raise RecursionError
+    for inner in (
+        data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    ):
+        _check_depth(inner, left - 1)
+
+
 # fmt: off
 EXECUTIONS_QUERY = {
     "limit":    Field(query_number(1, 100),                         20),
@@ -3255,55 +3279,31 @@ class Api:
         return validate(table, dict(query), frozenset(query))
 
 
-NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger an EXECUTION_ERROR
-
-
-def read_json(request: Any) -> Any:
-    """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
-    body = request.environ["wsgi.input"].read()  # waitress has bounded it
-    try:
-        data = json.loads(
-            body.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
-        _check_depth(data, MAX_JSON_DEPTH)
-        return data
-    except RecursionError as error:
-        raise ApiError("INVALID_JSON", "the body is nested too deep") from error
-    except ValueError as error:
-        raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    names = [name for name, _value in pairs]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"the name {name!r} is there twice")
-    return dict(pairs)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-def _finite(text: str) -> float:
-    return float(text) if abs(float(text)) < float("inf") else _refuse_constant(text)
-
-
-def _check_depth(data: Any, left: int) -> None:
-    if not left:
-        raise RecursionError
-    for inner in (
-        data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    ):
-        _check_depth(inner, left - 1)
-
-
 # ======================================================================================
 # 13. Service and command line
 # ======================================================================================
+
+
+def lock_data_dir(directory: Path) -> IO[str]:
+    """Create the directory and hold its lock for as long as the returned file is open.
+
+    Raises StartError: with the other process's id, or with what is wrong with the directory.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
+        lock.seek(0)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        return lock
+    except BlockingIOError:
+        with lock:
+            message = f"already running on {directory}, process {lock.read().strip()}"
+        raise StartError(EXIT_RUNNING, message) from None
+    except OSError as error:
+        message = f"the data directory {directory} is unusable: {error.strerror}"
+        raise StartError(EXIT_CONFIG, message) from error
 
 
 class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]

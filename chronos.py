@@ -871,9 +871,9 @@ SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and 
 def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry_policy`` is completed from ``retry``. ``stored`` is the configuration
-    that is replaced: masked secrets are taken from it, and an instant that it has may be past.
-    Raises ApiError.
+    ``retry_policy`` is completed from ``retry``. ``stored`` is the configuration that is
+    replaced: masked secrets are taken from it, and an instant that it has may be past. Raises
+    Problems.
     """
     if not isinstance(data, dict):
         raise Problems([("", "the body must be a JSON object")])
@@ -1347,15 +1347,15 @@ SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE meta (                      -- a few numbers, such as last_seen
     key          TEXT PRIMARY KEY,
-    value        INTEGER
+    value        INTEGER NOT NULL
 );
 CREATE TABLE jobs (
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
-    version      INTEGER,                -- the newest one of versions
-    enabled      INTEGER,
+    version      INTEGER NOT NULL,       -- the newest one of versions
+    enabled      INTEGER NOT NULL,
     created_at   INTEGER NOT NULL,       -- every *_at: µs since the epoch, UTC
-    updated_at   INTEGER,
+    updated_at   INTEGER NOT NULL,
     next_run_at  INTEGER                 -- the cursor; NULL: disabled, or nothing comes any more
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
@@ -1574,9 +1574,8 @@ class Store:
 
     def add_job(self, job: Job, created_by: str) -> None:
         """Add a job and its first version."""
-        self._run(
-            "INSERT INTO jobs (id, created_at) VALUES (:id, :at)", id=job.id, at=job.created_at
-        )
+        sql = "INSERT INTO jobs VALUES (NULL, :id, 1, 0, :created_at, :created_at, NULL)"
+        self._run(sql, id=job.id, created_at=job.created_at)
         self.update_job(job, created_by)
 
     def update_job(self, job: Job, created_by: str | None) -> None:

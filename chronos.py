@@ -39,6 +39,7 @@ import argparse
 import base64
 import contextlib
 import difflib
+import errno
 import fcntl
 import functools
 import http.client
@@ -116,7 +117,11 @@ MAX_CONFIG_BYTES = 256 << 10
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_LOOKUPS = 16  # names that are being resolved at once
-SWEEP_ROWS = 500  # of history, that a pass removes
+PRUNE_ROWS = 250  # of history, that a pass looks at or removes; more than the 100 spared
+PRUNE_JOBS = 20  # that a pass looks at for history to remove
+PRUNE_INTERVAL = 100_000  # while there is other work, µs
+MAX_ACTIVE = 1000  # executions of one job that have not ended
+QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean stop only
 PASS_TARGET = 50_000  # a pass hands the rest over to the next one after so long, in µs
 CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monotonic one
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
@@ -1102,6 +1107,17 @@ _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
 _path = text(4096)
 
+
+def parse_size(value: Any) -> int:
+    """Return the bytes of a size such as ``500MB`` or ``1GB``. Raises ValueError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([MG])B", value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError('must be a size such as "500MB" or "1GB"')
+    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
+
+
+_size = rule(parse_size, "must be a size")
+
 # fmt: off
 SETTINGS: dict[str, Field] = {
     # key                                   check                               default
@@ -1125,6 +1141,9 @@ SETTINGS: dict[str, Field] = {
         "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
     "dispatcher.allowed_networks":    Field(_networks,                          []),
     "dispatcher.ca_bundle":           Field(_path,                              None),
+    "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
+    "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
+    "retention.max_size":             Field(_size,                              "1GB"),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
 # fmt: on
@@ -1343,7 +1362,6 @@ def split_missed(schedule: Schedule, zone: str, first: int, now: int, policy: st
 # API threads read; the write-ahead log keeps readers and the writer out of each other's way.
 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
-SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE meta (                      -- a few numbers, such as last_seen
     key          TEXT PRIMARY KEY,
@@ -1400,13 +1418,10 @@ CREATE INDEX executions_of_job ON executions (job_id, seq);
 CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_active ON executions (job_id, seq) WHERE status IN ('pending', 'running');
-CREATE TABLE deleted_jobs (              -- their history goes in batches
-    job_id       TEXT NOT NULL,
-    last_seq     INTEGER NOT NULL        -- of executions: what came later is another job's
-);
+CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'failed';
 PRAGMA application_id = 1130918511;
-PRAGMA user_version = 1;
 """
+MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
 
 
 class Store:
@@ -1418,28 +1433,93 @@ class Store:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()  # protects _connections
+        self._inode = 0
 
     def open(self) -> None:
-        """Create or check the file; one that is not ours stays as it is. Raises StartError."""
+        """Create, check or migrate the file; one that is not ours stays as it is.
+
+        Raises StartError.
+        """
+        newest, is_new = len(MIGRATIONS) + 1, not self.path.exists()
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            (application,) = self._one("PRAGMA application_id")
-            (version,) = self._one("PRAGMA user_version")
-            (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
+            version = self._check()
         except OSError as error:
             message = f"{self.path} cannot be opened: {error.strerror}"
             raise StartError(EXIT_CONFIG, message) from error
-        except StoreError as error:
-            raise StartError(EXIT_CONFIG, f"{error}: restore a backup") from error
-        if tables and application != APPLICATION_ID:
-            raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
-        if version > SCHEMA_VERSION:
-            raise StartError(EXIT_CONFIG, f"{self.path} was written by a newer Chronos: start that")
+        if not version and not is_new:
+            log.warning("%s was empty: it begins anew", self.path)
+        if 0 < version < newest:
+            aside = self.path.with_name(f"{self.path.name}.v{version}")
+            aside.unlink(missing_ok=True)  # of a migration that was broken off
+            self.backup(aside)
+            log.warning("%s is brought to version %s; %s is as before", self.path, newest, aside)
         self._run("PRAGMA journal_mode = WAL")
-        if not tables:
-            with self.transaction():
-                for statement in SCHEMA.split(";\n"):
+        with self.transaction():
+            for script in MIGRATIONS[version - 1 :] if version else (SCHEMA,):
+                for statement in script.split(";\n"):
                     self._run(statement)
+            self._run(f"PRAGMA user_version = {newest:d}")
+        self._inode = self.path.stat().st_ino
+
+    def _check(self) -> int:
+        """Return the version of the schema, 0: the file is empty. Raises StartError, OSError."""
+        try:
+            with contextlib.closing(self._read_only()) as connection:
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                (application,) = connection.execute("PRAGMA application_id").fetchone()
+                (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+                if not tables:
+                    return 0
+                if application != APPLICATION_ID:
+                    raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
+                if version > len(MIGRATIONS) + 1:
+                    message = f"{self.path} was written by a newer Chronos: start that"
+                    raise StartError(EXIT_CONFIG, message)
+                sql = "SELECT count(*) FROM meta WHERE key = 'stopped' AND value = 1"
+                unclean = connection.execute(sql).fetchone() == (0,)
+                if unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
+                    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                    if found != "ok":
+                        raise sqlite3.DatabaseError(found.splitlines()[-1])
+                return int(version)
+        except sqlite3.OperationalError as error:
+            raise StartError(EXIT_CONFIG, f"{self.path} cannot be opened: {error}") from error
+        except sqlite3.DatabaseError as error:
+            message = f"{self.path} is damaged ({error}): see the README, Restore a backup"
+            raise StartError(EXIT_CONFIG, message) from error
+
+    def _read_only(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+
+    def backup(self, target: Path) -> None:
+        """Write a consistent copy, checked, to a new file; a server may be working on this one.
+
+        Raises StartError.
+        """
+        part = target.with_name(target.name + ".part")
+        try:
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "it is there already")
+            with open(part, "wb", opener=functools.partial(os.open, mode=0o600)) as file:
+                with contextlib.closing(self._read_only()) as connection:
+                    connection.execute("VACUUM INTO ?", (str(part),))
+                Store(part)._check()
+                os.fsync(file.fileno())
+            part.rename(target)
+        except (OSError, sqlite3.Error) as error:
+            part.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise StartError(EXIT_FAILED, f"no backup to {target}: {reason}") from error
+
+    def check_file(self) -> None:
+        """Raise StoreError if the file was removed or replaced: writes would go nowhere."""
+        try:
+            same = self.path.stat().st_ino == self._inode
+        except OSError:
+            same = False
+        if not same:
+            raise StoreError(f"{self.path} was removed or replaced: stop the server, restore it")
 
     def close(self) -> None:
         """Close the connections of all threads; none may be in use."""
@@ -1600,27 +1680,9 @@ class Store:
         return [dict(row) | {"config": json.loads(row["config"])} for row in rows]
 
     def delete_job(self, job_id: str) -> None:
-        """Remove a job and its versions, and note that its history is to go."""
-        sql = """
-            INSERT INTO deleted_jobs
-            SELECT job_id, max(seq) FROM executions WHERE job_id = :id GROUP BY job_id"""
-        self._run(sql, id=job_id)
+        """Remove a job and its versions; prune() removes its history."""
         self._run("DELETE FROM jobs WHERE id = :id", id=job_id)
         self._run("DELETE FROM versions WHERE job_id = :id", id=job_id)
-
-    def sweep_deleted_jobs(self, most: int) -> bool:
-        """Remove up to ``most`` executions of deleted jobs; return whether there were any."""
-        row = self._one("SELECT rowid, job_id, last_seq FROM deleted_jobs LIMIT 1")
-        if row is None:
-            return False
-        sql = """
-            DELETE FROM executions WHERE seq IN (
-                SELECT seq FROM executions
-                 WHERE job_id = :job_id AND seq <= :last_seq LIMIT :most)"""
-        self._run(sql, job_id=row["job_id"], last_seq=row["last_seq"], most=most)
-        if self._changed() < most:
-            self._run("DELETE FROM deleted_jobs WHERE rowid = :id", id=row["rowid"])
-        return True
 
     def config(self, job_id: str, version: int) -> Json | None:
         """Return the configuration of a version, or None."""
@@ -1715,12 +1777,13 @@ class Store:
              WHERE status IN ('pending', 'running') GROUP BY status"""
         return {"pending": 0, "running": 0} | {row[0]: row[1] for row in self._run(sql)}
 
-    def active_executions(self, job_id: str, most: int) -> list[Execution]:
-        """Return pending and running executions of a job, the oldest first."""
+    def active_executions(self, job_id: str, nth: int, most: int) -> list[Execution]:
+        """Return pending and running executions of a job, the oldest first, from the nth on."""
         sql = """
             SELECT * FROM executions
-             WHERE job_id = :id AND status IN ('pending', 'running') ORDER BY seq LIMIT :most"""
-        return self._executions(sql, id=job_id, most=most)
+             WHERE job_id = :id AND status IN ('pending', 'running')
+             ORDER BY seq LIMIT :most OFFSET :nth - 1"""
+        return self._executions(sql, id=job_id, nth=nth, most=most)
 
     def running_executions(self) -> list[Execution]:
         """Return what runs; at a start, what ran when the last process ended."""
@@ -1786,6 +1849,50 @@ class Store:
                 SELECT min(seq) FROM executions
                  WHERE job_id = :job_id AND status IN ('pending', 'running'))"""
         self._run(sql, job_id=job_id, now=now)
+
+    def prune(self, job_id: str, before: int, keep: int) -> bool:
+        """Remove some executions that are not to be kept; return whether there were any.
+
+        All of a job that is gone. Else, of those that have ended: what ended ``before``, but for
+        the newest 10, and what is not among the newest ``keep``, but for the newest 100 failed.
+        """
+        sql = """
+            WITH beyond (seq) AS (
+                SELECT seq FROM executions WHERE job_id = :job_id
+                 ORDER BY seq DESC LIMIT 1 OFFSET :keep),
+            spared (seq) AS (
+                SELECT seq FROM executions
+                 WHERE job_id = :job_id AND status = 'failed' AND seq <= (SELECT seq FROM beyond)
+                 ORDER BY seq DESC LIMIT 100)
+            DELETE FROM executions WHERE seq IN (
+                SELECT seq FROM (SELECT seq, completed_at FROM executions
+                                  WHERE job_id = :job_id ORDER BY seq LIMIT :most)
+                 WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :job_id)
+                    OR (completed_at < :before AND seq <= (
+                            SELECT seq FROM executions WHERE job_id = :job_id
+                             ORDER BY seq DESC LIMIT 1 OFFSET 10))
+                    OR (completed_at IS NOT NULL AND seq <= (SELECT seq FROM beyond)
+                        AND seq NOT IN spared))"""
+        self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS)
+        return self._changed() > 0
+
+    def prune_oldest(self, max_size: int) -> bool:
+        """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
+        names = ("page_size", "page_count", "freelist_count")
+        size, pages, free = (int(self._one(f"PRAGMA {name}")[0]) for name in names)
+        if (pages - free) * size <= max_size:
+            return False
+        sql = """
+            DELETE FROM executions WHERE seq IN (
+                SELECT seq FROM executions
+                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)"""
+        self._run(sql, most=PRUNE_ROWS)
+        return self._changed() > 0
+
+    def next_with_history(self, job_id: str) -> str | None:
+        """Return the first id after ``job_id`` that has executions, of a job or a deleted one."""
+        found = self._one("SELECT min(job_id) FROM executions WHERE job_id > :id", id=job_id)
+        return found[0] if found else None
 
     def shift_due_times(self, step: int) -> None:
         """Move every due_at with the wall clock, so that a wait stays as long as it was."""
@@ -2397,6 +2504,9 @@ class Engine:
         self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._missed_policy: str = settings["scheduler.missed_run_policy"]
+        self._keep: int = settings["retention.executions_per_job"]
+        self._max_age = parse_duration(settings["retention.max_age"])
+        self._max_size = parse_size(settings["retention.max_size"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
@@ -2413,7 +2523,9 @@ class Engine:
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
         self._saved_at = 0  # last heartbeat
         self._held = False  # the clock is before the release date: nothing fires
-        self._sweeping = True  # there may be history of deleted jobs left
+        self._untidy: set[str] = set()  # jobs whose history may be more than is kept
+        self._walk: str | None = ""  # how far all jobs were looked at for that; None: to the end
+        self._walked_at = self._tidied_at = clock.monotonic()
         self._reported: dict[str, int] = {}  # kind of error -> when it was logged
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -2555,7 +2667,7 @@ class Engine:
             raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
         self.store.delete_job(job_id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
-        self._sweeping = True
+        self._untidy.add(job_id)
         in_flight = self._in_flight.items()
         turn.aborts += [(i, "deleted") for i, a in in_flight if a.execution.job_id == job_id]
         with self._lock:
@@ -2602,6 +2714,7 @@ class Engine:
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
             self.store.set_number("last_seen", turn.now)
+            self.store.set_number("stopped", 0)
 
     def _loop(self) -> None:
         wait = 0
@@ -2612,6 +2725,8 @@ class Engine:
                 self._report(error)
                 wait = SECOND
         self.run_pass()  # what came in meanwhile is written; nothing is started
+        with contextlib.suppress(StoreError), self.store.transaction():
+            self.store.set_number("stopped", 1)
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
 
     def run_pass(self, wait: int = 0) -> int:
@@ -2662,11 +2777,14 @@ class Engine:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
         self._make_changes(turn)
-        if self._sweeping:
-            self._sweeping = self.store.sweep_deleted_jobs(SWEEP_ROWS)
         if not (self.stopping or self.paused):
             self._take(turn)
         self._plan(turn)
+        busy = self.clock.monotonic() - self._tidied_at < PRUNE_INTERVAL and (
+            turn.taken or self._outcomes
+        )
+        if self._untidy if busy else self._tidy(turn):
+            self._wake_at = turn.now
 
     def _fires(self) -> bool:
         return not (self.paused or self._held or self.stopping)
@@ -2676,10 +2794,25 @@ class Engine:
         cursor, due_at = self.store.next_instants(turn.now)
         instants = [self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None]
         self._wake_at = min(instant for instant in instants if instant is not None)
-        if self._sweeping:
-            self._wake_at = turn.now
         if cursor is None or cursor > turn.now:
             self._seen_at = None
+
+    def _tidy(self, turn: Pass) -> bool:
+        """Remove a batch of history that is not to be kept; return whether there may be more."""
+        self._tidied_at = self.clock.monotonic()
+        if self.store.prune_oldest(self._max_size):
+            return True
+        for _job in range(PRUNE_JOBS):
+            if not self._untidy and self._walk is not None:
+                self._walk = self.store.next_with_history(self._walk)
+                self._untidy.update([self._walk] if self._walk else [])
+            if not self._untidy:
+                return False
+            job_id = self._untidy.pop()
+            if self.store.prune(job_id, turn.now - self._max_age, self._keep):
+                self._untidy.add(job_id)
+                return True
+        return True
 
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
@@ -2720,15 +2853,18 @@ class Engine:
         self._changes.clear()
         self._wake_at = turn.now + SECOND
         self._saved_at, self._seen_at = 0, None  # what the pass has written or seen is void
-        self._sweeping = True
+        self._walk = ""
 
     # ------------------------------------------------------------------- the steps of a pass
 
     def _look_at_clock(self, turn: Pass, step: int) -> None:
         """Notice steps of the clock, and work off what follows from them."""
         if not 0 <= turn.now - self._saved_at < HEARTBEAT:
+            self.store.check_file()
             self.store.set_number("last_seen", turn.now)
             self._saved_at = turn.now
+            if self.clock.monotonic() - self._walked_at > DAY:
+                self._walk, self._walked_at = "", self.clock.monotonic()
         held = turn.now < RELEASED_AT
         if held != self._held:
             self._held = held
@@ -2850,7 +2986,7 @@ class Engine:
             version = self._version(execution.job_id, execution.job_version)
         except JobDeleted:
             self.store.delete_execution(execution.id)
-            self._sweeping = True  # others may stand behind it: there is another pass at once
+            self._walk = ""  # others may stand behind it: there is another pass at once
             return False
         started = replace(
             execution, status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
@@ -2866,16 +3002,19 @@ class Engine:
 
     def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
         """Return a pending execution for the instant ``at``, with the id of a fire time."""
+        self._untidy.add(version.job_id)
         fire_id, target = scheduled_id(version.job_id, at), version.webhook.target
         head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
         return Execution(*head, node_id=self._node_id)
 
     def _enqueue(self, turn: Pass, execution: Execution, concurrency: str) -> None:
         """Add an execution as the concurrency policy has it: pending, or skipped."""
-        most = {"allow": 0, "forbid": 1, "replace": 1000}[concurrency]
-        others = self.store.active_executions(execution.job_id, most) if most else []
-        if others and concurrency == "forbid":
+        least = MAX_ACTIVE if concurrency == "allow" else 1
+        most = MAX_ACTIVE if concurrency == "replace" else 1
+        others = self.store.active_executions(execution.job_id, least, most)
+        if others and concurrency != "replace":
             error = f"{others[0].id} was still {others[0].status}"
+            error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
             turn.ended.append(execution.id)
         if not self.store.add_execution(execution):
@@ -3426,7 +3565,7 @@ def set_up_logging(level: str) -> None:
     log.setLevel(level.upper())
 
 
-def run_serve(settings: Json) -> int:
+def run_serve(settings: Json, _asked: argparse.Namespace) -> int:
     """Run the service until SIGTERM or SIGINT."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
@@ -3448,15 +3587,23 @@ def run_serve(settings: Json) -> int:
     return 0
 
 
-def run_check_config(_settings: Json) -> int:
+def run_check_config(_settings: Json, _asked: argparse.Namespace) -> int:
     """Say that the configuration is right; if it is not, loading it has said so."""
     print("the configuration is correct")
+    return 0
+
+
+def run_backup(settings: Json, asked: argparse.Namespace) -> int:
+    """Write a checked copy of the database, also of a running server's."""
+    Store(Path(settings["cluster.data_dir"]) / "chronos.db").backup(asked.file.absolute())
+    print(f"{asked.file} is a consistent copy")
     return 0
 
 
 COMMANDS = {
     "serve": (run_serve, "run the service (this is the default)"),
     "check-config": (run_check_config, "say what is wrong in the configuration"),
+    "backup": (run_backup, "copy the database to FILE, while the server runs, too"),
 }
 
 
@@ -3470,7 +3617,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_run, summary) in COMMANDS.items():
-        commands.add_parser(name, help=summary, description=summary, parents=[options])
+        command = commands.add_parser(name, help=summary, description=summary, parents=[options])
+        if name == "backup":
+            command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
     return parser.parse_args(arguments)
 
 
@@ -3488,7 +3637,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings["scheduler.paused"] = True
         set_up_logging(settings["logging.level"])
         run, _summary = COMMANDS[asked.command or "serve"]
-        return run(settings)
+        return run(settings, asked)
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

@@ -1372,14 +1372,16 @@ def add_jobs(world, count, url, **fields):
     return jobs
 
 
-def add_executions(world, job, count, status):
-    """Add executions of a job in one commit; pending ones are due."""
+def add_executions(world, job, count, status, ended_at=None):
+    """Add executions of a job in one commit, return their ids; pending ones are due."""
     due_at = world.clock.now() if status == "pending" else None
     target = chronos.target_of(job.config["webhook"]["url"])
     with world.store.transaction():
         for number in range(count):
             values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
-            assert world.store.add_execution(chronos.Execution(*values))
+            execution = chronos.Execution(*values, completed_at=ended_at)
+            assert world.store.add_execution(execution)
+    return [execution.id for execution in world.executions(job)[-count:]]
 
 
 def test_a_commit_waits_for_the_disk_and_readers_do_not_wait_for_the_writer(world):
@@ -1461,6 +1463,8 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     world.do(world.engine.set_enabled, job.id, False)
     world.executions(job)
     world.do(world.engine.delete_job, job)
+    with world.store.transaction():
+        assert world.store.prune_oldest(0)
     engine_connection(world).set_trace_callback(None)
 
     kinds = ("SELECT", "WITH", "UPDATE", "DELETE", "INSERT")
@@ -1476,6 +1480,224 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     assert not [plan for plan in plans.items() if re.search(walks, plan[1])]
     active = [plan for text, plan in plans.items() if "job_id" in text and "IN ('pending'" in text]
     assert all("executions_active" in plan for plan in active)
+
+
+# -------------------------------------------------------------- retention
+
+
+def test_of_a_job_the_newest_are_kept_and_beyond_them_100_that_failed(make_world, target):
+    world = make_world(retention__executions_per_job=50)
+    job, other = [world.create(target.url, enabled=False) for _ in range(2)]
+    old_failed = add_executions(world, job, 150, "failed", NOON)
+    add_executions(world, job, 500, "success", NOON)
+    failed = add_executions(world, job, 10, "failed", NOON)
+    newest = add_executions(world, job, 45, "skipped", NOON) + add_executions(world, job, 1, "new")
+    untouched = add_executions(world, other, 50, "success", NOON)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(job)] == old_failed[-94:] + failed + newest
+    assert [e.id for e in world.executions(other)] == untouched
+
+
+def test_what_is_too_old_goes_but_for_the_newest_ten_and_what_has_not_ended(make_world, target):
+    world = make_world(retention__max_age="24h")
+    idle, mixed = [world.create(target.url, enabled=False) for _ in range(2)]
+    too_old = NOON - chronos.DAY - 1
+    ten = add_executions(world, idle, 300, "failed", too_old)[-10:]
+    running = add_executions(world, mixed, 1, "new")
+    add_executions(world, mixed, 300, "success", too_old)
+    young = add_executions(world, mixed, 20, "success", too_old + chronos.MINUTE + 1)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(idle)] == ten
+    assert [e.id for e in world.executions(mixed)] == running + young
+
+
+def test_history_is_looked_over_once_a_day_even_of_jobs_that_never_run(world, target):
+    job = world.create(target.url, enabled=False)
+    add_executions(world, job, 30, "success", NOON)
+
+    world.advance(29 * 24 * 3600)
+    assert len(world.executions(job)) == 30
+    world.advance(2 * 24 * 3600)
+    world.advance(60)
+
+    assert len(world.executions(job)) == 10
+
+
+def test_a_run_pushes_the_oldest_one_out_at_once(make_world, target):
+    world = make_world(retention__executions_per_job=3)
+    job = world.create(target.url, enabled=False)
+    ids = []
+
+    for _ in range(6):
+        ids.append(trigger(world, job))
+        world.settle()
+
+    assert [e.id for e in world.executions(job)] == ids[-3:]
+
+
+def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make_world, target):
+    world = make_world(retention__max_size="1MB", retention__executions_per_job=100_000)
+    job = world.create(target.url, enabled=False)
+    sizes, ids = [], []
+
+    for _ in range(6):
+        ids += add_executions(world, job, 2500, "success", NOON)
+        world.advance(60)
+        sizes.append(world.store.path.stat().st_size)
+
+    kept = [e.id for e in world.executions(job)]
+    assert 500 < len(kept) < 5000
+    assert kept == ids[-len(kept) :]
+    assert max(sizes[1:]) < sizes[1] * 1.2
+
+
+def test_history_is_removed_while_there_is_other_work_too(make_world, target):
+    world = make_world(retention__executions_per_job=10)
+    job = world.create(target.url, enabled=False)
+    add_executions(world, job, 2000, "success", NOON)
+    passes = 0
+
+    while len(world.executions(job)) > 100 and passes < 100:
+        passes += 1
+        trigger(world, job)  # so that each pass takes something
+        world.clock.advance(0.2)
+
+    assert 5 < passes < 20
+
+
+# -------------------------------------------------------------- damage, backups, migrations
+
+
+def damage(path):
+    """Overwrite a page in the middle of a database."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2 // 4096 * 4096)
+        file.write(b"\xa5" * 4096)
+
+
+def test_a_file_that_is_damaged_inside_is_refused_and_not_touched(make_world, target):
+    world = make_world()
+    add_executions(world, world.create(target.url), 500, "success", NOON)
+    world.store.close()
+    path = world.store.path
+    damage(path)
+    before, store = path.read_bytes(), chronos.Store(path)
+
+    with pytest.raises(chronos.StartError, match=r"is damaged .*Restore a backup") as refusal:
+        store.open()
+
+    assert refusal.value.exit_status == 78
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_large_file_is_looked_through_only_after_an_unclean_stop(
+    make_world, target, monkeypatch, stopped
+):
+    world = make_world()
+    add_executions(world, world.create(target.url), 500, "success", NOON)
+    with world.store.transaction():
+        world.store.set_number("stopped", int(stopped))
+    world.store.close()
+    damage(world.store.path)
+    monkeypatch.setattr(chronos, "QUICK_CHECK_BYTES", 0)
+
+    refused = None if stopped else pytest.raises(chronos.StartError, match="is damaged")
+    with refused or contextlib.nullcontext():
+        world.store.open()
+
+
+def test_an_empty_file_where_data_was_is_told(world, caplog):
+    world.store.close()
+    world.store.path.write_bytes(b"")
+
+    world.store.open()
+
+    assert "was empty: it begins anew" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_database_that_is_gone_under_the_server_is_noticed_within_a_minute(world, how):
+    path = world.store.path
+    other = path.with_name("other")
+    shutil.copy(path, other)
+    world.settle()
+
+    path.unlink() if how == "removed" else other.rename(path)
+    write = set_number(world, "a")
+    world.clock.advance(61)
+    world.engine.run_pass()
+
+    assert "was removed or replaced" in world.engine.problem
+    with pytest.raises(chronos.StoreError, match="removed or replaced"):
+        write.result(5)
+
+
+def test_a_backup_is_a_whole_copy_and_never_replaces_a_file(world, target, tmp_path):
+    job = world.create(target.url)
+    copy = tmp_path / "copy.db"
+
+    world.store.backup(copy)
+    with pytest.raises(chronos.StartError, match="is there already"):
+        world.store.backup(copy)
+    restored = chronos.Store(copy)
+    restored.open()
+
+    assert restored.job(job.id) == job
+    restored.close()
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_backup_that_fails_leaves_nothing_behind(world, target, tmp_path):
+    with pytest.raises(chronos.StartError, match=r"no backup to .*No such file"):
+        world.store.backup(tmp_path / "nowhere" / "copy.db")
+    add_executions(world, world.create(target.url), 500, "success", NOON)
+    by_hand(world, "PRAGMA wal_checkpoint(TRUNCATE)")
+    damage(world.store.path)
+    with pytest.raises(chronos.StartError, match="malformed"):
+        world.store.backup(tmp_path / "copy.db")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
+def test_an_older_schema_is_migrated_and_the_file_of_before_is_kept(
+    make_world, target, monkeypatch, tmp_path, caplog
+):
+    world = make_world()
+    job = world.create(target.url)
+    world.store.close()
+    steps = ("ALTER TABLE jobs ADD COLUMN colour TEXT;\nUPDATE jobs SET colour = 'red'", "SELECT 1")
+    monkeypatch.setattr(chronos, "MIGRATIONS", steps)
+
+    world.store.open()
+
+    assert by_hand(world, "SELECT id, colour FROM jobs") == [(job.id, "red")]
+    assert by_hand(world, "PRAGMA user_version") == [(3,)]
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "chronos.db.v1")) as aside:
+        assert aside.execute("PRAGMA user_version").fetchone() == (1,)
+        assert aside.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+    assert "is brought to version 3" in caplog.text
+    world.store.open()  # nothing is left to do
+
+
+def test_a_migration_that_fails_changes_nothing_and_can_be_tried_again(make_world, monkeypatch):
+    world = make_world()
+    world.store.close()
+    monkeypatch.setattr(chronos, "MIGRATIONS", ("ALTER TABLE jobs ADD COLUMN a;\nSELECT oh",))
+
+    for _ in range(2):
+        with pytest.raises(chronos.StoreError, match="no such column: oh"):
+            world.store.open()
+
+    assert by_hand(world, "PRAGMA user_version") == [(1,)]
+    assert "colour" not in str(by_hand(world, "SELECT sql FROM sqlite_schema"))
 
 
 # ======================================================================================
@@ -3259,7 +3481,7 @@ def set_number(world, key):
 
 
 def numbers(world):
-    return [key for (key,) in by_hand(world, "SELECT key FROM meta ORDER BY key")]
+    return [key for (key,) in by_hand(world, "SELECT key FROM meta WHERE key <> 'stopped'")]
 
 
 @pytest.mark.parametrize(
@@ -3365,6 +3587,20 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     assert target.received.qsize() == 1
     assert world.store.count_executions(other.id) == 10
     assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+
+
+def test_a_job_that_never_catches_up_has_a_thousand_runs_waiting_and_skips_more(world, target):
+    script(target, "/hang")
+    job = world.create(target.url, enabled=False, concurrency="allow")
+    hang(world, target, job)
+    add_executions(world, job, 998, "pending")
+
+    last, refused = trigger(world, job), trigger(world, job)
+
+    assert world.store.execution(last).status in ("pending", "running")
+    skipped = world.store.execution(refused)
+    assert (skipped.status, skipped.reason) == ("skipped", "overlap")
+    assert skipped.error == "1000 executions had not ended"
 
 
 def test_ending_a_run_releases_the_one_that_is_made_up_for_behind_it(world, target):
@@ -4734,6 +4970,41 @@ def test_a_database_that_is_not_ours_to_read_is_refused_untouched(
 
     assert path.read_bytes() == before
     check_refused(result, 78, words, str(path))
+
+
+def test_a_backup_of_a_working_server_is_restored_by_copying_it_back(
+    make_process, target, tmp_path, background
+):
+    process = make_process()
+    stop = threading.Event()
+
+    def create_jobs():
+        ids = []
+        while not stop.is_set():
+            ids.append(process.create(target.url)["id"])
+        return ids
+
+    writers = [background.submit(create_jobs) for _ in range(4)]
+    wait_until(lambda: process.get("/jobs?limit=1")["total"] > 20)
+    before = {job["id"] for job in process.get("/jobs")["jobs"]}
+    config = tmp_path / "home" / "chronos.yaml"
+    result = run_chronos("backup", tmp_path / "copy.db", "--config", config)
+    stop.set()
+    created = {job_id for writer in writers for job_id in writer.result(10)}
+    process.end(signal.SIGKILL)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    for path in (tmp_path / "home" / "data").glob("chronos.db*"):
+        path.unlink()
+    shutil.copy(tmp_path / "copy.db", tmp_path / "home" / "data" / "chronos.db")
+    restored = {job["id"] for job in make_process("", "--paused").get("/jobs")["jobs"]}
+    assert before <= restored <= created
+
+
+def test_a_backup_without_a_database_says_so(configure, tmp_path):
+    result = run_chronos("backup", tmp_path / "copy.db", "--config", configure(""))
+
+    check_refused(result, 1, "no backup to", "copy.db", "unable to open database file")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

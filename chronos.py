@@ -112,7 +112,6 @@ RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is w
 MAX_SCHEDULE_CHARS = 200
 MAX_INTERVAL = 3650 * DAY
 MAX_BODY_BYTES = 1 << 20  # of a request to the API
-MAX_JSON_DEPTH = 32
 MAX_CONFIG_BYTES = 256 << 10
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
@@ -947,23 +946,6 @@ def merge_patch(target: Any, patch: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """When a failed attempt is followed by another; durations in µs."""
-
-    max_attempts: int
-    initial_interval: int
-    max_interval: int
-    multiplier: float
-    attempt_timeout: int | None
-
-    @classmethod
-    def of(cls, config: Json) -> RetryPolicy:
-        """Return the policy of a validated ``retry_policy``."""
-        values = [config[column.name] for column in fields(cls)]
-        return cls(*(parse_duration(v) if isinstance(v, str) else v for v in values))
-
-
-@dataclass(frozen=True, slots=True)
 class Job:
     """A job with its newest configuration, in the form of the API."""
 
@@ -1267,13 +1249,14 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
 # ======================================================================================
 
 
-def retry_wait(policy: RetryPolicy, attempt: int, retry_after: int | None) -> int:
+def retry_wait(policy: Json, attempt: int, retry_after: int | None) -> int:
     """Return the wait (µs) after attempt 1, 2, 3 …: with the defaults 1 s, 2 s, 4 s … up to 1 m.
 
     What the answer asked for (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
     """
-    grown = policy.initial_interval * policy.multiplier ** min(attempt - 1, 100)
-    return max(int(min(grown, policy.max_interval)), retry_after or 0)
+    first, most = (parse_duration(policy[key]) for key in ("initial_interval", "max_interval"))
+    grown = first * policy["multiplier"] ** min(attempt - 1, 100)
+    return max(int(min(grown, most)), retry_after or 0)
 
 
 def parse_retry_after(value: str | None, now: int) -> int | None:
@@ -1296,7 +1279,7 @@ def is_retryable(outcome: Outcome) -> bool:
     return outcome.status_code == 429 or outcome.status_code >= 500
 
 
-def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: int) -> Execution:
+def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) -> Execution:
     """Return what becomes of an execution: success, failed, or pending again with a due_at.
 
     ``timeout`` (µs) is for the attempts and the waits between them together; ``ended_at`` is the
@@ -1313,7 +1296,7 @@ def after_attempt(outcome: Outcome, retry: RetryPolicy, timeout: int, ended_at: 
         error=error, status_code=outcome.status_code, response=outcome.response,
         attempt_log=json.dumps([*json.loads(execution.attempt_log), attempt]),
     )  # fmt: skip
-    if not is_retryable(outcome) or outcome.success or execution.attempts >= retry.max_attempts:
+    if not is_retryable(outcome) or outcome.success or execution.attempts >= retry["max_attempts"]:
         return after
     wait = retry_wait(retry, execution.attempts, outcome.retry_after)
     if outcome.reason == "interrupted":
@@ -1329,28 +1312,6 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
     """Return the execution as one that ended for a reason that is not its own."""
     execution = replace(execution, status=status, due_at=None, completed_at=now)
     return replace(execution, reason=reason, error=error)
-
-
-class Missed(NamedTuple):
-    """A backlog of fire times that passed while nobody was there, and what becomes of it."""
-
-    newest: int
-    run: list[int]  # these are made up for, in order
-    passed_over: int  # so many are not,
-    newest_passed_over: int  # this being the newest of them; 0: none is
-
-
-def split_missed(schedule: Schedule, zone: str, first: int, now: int, policy: str) -> Missed:
-    """Decide about the fire times in [first, now]; ``first`` is one of them."""
-    keep = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
-    newest = schedule.latest(first, now, zone, keep + 1)
-    passed_over = schedule.count(first, now, zone) - min(keep, len(newest))
-    return Missed(
-        newest[-1],
-        newest[-keep:] if keep else [],
-        passed_over,
-        newest[-keep - 1] if passed_over else 0,
-    )
 
 
 # ======================================================================================
@@ -2464,8 +2425,9 @@ class Version:
         self.schedule = parse_schedule(config["schedule"])
         self.zone: str = config["timezone"]
         self.concurrency: str = config["concurrency"]
-        self.retry = RetryPolicy.of(config["retry_policy"])
+        self.retry: Json = config["retry_policy"]
         self.timeout = parse_duration(config["timeout"])
+        self.attempt_timeout = parse_duration(self.retry["attempt_timeout"] or config["timeout"])
         self.missed_policy: str = config["missed_run_policy"] or default_missed_policy
         self.webhook = Webhook(config["webhook"])
 
@@ -2926,23 +2888,22 @@ class Engine:
 
     def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
         """Deal with missed fire times as the policy says; return the newest of them."""
-        policy = version.missed_policy
-        missed = split_missed(version.schedule, version.zone, first, turn.now, policy)
-        if missed.passed_over:
-            last = missed.newest_passed_over
+        most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[version.missed_policy]
+        count, newest = version.schedule.backlog(first, turn.now, version.zone, most + 1)
+        if count > most:
+            last, count = newest[-most - 1], count - most
             period = f"from {format_time(first)} to {format_time(last)}"
-            reason = f"{missed.passed_over} fire times {period} passed while no server was there"
-            new = self._new(version, "schedule", last, None)
-            passed_over = replace(
-                ended(new, "skipped", "missed", reason, turn.now),
-                missed_count=missed.passed_over, missed_from=first, missed_to=last,
-            )  # fmt: skip
-            if self.store.add_execution(passed_over):
+            reason = f"{count} fire times {period} passed while no server was there"
+            passed_over = ended(
+                self._new(version, "schedule", last, None), "skipped", "missed", reason, turn.now
+            )
+            span = {"missed_count": count, "missed_from": first, "missed_to": last}
+            if self.store.add_execution(replace(passed_over, **span)):
                 log.warning("job %s: %s", version.job_id, reason)
-        for fire_time in missed.run:
+        for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
         self.store.release_oldest(version.job_id, turn.now)
-        return missed.newest
+        return newest[-1]
 
     def _make_changes(self, turn: Pass) -> None:
         """Make what API threads have handed in; what would take too long stays for later."""
@@ -2993,11 +2954,10 @@ class Engine:
             started_at=execution.started_at or turn.now, node_id=self._node_id,
         )  # fmt: skip
         self.store.save_execution(started)
-        left, limit = version.timeout - execution.spent, version.retry.attempt_timeout
-        if limit is None or left <= limit:
-            turn.taken.append(Attempt(started, version.webhook, left, "timeout"))
-        else:
-            turn.taken.append(Attempt(started, version.webhook, limit, "attempt_timeout"))
+        limit = (version.timeout - execution.spent, "timeout")
+        if version.attempt_timeout < limit[0]:
+            limit = (version.attempt_timeout, "attempt_timeout")
+        turn.taken.append(Attempt(started, version.webhook, *limit))
         return True
 
     def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
@@ -3051,16 +3011,7 @@ def read_json(request: Any) -> Any:
     """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
     body = request.environ["wsgi.input"].read()  # waitress has bounded it
     try:
-        data = json.loads(
-            body.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
-        _check_depth(data, MAX_JSON_DEPTH)
-        return data
-    except RecursionError as error:
-        raise ApiError("INVALID_JSON", "the body is nested too deep") from error
+        return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except ValueError as error:
         raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
 
@@ -3075,19 +3026,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> Json:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number in JSON")
-
-
-def _finite(text: str) -> float:
-    return float(text) if abs(float(text)) < float("inf") else _refuse_constant(text)
-
-
-def _check_depth(data: Any, left: int) -> None:
-    if not left:
-        raise RecursionError
-    for inner in (
-        data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    ):
-        _check_depth(inner, left - 1)
 
 
 # fmt: off
@@ -3164,6 +3102,8 @@ class Api:
             return self._error(error)
         except UnicodeDecodeError:
             return self._error(ApiError("VALIDATION_ERROR", "the URL is not UTF-8"))
+        except RecursionError:
+            return self._error(ApiError("INVALID_JSON", "the body is nested too deep"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))

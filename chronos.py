@@ -62,14 +62,15 @@ import threading
 import time
 import uuid
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, date, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
+from itertools import islice, product, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -84,7 +85,7 @@ try:
     import waitress.parser  # type: ignore[import-untyped]
     import waitress.task  # type: ignore[import-untyped]
     import yaml  # type: ignore[import-untyped]
-    from croniter import CroniterBadDateError, croniter  # type: ignore[import-untyped]
+    from croniter import croniter  # type: ignore[import-untyped]
     from waitress import wasyncore
 except ImportError as error:
     package = repr(error.name or str(error))
@@ -198,11 +199,9 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RFC_3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
 )
-_DURATION = re.compile(r"(?:[0-9]{1,12}(?:\.[0-9]{1,9})?(?:ns|us|µs|ms|s|m|h))+")
-_DURATION_PART = re.compile(r"([0-9.]+)(ns|us|µs|ms|s|m|h)")
-_UNITS = {
-    "ns": Decimal("0.001"), "us": Decimal(1), "µs": Decimal(1), "ms": Decimal(1000),
-    "s": Decimal(SECOND), "m": Decimal(MINUTE), "h": Decimal(HOUR),
+_DURATION_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
+_NANOSECONDS = {
+    "ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }  # fmt: skip
 
 
@@ -241,8 +240,7 @@ def parse_time(text: str) -> int:
     if not _RFC_3339.fullmatch(text):
         raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
     try:
-        moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-        return to_instant(moment)
+        return to_instant(datetime.fromisoformat(text.upper()).astimezone(UTC))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"is not a time: {error}") from error
 
@@ -251,98 +249,75 @@ def parse_duration(text: str) -> int:
     """Return the µs of a duration in Go's form: ``500ms``, ``1h30m``. Raises ValueError."""
     if text == "0":
         return 0
-    if not isinstance(text, str) or len(text) > 50 or not _DURATION.fullmatch(text):
+    parts = _DURATION_PART.findall(text) if isinstance(text, str) and len(text) <= 50 else []
+    if not parts or "".join(n + unit for n, unit in parts) != text:
         raise ValueError('must be a duration such as "500ms", "30s" or "1h30m"')
-    return int(sum(Decimal(n) * _UNITS[unit] for n, unit in _DURATION_PART.findall(text)))
+    return int(sum(Decimal(n) * _NANOSECONDS[unit] for n, unit in parts) // 1000)
 
 
 def format_duration(us: int) -> str:
     """Return the shortest form in Go's manner: ``500ms``, ``1.5s``, ``1m30s``, ``5m``, ``1h``."""
-    if 0 < us < 1000:
-        return f"{us}us"
     if 0 < us < SECOND:
-        return f"{us / 1000:g}ms"
+        return f"{us}us" if us < 1000 else f"{us / 1000:g}ms"
     hours, rest = divmod(us, HOUR)
     minutes, rest = divmod(rest, MINUTE)
-    seconds = f"{Decimal(rest) / SECOND:f}"
-    parts = [f"{hours}h" if hours else "", f"{minutes}m" if minutes else ""]
-    if rest or not us:
-        parts.append(seconds + "s")
-    return "".join(parts)
+    parts = ((hours, "h"), (minutes, "m"), (Decimal(rest) / SECOND, "s"))
+    return "".join(f"{n}{unit}" for n, unit in parts if n) or "0s"
 
 
 # ======================================================================================
 # 4. Schedules: when a job fires; no clock, no I/O
 # ======================================================================================
 #
-# croniter never sees a time zone and never an expression as it was typed. A strict gate turns
-# each field into its plain list of numbers, because releases of croniter disagree about all
-# else; croniter answers "the next matching wall-clock time"; the zone is applied here.
+# croniter never sees a time zone, a day or an expression as it was typed, because its releases
+# disagree about them. A strict gate turns each field into its plain list of numbers; croniter
+# finds the next matching time of day in them; days and the zone are applied here.
 #
 # A schedule is *repeating* if its second, minute or hour begins with "*", else *fixed-time*
 # (Vixie cron, Debian). Where the clock goes forward, a fixed-time schedule with times in the gap
 # runs once, right after it. Where the clock goes back, it runs in the first pass only, a
 # repeating one in both.
 
-
-class CronField(NamedTuple):
-    """One field of a cron expression: its name, its range, and the names of its values."""
-
-    name: str
-    low: int
-    high: int
-    names: tuple[str, ...] = ()
-
-
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 CRON_FIELDS = (
-    CronField("second", 0, 59),
-    CronField("minute", 0, 59),
-    CronField("hour", 0, 23),
-    CronField("day-of-month", 1, 31),
-    CronField("month", 1, 12, _MONTHS),
-    CronField("day-of-week", 0, 7, _DAYS),
-)
-CRON_FULL = [list(range(f.low, f.high + 1)) for f in CRON_FIELDS[:5]] + [list(range(7))]
+    # name, lowest and highest number, and what the numbers from the lowest on are called
+    ("second", 0, 59, ""), ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day-of-month", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("day-of-week", 0, 7, "sun mon tue wed thu fri sat"),
+)  # fmt: skip
 CRON_ALIASES = {
     "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
     "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
 }  # fmt: skip
 _ITEM = re.compile(r"(?:(\*)|([0-9]+|[A-Za-z]+)(?:-([0-9]+|[A-Za-z]+))?)(?:/([0-9]+))?")
 _MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-_ONE_SECOND = timedelta(seconds=1)
-_START = EPOCH.replace(year=2000, tzinfo=None)
+_ONE_SECOND, _ONE_DAY = timedelta(seconds=1), timedelta(days=1)
 
 
-def _cron_value(text: str, cron_field: CronField) -> int:
-    """Return the number that ``text`` stands for in this field. Raises ValueError."""
-    if text.lower() in cron_field.names:
-        return cron_field.names.index(text.lower()) + cron_field.low
-    if not text.isdigit() or not cron_field.low <= int(text) <= cron_field.high:
-        known = [f"{cron_field.low}-{cron_field.high}", *cron_field.names]
-        raise ValueError(f"{cron_field.name}: {text!r} is not one of {', '.join(known)}")
-    return int(text)
-
-
-def _cron_numbers(text: str, cron_field: CronField) -> list[int]:
+def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) -> list[int]:
     """Return the sorted numbers that one field of an expression names. Raises ValueError."""
+
+    def number(word: str) -> int:
+        if word.lower() in names.split():
+            return names.split().index(word.lower()) + lowest
+        if not word.isdigit() or not lowest <= int(word) <= highest:
+            known = f"{lowest}-{highest} {names}".split()
+            raise ValueError(f"{field}: {word!r} is not one of {', '.join(known)}")
+        return int(word)
+
     numbers: set[int] = set()
     for item in text.split(","):
         match = _ITEM.fullmatch(item)
         if not match:
-            raise ValueError(f"{cron_field.name}: {item!r} is not *, a, a-b, */n, a/n or a-b/n")
+            raise ValueError(f"{field}: {item!r} is not *, a, a-b, */n, a/n or a-b/n")
         star, first, last, step = match.groups()
-        low = cron_field.low if star else _cron_value(first, cron_field)
-        high = cron_field.high if star or (step and not last) else low
-        if last:
-            high = _cron_value(last, cron_field)
+        low = lowest if star else number(first)
+        high = number(last) if last else highest if star or step else low
         if high < low:
-            raise ValueError(f"{cron_field.name}: the range {item!r} runs backwards")
+            raise ValueError(f"{field}: the range {item!r} runs backwards")
         if step and int(step) == 0:
-            raise ValueError(f"{cron_field.name}: the step of {item!r} is 0")
+            raise ValueError(f"{field}: the step of {item!r} is 0")
         numbers.update(range(low, high + 1, int(step or 1)))
-    if cron_field.name == "day-of-week":
+    if field == "day-of-week":
         numbers = {number % 7 for number in numbers}
     return sorted(numbers)
 
@@ -354,26 +329,23 @@ class Schedule:
         """Return the first fire time later than ``after``; None: there is none any more."""
         raise NotImplementedError
 
-    def count(self, first: int, last: int, zone: str) -> int:
-        """Return how many fire times lie in [first, last]; ``first`` is one of them."""
-        return len(self.latest(first, last, zone, most=1_000_000))
+    def fire_times(self, after: int, zone: str) -> Iterator[int]:
+        """Yield the fire times later than ``after``, in order."""
+        at = self.next_after(after, zone)
+        while at is not None:
+            yield at
+            at = self.next_after(at, zone)
 
-    def latest(self, first: int, last: int, zone: str, most: int) -> list[int]:
-        """Return the newest ``most`` fire times of [first, last], in order; ``first`` is one."""
-        window = MINUTE
-        while True:
-            start = max(first, last - window)
-            found = deque([start] if start == first else [], maxlen=most)
-            at = self.next_after(start, zone)
-            while at is not None and at <= last:
-                found.append(at)
-                at = self.next_after(at, zone)
-            if start == first or len(found) == most:
-                return list(found)
-            window *= 4
+    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
+        """Return how many fire times lie in [first, last], and the newest ``most`` (up to 101).
+
+        ``first`` is one of them.
+        """
+        found = [first, *takewhile(lambda at: at <= last, self.fire_times(first, zone))]
+        return len(found), found[-most:]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AtSchedule(Schedule):
     """``@at <RFC 3339>``: once."""
 
@@ -383,7 +355,7 @@ class AtSchedule(Schedule):
         return self.at if self.at > after else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class EverySchedule(Schedule):
     """``@every <duration>``: elapsed time from one fire time to the next, no wall clock."""
 
@@ -392,12 +364,9 @@ class EverySchedule(Schedule):
     def next_after(self, after: int, zone: str) -> int | None:
         return after + self.interval
 
-    def count(self, first: int, last: int, zone: str) -> int:
-        return (last - first) // self.interval + 1
-
-    def latest(self, first: int, last: int, zone: str, most: int) -> list[int]:
-        newest = (last - first) // self.interval
-        return [first + n * self.interval for n in range(max(0, newest - most + 1), newest + 1)]
+    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
+        count = (last - first) // self.interval + 1
+        return count, [first + n * self.interval for n in range(max(0, count - most), count)]
 
 
 class CronSchedule(Schedule):
@@ -406,109 +375,77 @@ class CronSchedule(Schedule):
     def __init__(self, texts: list[str]) -> None:
         """``texts`` are six fields, seconds first. Raises ValueError naming field and item."""
         parsed = zip(texts, CRON_FIELDS, strict=True)
-        self.numbers = [_cron_numbers(text, cron_field) for text, cron_field in parsed]
+        self.numbers = [_cron_numbers(text, *about) for text, about in parsed]
         self.repeating = any(text.startswith("*") for text in texts[:3])
         self.both_days = any(texts[n].startswith("*") for n in (3, 5))
+        days, months, _weekdays = self.numbers[3:]
+        if self.both_days and all(days[0] > _MONTH_DAYS[month - 1] for month in months):
+            raise ValueError("never fires: its months do not have such a day")
+        seconds, minutes, hours = (",".join(map(str, numbers)) for numbers in self.numbers[:3])
+        times = f"{minutes} {hours} * * * {seconds}"  # croniter: seconds last
+        self._croniter = croniter(times, EPOCH.replace(tzinfo=None), ret_type=datetime)
         self._lock = threading.Lock()  # a croniter object keeps state while it answers
-        self._croniter = self._make_croniter()
-        try:
-            self._step(_START)
-        except CroniterBadDateError:
-            raise ValueError("never fires: its months do not have such a day") from None
 
-    def _make_croniter(self) -> Any:
-        seconds, minutes, hours, days, months, weekdays = self.numbers
-        day_or = not self.both_days
-        if day_or and (len(days) == 31 or len(weekdays) == 7):
-            days, weekdays = CRON_FULL[3], CRON_FULL[5]  # either matches, and one always does
-        elif day_or and not any(days[0] <= _MONTH_DAYS[month - 1] for month in months):
-            days, day_or = CRON_FULL[3], False  # such a day never comes: the weekdays alone
-        columns = (minutes, hours, days, months, weekdays, seconds)  # croniter: seconds last
-        full = (CRON_FULL[n] for n in (1, 2, 3, 4, 5, 0))
-        expression = " ".join(
-            "*" if numbers == whole else ",".join(map(str, numbers))
-            for numbers, whole in zip(columns, full, strict=True)
-        )
-        return croniter(expression, _START, ret_type=datetime, day_or=day_or)
-
-    def _step(self, wall: datetime) -> datetime:
+    def step(self, wall: datetime) -> datetime:
         """Return the first matching wall-clock time later than ``wall``, both naive."""
         with self._lock:
-            found = self._ask_croniter(wall)
-            for year in range(wall.year, found.year + 1):
-                march = _START.replace(year=year, month=3)
-                if wall < march <= found:  # croniter 1.3 leaps beyond from a 30 or 31 February
-                    found = min(found, self._ask_croniter(march - _ONE_SECOND))
-            return found
-
-    def _ask_croniter(self, wall: datetime) -> datetime:
-        self._croniter.set_current(wall)
-        found: datetime = self._croniter.get_next(datetime)
+            self._croniter.set_current(wall)
+            found: datetime = self._croniter.get_next(datetime)
+        if not self._matches_day(found):
+            seconds, minutes, hours = self.numbers[:3]
+            found = found.replace(hour=hours[0], minute=minutes[0], second=seconds[0])
+        while not self._matches_day(found):
+            found += _ONE_DAY
         return found
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
-    def next_after(self, after: int, zone: str) -> int:
-        second = to_datetime(after).replace(microsecond=0)
-        return to_instant(self._walk(second, ZoneInfo(zone)))
-
-    def _walk(self, after: datetime, zone: ZoneInfo) -> datetime:
-        """Return the first fire time later than ``after``, both aware.
-
-        PEP 495: of a wall time that occurs twice ``fold=0`` is the earlier instant; of one that
-        does not exist ``fold=0`` is the later.
-        """
-        wall = _wall(after, zone)
-        early, late = _instants(wall, zone)
-        if early < late:  # this wall time occurs twice
-            turn = _change_between(early, late, zone)
-            if after >= turn and not self.repeating:
-                wall = _wall(turn - _ONE_SECOND, zone)
-            elif after < turn and self.repeating:
-                first_pass = _instants(self._step(wall), zone)[0]
-                if first_pass < turn:
-                    return first_pass
-                wall = _wall(turn, zone) - _ONE_SECOND
-        while True:
-            wall = self._step(wall)
-            early, late = _instants(wall, zone)
-            if early > late:  # the wall time does not exist
-                turn = _change_between(late, early, zone)
-                if not self.repeating and turn > after:
-                    return turn
-                wall = _wall(turn, zone) - _ONE_SECOND
-            elif early > after:
-                return early
-            elif self.repeating and late > after:
-                return late
-
-    def count(self, first: int, last: int, zone: str) -> int:
-        info = ZoneInfo(zone)
-        walls = (_wall(to_datetime(first - SECOND), info), _wall(to_datetime(last), info))
-        total = self._count_walls(*walls)
-        # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
-        return total if total > 500 else super().count(first, last, zone)
-
-    def _count_walls(self, after: datetime, until: datetime) -> int:
-        """Return how many wall-clock times in (after, until] match, both naive."""
-        seconds, minutes, hours = self.numbers[:3]
-        times = [(h * 60 + m) * 60 + s for h in hours for m in minutes for s in seconds]
-        first, last = after.date(), until.date()
-        days = (first + timedelta(days=n) for n in range((last - first).days))
-        total = sum(map(self._matches_day, days)) * len(times)
-        for wall, sign in ((after, -1), (until, 1)):
-            upto = bisect_right(times, (wall.hour * 60 + wall.minute) * 60 + wall.second)
-            total += sign * upto * self._matches_day(wall.date())
-        return total
-
-    def matches(self, wall: datetime) -> bool:
-        """Say whether this naive wall-clock time is one of the schedule's."""
-        time_of_day = zip((wall.second, wall.minute, wall.hour), self.numbers, strict=False)
-        return self._matches_day(wall.date()) and all(n in known for n, known in time_of_day)
 
     def _matches_day(self, day: date) -> bool:
         days, months, weekdays = self.numbers[3:]
         matches = (day.day in days, day.isoweekday() % 7 in weekdays)
         return day.month in months and (all if self.both_days else any)(matches)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
+    def next_after(self, after: int, zone: str) -> int:
+        info, begin = ZoneInfo(zone), to_datetime(after).replace(microsecond=0)
+        wall = _wall(begin, info)
+        early, late = _instants(wall, info)
+        if self.repeating and begin == early < late:  # the first pass of an hour that comes twice
+            turn = _change_between(early, late, info)
+            if _instants(self.step(wall), info)[0] >= turn:  # it is finished: walk the hour again
+                wall = _wall(turn, info) - _ONE_SECOND
+        while True:
+            wall = self.step(wall)
+            early, late = _instants(wall, info)
+            if early > late:  # the wall time does not exist
+                turn = _change_between(late, early, info)
+                if not self.repeating and turn > begin:
+                    return to_instant(turn)
+                wall = _wall(turn, info) - _ONE_SECOND
+            elif early > begin:
+                return to_instant(early)
+            elif self.repeating and late > begin:
+                return to_instant(late)
+
+    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
+        walls = (_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last))
+        total = self._count(*walls)
+        if total <= 500:
+            return super().backlog(first, last, zone, most)
+        # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
+        window, newest = MINUTE, deque[int]()
+        while len(newest) < most:
+            recent = takewhile(lambda at: at <= last, self.fire_times(last - window, zone))
+            newest = deque(recent, maxlen=most)
+            window *= 4
+        return total, list(newest)
+
+    def _count(self, first: datetime, last: datetime) -> int:
+        """Return how many wall-clock times in [first, last] match, both naive."""
+        seconds, minutes, hours = self.numbers[:3]
+        times = list(product(hours, minutes, seconds))
+        days = (first + _ONE_DAY * n for n in range((last.date() - first.date()).days))
+        total = len(times) * sum(map(self._matches_day, days))
+        total -= bisect_left(times, first.timetuple()[3:6])
+        return total + bisect_right(times, last.timetuple()[3:6]) * self._matches_day(last)
 
 
 def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
@@ -516,22 +453,24 @@ def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
     return moment.astimezone(zone).replace(tzinfo=None)
 
 
-def _instants(wall: datetime, zone: tzinfo | None) -> tuple[datetime, datetime]:
-    """Return the instants that a naive wall time may mean: with fold 0 and with fold 1."""
+def _instants(wall: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
+    """Return the instants that a naive wall time may mean: with fold 0 and with fold 1.
+
+    PEP 495: of one that occurs twice fold 0 is the earlier, of one that does not exist the later.
+    """
     early, late = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
     return early, late
 
 
 def _change_between(before: datetime, after: datetime, zone: ZoneInfo) -> datetime:
     """Return the first instant in (before, after] that has the UTC offset of ``after``."""
+
+    def changed(seconds: int) -> bool:
+        return (before + timedelta(seconds=seconds)).astimezone(zone).utcoffset() == offset
+
     offset = after.astimezone(zone).utcoffset()
-    while after - before > _ONE_SECOND:
-        middle = before + timedelta(seconds=(after - before) // _ONE_SECOND // 2)
-        if middle.astimezone(zone).utcoffset() == offset:
-            after = middle
-        else:
-            before = middle
-    return after
+    seconds = range((after - before) // _ONE_SECOND)
+    return before + timedelta(seconds=bisect_left(seconds, True, key=changed))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -539,26 +478,27 @@ def parse_schedule(text: str) -> Schedule:
     """Return what the expression means. Raises ValueError with a message that quotes it."""
     if len(text) > MAX_SCHEDULE_CHARS:
         raise ValueError(f"must not be longer than {MAX_SCHEDULE_CHARS} characters")
-    words = re.split(r"[ \t]+", text.strip(" \t"))
-    keyword = words[0].lower() if words[0].isascii() else ""
+    text = text.strip(" \t")
+    words = re.split(r"[ \t]+", text)
+    keyword = words[0].lower() if text.isascii() else words[0]
     if keyword in ("@every", "@at") and len(words) == 2:
         try:
             if keyword == "@at":
                 return AtSchedule(parse_time(words[1]))
             interval = parse_duration(words[1])
-            if not SECOND <= interval <= MAX_INTERVAL:
-                raise ValueError("the shortest interval is 1s, the longest 10 years")
-            return EverySchedule(interval)
         except ValueError as error:
-            raise ValueError(f"{' '.join(words)}: {error}") from None
+            raise ValueError(f"{text}: {error}") from None
+        if not SECOND <= interval <= MAX_INTERVAL:
+            raise ValueError(f"{text}: the shortest interval is 1s, the longest 10 years")
+        return EverySchedule(interval)
     if len(words) == 1 and keyword in CRON_ALIASES:
         words = CRON_ALIASES[keyword].split()
-    if words[0].startswith("@"):
+    if keyword.startswith("@") and len(words) < 5:
         known = " ".join([*CRON_ALIASES, "@every <duration>", "@at <time>"])
-        raise ValueError(f"{text.strip()!r} is not one of {known}")
+        raise ValueError(f"{text!r} is not one of {known}")
     if len(words) not in (5, 6):
         raise ValueError(
-            f"{text.strip()!r} has {len(words)} fields; cron has 5 (minute hour day-of-month "
+            f"{text!r} has {len(words)} fields; cron has 5 (minute hour day-of-month "
             "month day-of-week) or 6 (with seconds first)"
         )
     return CronSchedule(words if len(words) == 6 else ["0", *words])
@@ -566,26 +506,19 @@ def parse_schedule(text: str) -> Schedule:
 
 def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[Json]:
     """Yield the next fire times: ``utc``, ``local``, and a ``note`` at a change of the clock."""
-    for _n in range(count):
-        try:
-            at = schedule.next_after(after, zone)
-        except (OverflowError, ValueError):  # where dates end
-            at = None
-        if at is None:
-            return
-        moment, note = to_datetime(at), None
-        local = moment.astimezone(ZoneInfo(zone))
-        if isinstance(schedule, CronSchedule):
+    with contextlib.suppress(OverflowError, ValueError):  # where dates end
+        for at in islice(schedule.fire_times(after, zone), count):
+            local, note = to_datetime(at).astimezone(ZoneInfo(zone)), None
             wall = local.replace(tzinfo=None)
-            early, late = _instants(wall, local.tzinfo)
-            if not schedule.matches(wall):
+            early, late = _instants(wall, ZoneInfo(zone))
+            if not isinstance(schedule, CronSchedule):
+                pass
+            elif schedule.step(wall - _ONE_SECOND) != wall:
                 note = "the clock goes forward: a time that does not exist runs now"
-            elif early < late and schedule.repeating:
-                note = "the clock goes back: this hour comes twice, and both run"
             elif early < late:
-                note = "the clock goes back: this hour comes twice, only the first runs"
-        yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
-        after = at
+                passes = "both run" if schedule.repeating else "only the first runs"
+                note = f"the clock goes back: this hour comes twice, {passes}"
+            yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
 
 
 def schedule_warnings(schedule: Schedule) -> list[str]:

@@ -738,7 +738,7 @@ def test_over_years_random_schedules_agree_with_trying_every_day(late_days):
 
 
 @pytest.mark.parametrize("zone, turn", TURNS)
-def test_count_and_latest_agree_with_walking_from_fire_time_to_fire_time(zone, turn):
+def test_a_backlog_agrees_with_walking_from_fire_time_to_fire_time(zone, turn):
     chance = random.Random(turn + zone)
 
     for n in range(30):
@@ -751,13 +751,13 @@ def test_count_and_latest_agree_with_walking_from_fire_time_to_fire_time(zone, t
             walk.append(schedule.next_after(walk[-1], zone))
         last = chance.randint(walk[-1], schedule.next_after(walk[-1], zone) - 1)
 
-        assert schedule.count(walk[0], last, zone) == len(walk), (cron.text, walk[0], last)
         for most in (1, 2, 101):
-            assert schedule.latest(walk[0], last, zone, most) == walk[-most:], (cron.text, last)
+            expected = (len(walk), walk[-most:])
+            assert schedule.backlog(walk[0], last, zone, most) == expected, (cron.text, last)
 
 
 @pytest.mark.parametrize(("zone", "expression", "after", "_expected"), CHANGES)
-def test_count_is_exact_on_every_day_around_a_clock_change(zone, expression, after, _expected):
+def test_a_backlog_is_exact_on_every_day_around_a_clock_change(zone, expression, after, _expected):
     schedule = chronos.parse_schedule(expression)
     begin = chronos.parse_time(after[:10] + "T00:00:00Z") - 3 * 86_400 * SECOND
     walk = [schedule.next_after(begin, zone)]
@@ -765,16 +765,15 @@ def test_count_is_exact_on_every_day_around_a_clock_change(zone, expression, aft
         walk.append(schedule.next_after(walk[-1], zone))
 
     for n in range(0, len(walk), 1 + len(walk) // 10):
-        assert schedule.count(walk[n], walk[-1], zone) == len(walk) - n
-        assert schedule.count(walk[0], walk[n], zone) == n + 1
+        assert schedule.backlog(walk[n], walk[-1], zone, 1) == (len(walk) - n, walk[-1:])
+        assert schedule.backlog(walk[0], walk[n], zone, 1) == (n + 1, [walk[n]])
 
 
 @pytest.mark.parametrize("expression", ["@every 90s", "@at 2027-03-01T12:00:00Z", "*/5 * * * *"])
-def test_count_and_latest_of_a_single_fire_time_are_one(expression):
+def test_a_backlog_can_be_a_single_fire_time(expression):
     schedule = chronos.parse_schedule(expression)
 
-    assert schedule.count(NOON, NOON + SECOND, "UTC") == 1
-    assert schedule.latest(NOON, NOON + SECOND, "UTC", 2) == [NOON]
+    assert schedule.backlog(NOON, NOON + SECOND, "UTC", 2) == (1, [NOON])
 
 
 def test_counting_a_year_of_seconds_takes_no_year():
@@ -782,8 +781,8 @@ def test_counting_a_year_of_seconds_takes_no_year():
     end = chronos.parse_time("2028-03-01T12:00:00Z")
     began = time.monotonic()
 
-    assert schedule.count(NOON, end, NEW_YORK) == 366 * 86_400 + 1
-    assert len(schedule.latest(NOON, end, NEW_YORK, 101)) == 101
+    newest = [end - n * SECOND for n in range(100, -1, -1)]
+    assert schedule.backlog(NOON, end, NEW_YORK, 101) == (366 * 86_400 + 1, newest)
     assert time.monotonic() - began < 1
 
 

@@ -196,9 +196,7 @@ class Problems(ApiError, ValueError):
 # ======================================================================================
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_RFC_3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
-)
+_RFC_3339 = re.compile(r"(?a)\d{4}(-\d\d){2}[Tt](\d\d:){2}\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 _DURATION_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
 _NANOSECONDS = {
     "ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
@@ -426,8 +424,7 @@ class CronSchedule(Schedule):
                 return to_instant(late)
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        walls = (_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last))
-        total = self._count(*walls)
+        total = self._count(*(_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last)))
         if total <= 500:
             return super().backlog(first, last, zone, most)
         # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
@@ -464,13 +461,13 @@ def _instants(wall: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
 
 def _change_between(before: datetime, after: datetime, zone: ZoneInfo) -> datetime:
     """Return the first instant in (before, after] that has the UTC offset of ``after``."""
-
-    def changed(seconds: int) -> bool:
-        return (before + timedelta(seconds=seconds)).astimezone(zone).utcoffset() == offset
-
     offset = after.astimezone(zone).utcoffset()
-    seconds = range((after - before) // _ONE_SECOND)
-    return before + timedelta(seconds=bisect_left(seconds, True, key=changed))
+    seconds = bisect_left(
+        range((after - before) // _ONE_SECOND),
+        True,
+        key=lambda n: (before + _ONE_SECOND * n).astimezone(zone).utcoffset() == offset,
+    )
+    return before + _ONE_SECOND * seconds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -497,10 +494,7 @@ def parse_schedule(text: str) -> Schedule:
         known = " ".join([*CRON_ALIASES, "@every <duration>", "@at <time>"])
         raise ValueError(f"{text!r} is not one of {known}")
     if len(words) not in (5, 6):
-        raise ValueError(
-            f"{text!r} has {len(words)} fields; cron has 5 (minute hour day-of-month "
-            "month day-of-week) or 6 (with seconds first)"
-        )
+        raise ValueError(f"{text!r} has {len(words)} fields; cron has 5, or 6 with seconds first")
     return CronSchedule(words if len(words) == 6 else ["0", *words])
 
 
@@ -509,15 +503,14 @@ def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[J
     with contextlib.suppress(OverflowError, ValueError):  # where dates end
         for at in islice(schedule.fire_times(after, zone), count):
             local, note = to_datetime(at).astimezone(ZoneInfo(zone)), None
-            wall = local.replace(tzinfo=None)
-            early, late = _instants(wall, ZoneInfo(zone))
-            if not isinstance(schedule, CronSchedule):
-                pass
-            elif schedule.step(wall - _ONE_SECOND) != wall:
-                note = "the clock goes forward: a time that does not exist runs now"
-            elif early < late:
-                passes = "both run" if schedule.repeating else "only the first runs"
-                note = f"the clock goes back: this hour comes twice, {passes}"
+            if isinstance(schedule, CronSchedule):
+                wall = local.replace(tzinfo=None)
+                early, late = _instants(wall, ZoneInfo(zone))
+                if schedule.step(wall - _ONE_SECOND) != wall:
+                    note = "the clock goes forward: a time that does not exist runs now"
+                elif early < late:
+                    passes = "both run" if schedule.repeating else "only the first runs"
+                    note = f"the clock goes back: this hour comes twice, {passes}"
             yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
 
 
@@ -533,9 +526,6 @@ def schedule_warnings(schedule: Schedule) -> list[str]:
         and any(days[0] > _MONTH_DAYS[month - 1] - (month == 2) for month in months),
     }
     return [warning for warning, holds in found.items() if holds]
-
-
-known_timezones = functools.cache(available_timezones)
 
 
 # ======================================================================================
@@ -592,13 +582,18 @@ def rule(holds: Callable[[Any], object], problem: str) -> Check:
     return check
 
 
+def matching(pattern: str, problem: str) -> Check:
+    """A string that matches as a whole."""
+    form = re.compile(pattern)
+    return rule(lambda value: isinstance(value, str) and form.fullmatch(value), problem)
+
+
 def text(most: int, least: int = 1, lines: bool = False) -> Check:
     """A string without control characters; ``lines`` allows tabs and line ends."""
     control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
     some = r"(?s:(?=.*\S))" if least else ""
-    allowed = re.compile(rf"{some}[^{control}\x7f\ud800-\udfff]{{{least},{most}}}")
-    return rule(
-        lambda value: isinstance(value, str) and allowed.fullmatch(value),
+    return matching(
+        rf"{some}[^{control}\x7f\ud800-\udfff]{{{least},{most}}}",
         f"must be a string of {least} to {most} characters, no control characters among them",
     )
 
@@ -612,69 +607,66 @@ def number(low: float, high: float, whole: bool = True) -> Check:
     )
 
 
-def one_of(*choices: str) -> Check:
+def one_of(*words: str) -> Check:
     """One of these words."""
-    words = list(choices)
-    return rule(lambda value: value in words, f"must be one of {', '.join(words)}")
+    return rule(lambda value: value in list(words), f"must be one of {', '.join(words)}")
 
 
 def duration(low: str, high: str) -> Check:
     """A duration in [low, high], kept as text in its shortest form."""
-
-    def check(value: Any) -> str:
-        us = parse_duration(value)
-        if not parse_duration(low) <= us <= parse_duration(high):
-            raise ValueError(f"must be from {low} to {high}")
-        return format_duration(us)
-
-    return check
+    bounds = range(parse_duration(low), parse_duration(high) + 1)
+    bounded = rule(lambda us: us in bounds, f"must be from {low} to {high}")
+    return lambda value: format_duration(bounded(parse_duration(value)))
 
 
 def list_of(item: Check, most: int, least: int = 0) -> Check:
     """A list of values that each pass ``item``."""
-
-    def check(value: Any) -> list[Any]:
-        if not isinstance(value, list) or not least <= len(value) <= most:
-            raise ValueError(f"must be a list of {least} to {most} values")
-        return [item(entry) for entry in value]
-
-    return check
+    sized = rule(
+        lambda value: isinstance(value, list) and least <= len(value) <= most,
+        f"must be a list of {least} to {most} values",
+    )
+    return lambda value: [item(entry) for entry in sized(value)]
 
 
-def mapping(name_check: Check, value_check: Callable[[str], Check], most: int) -> Check:
-    """An object of free names; ``value_check(name)`` is the check of that name's value."""
-
-    def check(data: Any) -> Json:
-        if not isinstance(data, dict) or len(data) > most:
-            raise ValueError(f"must be an object with at most {most} names")
-        problems = []
-        for name, value in data.items():
-            try:
-                name_check(name)
-                value_check(name)(value)
-            except ValueError as error:
-                problems.append((name, str(error)))
-        if problems:
-            raise Problems(problems)
-        return data
-
-    return check
+def mapping(entry: Callable[[str, Any], Any], most: int) -> Check:
+    """An object of free names; ``entry(name, value)`` checks one and returns its value."""
+    sized = rule(
+        lambda data: isinstance(data, dict) and len(data) <= most,
+        f"must be an object with at most {most} names",
+    )
+    return lambda data: validate(
+        {name: Field(functools.partial(entry, name)) for name in sized(data)}, data
+    )
 
 
 def query_number(low: int, high: int) -> Check:
     """A whole number written out; what is over ``high`` means ``high``."""
-
-    def check(value: Any) -> int:
-        if not re.fullmatch("[0-9]{1,18}", value, re.ASCII) or int(value) < low:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return min(int(value), high)
-
-    return check
+    whole = rule(
+        lambda value: re.fullmatch("[0-9]{1,18}", value) and int(value) >= low,
+        f"must be a whole number from {low} to {high}",
+    )
+    return lambda value: min(int(whole(value)), high)
 
 
 # -------------------------------------------------------------------------- a job's fields
 
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
+_user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
+known_timezones = functools.cache(available_timezones)
+_timezone = rule(
+    lambda value: isinstance(value, str) and value in known_timezones(),
+    "must be an IANA time zone such as Europe/Madrid",
+)
+_header_name = matching(
+    r"(?!(?i:content-length|transfer-encoding|connection|upgrade|te|trailer|expect|keep-alive"
+    r"|proxy-.*|x-chronos-.*)\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}",  # a token of RFC 9110, 5.6.2
+    "must be the name of an HTTP header, and of none that only Chronos sets",
+)
+_header_value = matching(
+    r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
+    "must be at most 8192 printable Latin-1 characters, no blanks around them",
+)
+is_secret_header = re.compile("(?i)authorization|cookie|token|secret|password|api-key").search
 
 
 def _schedule(value: Any, now: int = 0) -> str:
@@ -685,69 +677,40 @@ def _schedule(value: Any, now: int = 0) -> str:
     return expression
 
 
-_timezone = rule(
-    lambda value: isinstance(value, str) and value in known_timezones(),
-    "must be an IANA time zone such as Europe/Madrid",
-)
-
-
 def _url(value: Any) -> str:
     url: str = text(2048)(value)
     try:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("it must begin with http:// or https:// and name a host")
+        if not re.match(r"(?i)https?://[^\s\\]*\Z", url) or not parts.hostname or parts.port == 0:
+            raise ValueError("it must be http:// or https://, a host and a path without blanks")
         if "@" in parts.netloc:
             raise ValueError("user name and password belong into webhook.auth")
-        if re.search(r"[\s\\]", url):
-            raise ValueError("there is a blank or a backslash in it")
         requests.Request("GET", url).prepare()
     except (requests.RequestException, ValueError) as error:
         raise ValueError(f"is not a URL that can be called: {error}") from error
     return url
 
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")  # a token of RFC 9110, 5.6.2
-_HEADER_VALUE = re.compile(r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?")
-_RESERVED_HEADER = re.compile(
-    r"content-length|transfer-encoding|connection|upgrade|te|trailer|expect|keep-alive"
-    r"|proxy-.*|x-chronos-.*",
-    re.IGNORECASE,
-)
-_SECRET_HEADER = re.compile(r"authorization|cookie|token|secret|password|api-key", re.IGNORECASE)
-is_secret_header = _SECRET_HEADER.search  # of a header's name
-
-
-def _header_name(value: Any) -> str:
-    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
-        raise ValueError("is not the name of an HTTP header")
-    if _RESERVED_HEADER.fullmatch(value):
-        raise ValueError("is a header that only Chronos sets")
-    return value
-
-
-_header_value = rule(
-    lambda value: isinstance(value, str) and _HEADER_VALUE.fullmatch(value),
-    "must be at most 8192 printable Latin-1 characters, no blanks around them",
-)
-
-
 def _secret(check: Check) -> Check:
-    masked = f"is {MASK}, which only stands for a secret: give the secret itself"
+    masked = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
     return lambda value: check(rule(lambda secret: secret != MASK, masked)(value))
 
 
-def _headers(value: Any) -> Json:
-    def check(name: str) -> Check:
-        return _secret(_header_value) if is_secret_header(name) else _header_value
+def _header(name: str, value: Any) -> Any:
+    check = _secret(_header_value) if is_secret_header(_header_name(name)) else _header_value
+    return check(value)
 
-    headers: Json = mapping(_header_name, check, most=50)(value)
+
+def _headers(value: Any) -> Json:
+    headers: Json = mapping(_header, most=50)(value)
     if len({name.lower() for name in headers}) < len(headers):
         raise ValueError("must not name a header twice")
     return headers
 
 
-_user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
+def _tag(name: str, value: Any) -> Any:
+    text(100)(name)
+    return text(200, least=0)(value)
 
 
 def _auth(value: Any) -> Json:
@@ -796,7 +759,7 @@ JOB_FIELDS: dict[str, Field] = {
     "timeout":           Field(duration("100ms", "24h"),                    "5m"),
     "concurrency":       Field(one_of("allow", "forbid", "replace"),        "forbid"),
     "missed_run_policy": Field(one_of(*MISSED_RUN_POLICIES),                None),
-    "tags":              Field(mapping(text(100), lambda _name: text(200, least=0), most=50), {}),
+    "tags":              Field(mapping(_tag, most=50),                      {}),
     "enabled":           Field(boolean,                                     False),
 }
 SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and ignored
@@ -808,49 +771,40 @@ SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and 
 def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry_policy`` is completed from ``retry``. ``stored`` is the configuration that is
-    replaced: masked secrets are taken from it, and an instant that it has may be past. Raises
-    Problems.
+    ``retry_policy`` is completed from ``retry``. ``stored`` is what is replaced: masked secrets
+    are taken from it, and an instant that it has may be past. Raises Problems.
     """
     if not isinstance(data, dict):
         raise Problems([("", "the body must be a JSON object")])
-    problems: list[tuple[str, str]] = []
     if stored:
-        data, problems = restore_secrets(data, stored)
+        data = restore_secrets(data, stored)
         now = 0 if data.get("schedule") == stored["schedule"] else now
     given = data.get("retry_policy")
     if given is None or isinstance(given, dict):
         given = retry | {k: v for k, v in (given or {}).items() if v is not None}
     table = JOB_FIELDS | {"schedule": Field(functools.partial(_schedule, now=now))}
-    try:
-        config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
-    except Problems as error:
-        problems = error.problems + problems
-    if problems:
-        raise Problems(problems)
+    config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
     return config, config.pop("enabled")
 
 
-def restore_secrets(data: Json, stored: Json) -> tuple[Json, list[tuple[str, str]]]:
-    """Return ``data`` with what ``stored`` has in the place of each mask, and what is wrong.
+def restore_secrets(data: Json, stored: Json) -> Json:
+    """Return ``data`` with what ``stored`` has in the place of each mask.
 
-    Another origin of the URL wants its secrets anew: else whoever may change a job could have
-    them sent to himself.
+    Where the URL has another origin the masks stay, which validation refuses: else whoever may
+    change a job could have its secrets sent to himself.
     """
-    webhook = data.get("webhook")
+    webhook, kept = data.get("webhook"), stored["webhook"]
     if not isinstance(webhook, dict):
-        return data, []
-    problems, restored, moved = [], dict(webhook), False
-    with contextlib.suppress(ValueError):
-        moved = target_of(_url(webhook.get("url"))) != target_of(stored["webhook"]["url"])
+        return data
+    with contextlib.suppress(ValueError):  # a wrong URL is all that there is to report then
+        if target_of(_url(webhook.get("url"))) != target_of(kept["url"]):
+            return data
+    restored = dict(webhook)
     for part in ("headers", "auth"):
-        given, kept = webhook.get(part), stored["webhook"][part] or {}
+        given, secrets = webhook.get(part), kept[part] or {}
         if isinstance(given, dict):
-            masked = [name for name, value in given.items() if value == MASK and name in kept]
-            restored[part] = given | {name: kept[name] for name in masked}
-            problems += [(f"webhook.{part}.{name}", "is a secret of another URL: give it anew")
-                         for name in masked if moved]  # fmt: skip
-    return data | {"webhook": restored}, problems
+            restored[part] = {k: secrets.get(k, v) if v == MASK else v for k, v in given.items()}
+    return data | {"webhook": restored}
 
 
 def target_of(url: str) -> str:
@@ -860,17 +814,16 @@ def target_of(url: str) -> str:
     return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
-def merge_patch(target: Any, patch: Any, path: tuple[str, ...] = ()) -> Any:
+def merge_patch(target: Any, patch: Any, path: str = "") -> Any:
     """Return ``target`` changed as a JSON merge patch says (RFC 7396)."""
     if not isinstance(patch, dict):
         return patch
-    target = target if isinstance(target, dict) else {}
-    if path == ("webhook", "auth") and patch.get("type", target.get("type")) != target.get("type"):
-        target = {}  # another kind of auth: nothing of the one before belongs to it
-    merged = target | {
-        name: merge_patch(target.get(name), value, (*path, name)) for name, value in patch.items()
-    }
-    return {name: value for name, value in merged.items() if name not in patch or value is not None}
+    merged = dict(target) if isinstance(target, dict) else {}
+    if path == ".webhook.auth" and patch.get("type", merged.get("type")) != merged.get("type"):
+        merged = {}  # another kind of auth: nothing of the one before belongs to it
+    for name, value in patch.items():
+        merged[name] = merge_patch(merged.get(name), value, f"{path}.{name}")
+    return {k: v for k, v in merged.items() if v is not None or k not in patch}
 
 
 # ======================================================================================
@@ -1064,75 +1017,63 @@ SETTINGS: dict[str, Field] = {
 # fmt: on
 
 
-_PLAIN_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
+    """Return a YAML document as plain data, and in ``lines`` the line of every ``.dotted.path``.
 
-
-def _plain(node: Any, environment: Mapping[str, str]) -> Any:
-    """Return a YAML node as plain data, ``${NAME}`` replaced. Raises ValueError with the line.
-
-    A word is a word: no octals, no sexagesimals, no dates, no ``yes`` and ``on``.
+    A word is a word: no octals, no sexagesimals, no dates, no ``yes`` and ``on``. ``${NAME}`` is
+    replaced. Raises ValueError with the line.
     """
-    line = f"line {node.start_mark.line + 1}: "
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, environment) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        return {name: _plain(value, environment) for name, value in _entries(node)}
-    if node.tag != "tag:yaml.org,2002:str":
-        raise ValueError(f"{line}the tag {node.tag} is not supported")
-
-    def expand(match: re.Match[str]) -> str:
-        if match[1] not in environment:
-            raise ValueError(f"{line}the environment variable {match[1]} is not set")
-        return environment[match[1]]
-
-    value: str = re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", expand, node.value)
-    if node.style or value != node.value:
-        return value
-    if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
-        return int(value)
-    return (
-        float(value) if re.fullmatch(r"-?[0-9]+\.[0-9]+", value) else _PLAIN_WORDS.get(value, value)
-    )
-
-
-def _entries(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names of a mapping with their nodes. Raises ValueError if one comes twice."""
-    seen: set[str] = set()
-    for key, value in node.value:
-        name = str(key.value)
-        if name in seen:
-            raise ValueError(f"line {key.start_mark.line + 1}: {name!r} is there twice")
-        seen.add(name)
-        yield name, value
-
-
-def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, node) of every setting that the sections of a file name."""
-    for name, value in _entries(node):
-        path = prefix + name
-        is_section = any(key.startswith(path + ".") for key in SETTINGS)
-        if path not in SETTINGS and isinstance(value, yaml.MappingNode) and value.value:
-            yield from _flatten(value, path + ".")
-        elif not is_section:
-            yield path, value
-        elif value.value not in ("", "~", "null", []):  # else the section is empty
-            line = value.start_mark.line + 1
-            raise ValueError(f"line {line}: {path} must be a mapping of keys")
-
-
-def _compose(content: str) -> Any:
-    """Return the root node of a YAML document, or None. Raises ValueError with the line."""
     try:
         for event in yaml.parse(content, yaml.BaseLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"line {event.start_mark.line + 1}: aliases are not supported")
-        return yaml.compose(content, yaml.BaseLoader)
+        root = yaml.compose(content, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         what = getattr(error, "problem", None) or "this is not YAML"
         hint = 'a value with ":", "#", "@" or "*" wants quotes'
         raise ValueError(f"{place}{what} ({hint})") from error
+    return root and _plain(root, "", environment, lines)
+
+
+def _plain(node: Any, path: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
+    line = f"line {node.start_mark.line + 1}: "
+    lines.setdefault(path, line)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, path, environment, lines) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        entries: Json = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in entries:
+                raise ValueError(f"line {key.start_mark.line + 1}: {name!r} is there twice")
+            entries[name] = _plain(value, f"{path}.{name}", environment, lines)
+        return entries
+    if node.tag != "tag:yaml.org,2002:str":
+        raise ValueError(f"{line}the tag {node.tag} is not supported")
+    try:
+        word = re.sub(r"\$\{([A-Za-z_]\w*)\}", lambda name: environment[name[1]], node.value)
+    except KeyError as error:
+        raise ValueError(f"{line}the environment variable {error.args[0]} is not set") from None
+    if node.style or word != node.value:
+        return word
+    with contextlib.suppress(ValueError):
+        return json.loads("null" if word in ("", "~") else word, parse_constant=str)
+    return word
+
+
+def _flatten(data: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every setting that the sections of a file name."""
+    for name, value in data.items():
+        path = prefix + name
+        is_section = any(key.startswith(f"{path}.") for key in SETTINGS)
+        if path not in SETTINGS and isinstance(value, dict) and value:
+            yield from _flatten(value, f"{path}.")
+        elif not is_section:
+            yield path, value
+        elif value not in (None, {}):
+            raise Problems([(path, "must be a mapping of keys")])
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
@@ -1140,28 +1081,28 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
 
     ``path`` None: there is no file. Raises StartError with the line and what was meant.
     """
-    place, lines = str(path), {}
+    place = str(path)
+    lines: dict[str, str] = {}
     try:
         content = path.read_text("utf-8") if path else ""
         if len(content) > MAX_CONFIG_BYTES:
             raise ValueError(f"is larger than {MAX_CONFIG_BYTES} bytes")
-        root = _compose(content)
-        if root and not isinstance(root, yaml.MappingNode):
+        data = read_yaml(content, environment, lines)
+        if not isinstance(data, dict | None):
             raise ValueError("must be a mapping of sections, such as server: …")
-        nodes = dict(_flatten(root)) if root else {}
-        lines = {k: f"{path}: line {node.start_mark.line + 1}: " for k, node in nodes.items()}
+        lines = {key: f"{path}: {line}" for key, line in lines.items()}
+        values = dict(_flatten(data or {}))
         for key in SETTINGS:
-            name = "CHRONOS_" + key.replace(".", "_").upper()
-            if environment.get(name):
-                place, lines[key] = name, f"{name}: "
-                nodes[key] = _compose(environment[name])
-        values = {key: _plain(node, environment) for key, node in nodes.items() if node}
+            place = "CHRONOS_" + key.replace(".", "_").upper()
+            if environment.get(place):
+                values[key] = read_yaml(environment[place], environment, {})
+                lines[f".{key}"] = f"{place}: "
         settings = validate(SETTINGS, values)
     except OSError as error:
         raise StartError(EXIT_CONFIG, f"{path} cannot be read: {error.strerror}") from error
     except Problems as error:
         told = [
-            next((lines[k] for k in lines if f"{key}.".startswith(f"{k}.")), "")
+            next(lines[outer] for outer in reversed(lines) if f".{key}.".startswith(f"{outer}."))
             + f"{key} {message}"
             for key, message in error.problems
         ]
@@ -1172,8 +1113,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
     settings["dispatcher.max_concurrent_per_host"] = per_host
     settings["cluster.node_id"] = settings["cluster.node_id"] or platform.node() or "chronos"
-    base = path.parent if path else Path(__file__).parent
-    settings["cluster.data_dir"] = str(base.resolve() / settings["cluster.data_dir"])
+    base = (path or Path(__file__)).parent.resolve()
+    settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
     return settings
 
 

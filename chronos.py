@@ -424,7 +424,13 @@ class CronSchedule(Schedule):
                 return to_instant(late)
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        total = self._count(*(_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last)))
+        begin, end = (_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last))
+        seconds, minutes, hours = self.numbers[:3]
+        times = list(product(hours, minutes, seconds))
+        days = (begin + _ONE_DAY * n for n in range((end.date() - begin.date()).days))
+        total = len(times) * sum(map(self._matches_day, days))
+        total += bisect_right(times, end.timetuple()[3:6]) * self._matches_day(end)
+        total -= bisect_left(times, begin.timetuple()[3:6])
         if total <= 500:
             return super().backlog(first, last, zone, most)
         # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
@@ -434,15 +440,6 @@ class CronSchedule(Schedule):
             newest = deque(recent, maxlen=most)
             window *= 4
         return total, list(newest)
-
-    def _count(self, first: datetime, last: datetime) -> int:
-        """Return how many wall-clock times in [first, last] match, both naive."""
-        seconds, minutes, hours = self.numbers[:3]
-        times = list(product(hours, minutes, seconds))
-        days = (first + _ONE_DAY * n for n in range((last.date() - first.date()).days))
-        total = len(times) * sum(map(self._matches_day, days))
-        total -= bisect_left(times, first.timetuple()[3:6])
-        return total + bisect_right(times, last.timetuple()[3:6]) * self._matches_day(last)
 
 
 def _wall(moment: datetime, zone: ZoneInfo) -> datetime:

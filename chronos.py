@@ -70,7 +70,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from itertools import islice, product, takewhile
+from itertools import count, islice, product, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -434,11 +434,19 @@ class CronSchedule(Schedule):
         if total <= 500:
             return super().backlog(first, last, zone, most)
         # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
-        window, newest = MINUTE, deque[int]()
+        newest, back = deque[int](), most
         while len(newest) < most:
-            recent = takewhile(lambda at: at <= last, self.fire_times(last - window, zone))
+            back *= 4
+            walls = (
+                day.replace(hour=h, minute=m, second=s)
+                for day in (end - _ONE_DAY * n for n in count())
+                if self._matches_day(day)
+                for h, m, s in reversed(times)
+            )
+            start = next(islice((wall for wall in walls if wall <= end), back, None))
+            after = to_instant(_instants(start, ZoneInfo(zone))[0])
+            recent = takewhile(lambda at: at <= last, self.fire_times(after, zone))
             newest = deque(recent, maxlen=most)
-            window *= 4
         return total, list(newest)
 
 
@@ -981,8 +989,6 @@ def parse_size(value: Any) -> int:
     return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
 
 
-_size = rule(parse_size, "must be a size")
-
 # fmt: off
 SETTINGS: dict[str, Field] = {
     # key                                   check                               default
@@ -1008,7 +1014,7 @@ SETTINGS: dict[str, Field] = {
     "dispatcher.ca_bundle":           Field(_path,                              None),
     "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
-    "retention.max_size":             Field(_size,                              "1GB"),
+    "retention.max_size":             Field(rule(parse_size, "must be a size"), "1GB"),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
 # fmt: on
@@ -2490,13 +2496,13 @@ class Engine:
             self.store.update_job(changed, user if changed.version != job.version else None)
         return changed
 
-    def delete_job(self, turn: Pass, base: Job) -> None:
-        """Remove a job that is still as ``base``; its requests are aborted.
+    def delete_job(self, turn: Pass, base: Job, unchanged: bool) -> None:
+        """Remove a job, if ``unchanged`` one that is still as ``base``; its requests are aborted.
 
         Its history goes in batches. Raises ApiError PRECONDITION_FAILED if it was changed.
         """
         job_id = base.id
-        if self.store.job(job_id).version != base.version:
+        if self.store.job(job_id).version != base.version and unchanged:
             raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
         self.store.delete_job(job_id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
@@ -2650,6 +2656,9 @@ class Engine:
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
         self._outcomes.clear()
+        for attempt in turn.taken:
+            self._in_flight[attempt.execution.id] = attempt
+            self._attempts.put(attempt)
         for future, result in turn.made:
             if isinstance(result, Exception):
                 future.set_exception(result)
@@ -2662,18 +2671,15 @@ class Engine:
         for execution_id, reason in turn.aborts:
             if execution_id in self._in_flight:
                 self._in_flight[execution_id].abort(reason)
-        for attempt in turn.taken:
-            self._in_flight[attempt.execution.id] = attempt
-            self._attempts.put(attempt)
 
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
-        self.problem = str(error)
+        self.problem = str(error) or repr(error)
         kind, now = type(error).__name__, self.clock.monotonic()
         if now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
             trace = None if isinstance(error, StoreError) else error
-            log.error("the engine can't go on and tries again: %s", error, exc_info=trace)
+            log.error("the engine can't go on and tries again: %s", self.problem, exc_info=trace)
 
     def _fail(self, turn: Pass, error: ApiError | None) -> None:
         """The pass was rolled back: its writers are told, outcomes wait for the next pass."""
@@ -2684,6 +2690,7 @@ class Engine:
         for future, _result in turn.made:
             future.set_exception(error)
         self._changes.clear()
+        self._version.cache_clear()  # what was rolled back may be in it
         self._wake_at = turn.now + SECOND
         self._saved_at, self._seen_at = 0, None  # what the pass has written or seen is void
         self._walk = ""
@@ -2716,10 +2723,8 @@ class Engine:
 
     def _record(self, turn: Pass, outcome: Outcome) -> None:
         """Write down how an attempt ended, unless its execution ended otherwise before."""
-        execution = outcome.execution
-        try:
-            version = self._version(execution.job_id, execution.job_version)
-        except JobDeleted:
+        version = self._version_of(turn, outcome.execution)
+        if version is None:
             return
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.retry, version.timeout, ended_at)
@@ -2765,11 +2770,9 @@ class Engine:
             last, count = newest[-most - 1], count - most
             period = f"from {format_time(first)} to {format_time(last)}"
             reason = f"{count} fire times {period} passed while no server was there"
-            passed_over = ended(
-                self._new(version, "schedule", last, None), "skipped", "missed", reason, turn.now
-            )
-            span = {"missed_count": count, "missed_from": first, "missed_to": last}
-            if self.store.add_execution(replace(passed_over, **span)):
+            new = self._new(version, "schedule", last, None)
+            new = replace(new, missed_count=count, missed_from=first, missed_to=last)
+            if self.store.add_execution(ended(new, "skipped", "missed", reason, turn.now)):
                 log.warning("job %s: %s", version.job_id, reason)
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
@@ -2813,12 +2816,21 @@ class Engine:
                     busy[execution.target] += 1
                     room -= 1
 
-    def _start(self, turn: Pass, execution: Execution) -> bool:
+    def _version_of(self, turn: Pass, execution: Execution) -> Version | None:
+        """Return the version that an execution runs; None: it can't run any more, nor stays."""
         try:
-            version = self._version(execution.job_id, execution.job_version)
+            return self._version(execution.job_id, execution.job_version)
         except JobDeleted:
             self.store.delete_execution(execution.id)
             self._walk = ""  # others may stand behind it: there is another pass at once
+        except ValueError as error:  # another release of Chronos took it
+            log.exception("execution %s can't go on", execution.id)
+            self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
+        return None
+
+    def _start(self, turn: Pass, execution: Execution) -> bool:
+        version = self._version_of(turn, execution)
+        if version is None:
             return False
         started = replace(
             execution, status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
@@ -2889,8 +2901,8 @@ def read_json(request: Any) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
     names = [name for name, _value in pairs]
-    for name, count in Counter(names).items():
-        if count > 1:
+    for name, times in Counter(names).items():
+        if times > 1:
             raise ValueError(f"the name {name!r} is there twice")
     return dict(pairs)
 
@@ -3080,7 +3092,7 @@ class Api:
         """Delete a job and its history."""
         job = self.store.job(job_id)
         self._check_match(job)
-        self.engine.make(self.engine.delete_job, job)
+        self.engine.make(self.engine.delete_job, job, "If-Match" in bottle.request.headers)
         log.info("job %s was deleted by %s", job_id, self._user())
         return {"id": job_id}
 

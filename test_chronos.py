@@ -36,7 +36,7 @@ import time
 import tracemalloc
 import uuid
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -1185,7 +1185,7 @@ def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load
 
 
 def retry_policy(**fields):
-    return chronos.RetryPolicy.of(RETRY | fields)
+    return RETRY | fields
 
 
 def after(attempts=1, spent=0, timeout=300, policy=None, seconds=1, **fields):
@@ -1316,31 +1316,6 @@ def test_the_attempt_log_keeps_every_attempt():
     assert (two["started_at"], two["duration"]) == ("2027-03-01T12:00:02Z", 250_000_000)
 
 
-@pytest.mark.parametrize("backlog", [1, 100, 101, 250])
-@pytest.mark.parametrize("policy, most", [("ignore", 0), ("execute_one", 1), ("execute_all", 100)])
-@pytest.mark.parametrize("expression", ["* * * * *", "@every 1m"])
-def test_of_missed_fire_times_the_newest_run_and_the_rest_is_passed_over(
-    expression, policy, most, backlog
-):
-    times = [NOON + n * 60 * SECOND for n in range(backlog)]
-    schedule = chronos.parse_schedule(expression)
-
-    missed = chronos.split_missed(schedule, "UTC", NOON, times[-1] + 59 * SECOND, policy)
-
-    left = max(0, backlog - most)
-    assert missed.newest == times[-1]
-    assert (missed.run, missed.passed_over) == (times[left:], left)
-    assert not left or missed.newest_passed_over == times[left - 1]
-
-
-def test_a_missed_at_is_the_whole_backlog():
-    schedule = chronos.parse_schedule("@at 2027-03-01T12:00:00Z")
-
-    missed = chronos.split_missed(schedule, "UTC", NOON, NOON + 3600 * SECOND, "execute_all")
-
-    assert (missed.newest, missed.run, missed.passed_over) == (NOON, [NOON], 0)
-
-
 INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
 
 # ======================================================================================
@@ -1461,7 +1436,7 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     world.settle()
     world.do(world.engine.set_enabled, job.id, False)
     world.executions(job)
-    world.do(world.engine.delete_job, job)
+    world.do(world.engine.delete_job, job, False)
     with world.store.transaction():
         assert world.store.prune_oldest(0)
     engine_connection(world).set_trace_callback(None)
@@ -3379,7 +3354,7 @@ def test_a_crash_during_a_big_delete_does_not_stop_the_next_start(make_world, ta
     job = before.create(target.url + "/hang")
     add_executions(before, job, 2000, "success")
     hang(before, target, job)
-    before.do(before.engine.delete_job, job)
+    before.do(before.engine.delete_job, job, False)
 
     world = make_world()
     turn_until(world, lambda: world.executions(job) == [])
@@ -3574,7 +3549,7 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     left = [5002]
 
     with world.engine.waiter(running) as first, world.engine.waiter(waiting) as second:
-        world.engine.hand_in(world.engine.delete_job, job)
+        world.engine.hand_in(world.engine.delete_job, job, False)
         while left[-1]:
             world.engine.run_pass(10_000)
             left.append(world.store.count_executions(job.id))
@@ -4094,10 +4069,9 @@ def test_a_wrong_method_is_answered_with_what_is_allowed(service, method, path, 
         (b'{"name": "\xff"}', ""),
         (b'{"name": NaN}', "NaN"),
         (b'{"name": -Infinity}', "Infinity"),
-        (b'{"name": 1e999}', "1e999"),
         (b'{"webhook": {"url": "a", "url": "b"}}', "'url'"),
         (b"[" * 100_000, "nested"),
-        (b'{"a":' * 40 + b"1" + b"}" * 40, "nested"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
     ],
 )
 def test_a_body_that_is_no_json_is_refused(service, body, hint):
@@ -5197,6 +5171,431 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
     check_refused(result, result.returncode or "an error", str(directory))
     assert len(result.stderr.splitlines()) == 1
+
+
+# ======================================================================================
+# 11. Engine: races
+# ======================================================================================
+
+
+def ending(world, job, execution_id, how):
+    """Return a change that ends a run, and its arguments."""
+    return {
+        "cancel": (world.engine.cancel, job.id, execution_id, "tester"),
+        "replace": (world.engine.trigger, job.id, f"exec-{uuid.uuid4()}"),
+        "delete": (world.engine.delete_job, job, False),
+    }[how]
+
+
+def change_while_it_ends(world, target, change, *arguments):
+    """Make a change in a pass that has begun when the request that hangs ends."""
+
+    def late(turn):
+        target.let_go.set()
+        wait_until(world.engine._inbox.qsize)  # the outcome, for the next pass
+        return change(turn, *arguments)
+
+    return world.do(late)
+
+
+def pointed_at(job, url):
+    """Return the configuration of a job with another URL."""
+    return job.config | {"webhook": job.config["webhook"] | {"url": url}}
+
+
+@pytest.mark.parametrize("path", ["/hang/ok", "/hang/status/503"])
+@pytest.mark.parametrize(("how", "after"), [
+    ("cancel", [("failed", "cancelled")]),
+    ("replace", [("failed", "replaced"), ("success", None)]),
+    ("delete", []),
+])  # fmt: skip
+def test_an_outcome_that_comes_while_its_run_is_ended_is_ignored(world, target, path, how, after):
+    script(target, path)
+    job = world.create(target.url, concurrency="replace")
+    execution_id = hang(world, target, job)
+
+    change_while_it_ends(world, target, *ending(world, job, execution_id, how))
+    world.advance(60)
+
+    assert states(world, job, "status", "reason") == after
+    assert target.received.qsize() == (2 if how == "replace" else 1)
+    assert not world.engine._in_flight
+
+
+@pytest.mark.parametrize(("how", "after", "refusal"), [
+    ("cancel", ["success"], "has ended: success"),
+    ("replace", ["success", "success"], "None"),
+    ("delete", [], "None"),
+])  # fmt: skip
+def test_an_outcome_that_came_before_its_run_is_ended_counts(world, target, how, after, refusal):
+    script(target, "/hang/ok")
+    job = world.create(target.url, concurrency="replace")
+    execution_id = hang(world, target, job)
+
+    target.let_go.set()
+    wait_until(world.engine._inbox.qsize)
+    change = world.engine.hand_in(*ending(world, job, execution_id, how))
+    world.settle()
+
+    assert states(world, job) == after
+    assert refusal in str(change.exception(5))
+
+
+def test_a_run_whose_job_is_changed_while_it_ends_goes_on_as_it_began(world, target):
+    script(target, "/hang/status/503")
+    job = world.create(target.url + "/old")
+    hang(world, target, job)
+
+    change = (world.engine.update_job, job, pointed_at(job, target.url + "/new"), None, "tester")
+    assert change_while_it_ends(world, target, *change).version == 2
+    world.advance(1)
+
+    assert states(world, job, "job_version", "status", "attempts") == [(1, "success", 2)]
+    assert [target.take()[1] for _ in range(2)] == ["/status/503", "/old"]
+
+
+def test_a_version_that_was_rolled_back_with_its_pass_sends_nothing(world, target):
+    job = world.create(target.url)
+    config = pointed_at(job, target.url + "/refused")
+    fill_disk(world)
+    world.engine.hand_in(world.engine.update_job, job, config, None, "tester")
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    set_number(world, "b" * 90_000)
+    world.engine.run_pass()
+    free_disk(world)
+
+    config = pointed_at(job, target.url + "/made")
+    world.do(world.engine.update_job, job, config, None, "tester")
+    trigger(world, job)
+    world.settle()
+
+    assert target.take()[1] == "/made"
+
+
+def test_a_crash_between_commit_and_request_counts_as_an_attempt(make_world, target):
+    before = make_world()
+    job = before.create(target.url)
+    before.engine._settle = lambda _turn: None  # the process ends here
+    before.engine.hand_in(before.engine.trigger, job.id, "exec-1")
+    before.engine.run_pass()
+    assert states(before, job, "status", "attempts") == [("running", 1)]
+
+    world = make_world()
+    world.settle()
+
+    [execution] = world.executions(job)
+    assert (execution.id, execution.status, execution.attempts) == ("exec-1", "success", 2)
+    assert [e["error"] for e in json.loads(execution.attempt_log)] == [INTERRUPTED, None]
+    assert target.take()[2]["X-Chronos-Attempt"] == "2"
+    assert target.received.empty()
+
+
+def test_a_change_that_begins_as_its_thread_gives_up_is_not_denied(world, monkeypatch, background):
+    begun, gave_up = threading.Event(), threading.Event()
+
+    class Impatient(concurrent.futures.Future):
+        def result(self, timeout=None):
+            if timeout is None:
+                return super().result(10)
+            assert begun.wait(10)
+            raise TimeoutError
+
+        def cancel(self):
+            assert not super().cancel()
+            gave_up.set()
+
+    def change(_turn):
+        begun.set()
+        assert gave_up.wait(10)
+        world.store.set_number("a", 1)
+
+    monkeypatch.setattr(chronos, "Future", Impatient)
+    answer = background.submit(world.engine.make, change)
+    turn_until(world, answer.done)
+
+    assert answer.result() is None
+    assert "a" in numbers(world)
+
+
+# ======================================================================================
+# 12. API: races
+# ======================================================================================
+
+
+@contextlib.contextmanager
+def held(engine):
+    """Hold the engine in a pass: what is handed in meanwhile is made in the next one."""
+    begun, let_go = threading.Event(), threading.Event()
+    engine.hand_in(lambda _turn: begun.set() or let_go.wait(10))
+    assert begun.wait(10)
+    try:
+        yield engine._inbox
+    finally:
+        let_go.set()
+
+
+def test_of_triggers_at_the_same_time_forbid_runs_one_and_the_others_name_it(
+    service, target, background
+):
+    job = service.create(target.url + "/hang", concurrency="forbid")
+
+    with held(service.service.engine) as inbox:
+        calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(10)]
+        wait_until(lambda: inbox.qsize() == 10)
+    skipped = [call.result() for call in islice(as_completed(calls, 10), 9)]
+    target.let_go.set()
+
+    [ran] = [call.result(10) for call in calls if call.result(10) not in skipped]
+    assert (ran[0], ran[1]["data"]["status"]) == (200, "success")
+    told = {(status, a["data"]["reason"], a["data"]["error"]) for status, a in skipped}
+    assert told == {(200, "overlap", f"{ran[1]['data']['id']} was still pending")}
+    assert target.received.qsize() == 1
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({"If-Match": '"1"'}, 412),
+    ({}, 200),
+])  # fmt: skip
+def test_a_delete_that_meets_a_change_is_refused_only_if_it_names_a_version(
+    service, background, headers, status
+):
+    job = service.create(NOBODY)
+
+    with held(service.service.engine) as inbox:
+        change = background.submit(service.call, "PATCH", path_of(job), {"name": "b"})
+        wait_until(lambda: inbox.qsize() == 1)
+        delete = background.submit(service.call, "DELETE", path_of(job), headers=headers)
+        wait_until(lambda: inbox.qsize() == 2)
+
+    assert (change.result(10)[0], delete.result(10)[0]) == (200, status)
+
+
+def test_a_trigger_during_the_stop_is_answered_at_once_and_run_by_the_next_start(
+    make_service, make_world, target, background
+):
+    service = make_service()
+    busy, job = service.create(target.url + "/hang"), service.create(target.url)
+    service.expect(202, "POST", trigger_path(busy, "?wait=0"))
+    target.take()
+    stopping = background.submit(service.service.engine.stop, 20 * SECOND)
+    wait_until(lambda: service.service.engine.stopping)
+
+    execution = service.expect(202, "POST", trigger_path(job))
+    assert not stopping.done()
+    target.let_go.set()
+    stopping.result(10)
+    assert target.received.empty()
+    world = make_world()
+    world.settle()
+
+    assert execution["status"] == "pending"
+    assert world.store.execution(execution["id"]).status == "success"
+    assert target.take()[2]["X-Chronos-Execution-ID"] == execution["id"]
+
+
+# ======================================================================================
+# 11. Engine: overload
+# ======================================================================================
+
+
+def test_50000_due_executions_cost_no_more_memory_than_500(make_process, target, tmp_path):
+    data, peaks = tmp_path / "home" / "data", []
+    fill_store(data, target.url + "/hang", 1, "@daily", None)
+    add = """
+        INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
+                                due_at, attempts, spent, attempt_log)
+        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs"""
+
+    for count in (500, 50_000):
+        ids = [f"exec-{count}-{n}" for n in range(count)]
+        with contextlib.closing(sqlite3.connect(data / "chronos.db")) as database, database:
+            database.executemany(add, [(ids[n], target.url, count - n) for n in range(count)])
+        process = make_process()
+        first = [target.take()[2]["X-Chronos-Execution-ID"] for _ in range(48)]
+        assert sorted(first) == sorted(ids[-48:])  # by due_at, not in the order of their creation
+        assert process.get("/cluster/status")["pending"] == count - 48
+        target.let_go.set()
+        for _ in range(452):
+            target.take()
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+        wait_until(lambda: count > 500 or process.get("/cluster/status")["running"] == 0)  # noqa: B023
+        process.end(signal.SIGKILL)
+        target.let_go.clear()
+
+    print(f"500: {peaks[0]:.1f} MB, 50,000: {peaks[1]:.1f} MB")
+    assert peaks[1] - peaks[0] < 10
+
+
+@pytest.mark.parametrize(("concurrency", "after"), [
+    ("forbid", ["running"] + ["skipped"] * 9),
+    ("replace", ["failed"] * 9 + ["running"]),
+    ("allow", ["running"] * 2 + ["pending"] * 8),
+])  # fmt: skip
+def test_runs_longer_than_their_interval_lose_no_fire_time_and_stop_no_other_job(
+    make_world, target, other_target, concurrency, after
+):
+    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
+    slow = world.create(target.url + "/hang", schedule="@every 1s", concurrency=concurrency)
+    job = world.create(other_target.url, schedule="@every 1s")
+
+    for n in range(1, 11):
+        world.clock.advance(1)
+        turn_until(world, lambda n=n: states(world, job) == ["success"] * n)
+    turn_until(world, lambda: states(world, slow) == after)
+
+    assert states(world, slow, "scheduled_at") == states(world, job, "scheduled_at")
+
+
+def test_a_host_that_accepts_no_connection_makes_no_other_target_late(service, target, deaf_url):
+    dead = service.create(deaf_url, concurrency="allow")
+    for _ in range(60):
+        service.expect(202, "POST", trigger_path(dead, "?wait=0"))
+    status = service.get("/cluster/status")
+    assert (status["running"], status["pending"]) == (48, 12)
+
+    service.create(target.url, schedule="@every 1s", enabled=True)
+
+    for _ in range(3):
+        _method, _path, headers, _body, arrived_at = target.take()
+        fire_time = chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) / SECOND
+        assert 0 <= arrived_at - fire_time < 1
+
+
+def test_40_triggers_of_a_hanging_hook_are_all_answered_and_leave_the_server_quick(service, target):
+    job = service.create(target.url + "/hang", concurrency="allow")
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(40) as pool:
+        path = trigger_path(job, "?wait=4s")
+        calls = [pool.submit(service.call, "POST", path) for _ in range(40)]
+        at_once = list(islice(as_completed(calls, 10), 28))  # the others may wait
+        assert service.get("/health")["status"] == "healthy"
+        assert service.get("/jobs")["total"] == 1
+        assert time.monotonic() - start < 4
+
+    assert [call.result()[0] for call in calls] == [202] * 40
+    assert len(at_once) == 28
+
+
+# ======================================================================================
+# Errors that nobody expected
+# ======================================================================================
+
+
+def a_bug(*_arguments):
+    raise RuntimeError("a bug")
+
+
+def tracebacks(caplog):
+    """Return what was logged with a traceback."""
+    return [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+def test_an_error_in_passes_is_logged_once_and_shown_and_delays_fire_times(
+    service, target, monkeypatch, caplog
+):
+    fields = {"schedule": "@every 1s", "enabled": True, "concurrency": "allow"}
+    first = chronos.parse_time(service.create(target.url, **fields)["next_run"])
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.store, "due_jobs", a_bug)
+        wait_until(lambda: service.call("GET", "/health")[0] == 503)
+        shown = service.error(503, "GET", "/health")
+        refused = service.error(500, "POST", "/jobs", job_body(NOBODY))
+
+    fired = [target.take()[2]["X-Chronos-Scheduled-Time"] for _ in range(3)]
+    assert service.get("/health")["status"] == "healthy"
+
+    assert shown == {"code": "UNAVAILABLE", "message": "a bug"}
+    assert refused["code"] == "INTERNAL_ERROR"
+    assert sorted(map(chronos.parse_time, fired)) == [first + n * SECOND for n in range(3)]
+    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
+    assert caplog.messages[-1] == "the engine goes on"
+
+
+def test_an_error_without_words_is_shown_too(world, monkeypatch):
+    def no_memory(_now, _most):
+        raise MemoryError
+
+    monkeypatch.setattr(world.store, "due_jobs", no_memory)
+    world.engine.run_pass()
+
+    assert world.engine.problem
+
+
+def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target):
+    job = world.create(target.url)
+    world.engine.hand_in(lambda turn: turn.ended.append([]))  # no id: it can't be told
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+
+    with pytest.raises(TypeError):
+        world.engine.run_pass()
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target):
+    before = make_world()
+    broken, job = [before.create(target.url) for _ in range(2)]
+    add_executions(before, broken, 1, "pending")
+    config = json.dumps(broken.config | {"schedule": "?"})
+    by_hand(before, "UPDATE versions SET config = ? WHERE job_id = ?", config, broken.id)
+
+    world = make_world()
+    world.clock.advance(60)
+    world.engine.run_pass()
+    assert not world.engine.problem
+    trigger(world, job)
+    world.settle()
+
+    assert (states(world, broken), states(world, job)) == (["failed"], ["success"])
+
+
+@pytest.mark.parametrize("places", [
+    ["_request"],
+    ["_request", "_explain"],
+    ["send"],
+])  # fmt: skip
+def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(
+    make_service, target, monkeypatch, caplog, places
+):
+    service, died = make_service(dispatcher__max_concurrent_jobs=1), []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    job = service.create(target.url, retry_policy=ONCE)
+    with monkeypatch.context() as patch:
+        for place in places:
+            patch.setattr(service.service.engine.dispatcher, place, a_bug)
+        status, envelope = service.call("POST", trigger_path(job, "?wait=2s"))
+
+    assert (status, died) == (500, [])
+    assert envelope["error"]["code"] == "EXECUTION_ERROR"
+    assert len(tracebacks(caplog)) == 1
+    assert service.post(trigger_path(job))["status"] == "success"
+
+
+def test_an_error_in_the_watchdog_ends_no_limit_and_is_logged_once(
+    service, target, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.engine.dispatcher._wire, "close_idle", a_bug)
+        wait_until(lambda: tracebacks(caplog))
+        job = service.create(target.url + "/hang", timeout="300ms", retry_policy=ONCE)
+        error = service.error(500, "POST", trigger_path(job))
+
+    assert "within the timeout" in error["message"]
+    assert tracebacks(caplog) == ["the watchdog goes on"]
+
+
+def test_an_error_in_a_handler_is_answered_and_logged_once(service, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.store, "jobs", a_bug)
+        error = service.error(500, "GET", "/jobs")
+
+    assert error["code"] == "INTERNAL_ERROR"
+    assert tracebacks(caplog) == ["GET /api/v1/jobs failed"]
+    assert service.get("/jobs") == {"jobs": [], "total": 0}
+    assert service.get("/health")["status"] == "healthy"
 
 
 # ======================================================================================

@@ -42,8 +42,6 @@ import difflib
 import errno
 import fcntl
 import functools
-import http.client
-import io
 import ipaddress
 import json
 import logging
@@ -52,7 +50,6 @@ import platform
 import queue
 import re
 import resource
-import select
 import signal
 import socket
 import sqlite3
@@ -79,7 +76,6 @@ from zoneinfo import ZoneInfo, available_timezones
 try:
     import bottle  # type: ignore[import-untyped]
     import requests
-    import requests.adapters
     import requests.certs
     import waitress  # type: ignore[import-untyped]
     import waitress.parser  # type: ignore[import-untyped]
@@ -100,8 +96,6 @@ __version__ = "0.1.0"
 log = logging.getLogger("chronos")
 
 Json = dict[str, Any]
-Prepared = requests.PreparedRequest
-Reply = requests.Response
 Result = TypeVar("Result")
 
 SECOND = 1_000_000  # instants and durations are integers, in microseconds
@@ -116,6 +110,8 @@ MAX_BODY_BYTES = 1 << 20  # of a request to the API
 MAX_CONFIG_BYTES = 256 << 10
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
+MAX_HEADERS = 100  # of an answer
+MAX_LINE_BYTES = 1 << 16  # of an answer
 MAX_LOOKUPS = 16  # names that are being resolved at once
 PRUNE_ROWS = 250  # of history, that a pass looks at or removes; more than the 100 spared
 PRUNE_JOBS = 20  # that a pass looks at for history to remove
@@ -1743,10 +1739,11 @@ class Store:
 # 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
 # ======================================================================================
 #
-# The wire is a transport adapter of requests over http.client. It owns every socket, because
-# none of requests' timeouts is a limit: a server that drips bytes renews them all. What ends a
-# blocked call from another thread is shutdown() on a duplicate of the socket's descriptor, made
-# before connect(): close() leaves the call blocked, and TLS detaches the socket it wraps.
+# The wire owns every socket and reads answers itself, because none of the timeouts of requests is
+# a limit (a server that drips bytes renews them all) and because its adapter would cost more time
+# than all the rest. What ends a blocked call from another thread is shutdown() on a duplicate of
+# the socket's descriptor, made before connect(): close() leaves the call blocked, and TLS detaches
+# the socket it wraps.
 
 
 Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
@@ -1766,21 +1763,21 @@ class Webhook:
     def __init__(self, config: Json) -> None:
         """``config`` is a validated ``webhook``."""
         self.target = target_of(config["url"])
-        self.success_codes = frozenset(config["success_codes"] or range(200, 300))
-        self.verify_tls: bool = config["verify_tls"]
+        self.success_codes = config["success_codes"] or range(200, 300)
+        self.method: str = config["method"]
         self._config = config
 
     @functools.cached_property
-    def secrets(self) -> tuple[str, ...]:
+    def secrets(self) -> list[str]:
         """What is masked in the text that is kept of an answer."""
         headers, auth = self._config["headers"], self._config["auth"] or {}
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth.get(name, "") for name in ("password", "token", "api_key")]
         found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
-        return tuple(secret for secret in found if len(secret) >= 6)
+        return [secret for secret in found if len(secret) >= 6]
 
     @functools.cached_property
-    def request(self) -> Prepared:
+    def request(self) -> requests.PreparedRequest:
         """The prepared request: its first worker makes it, because that costs most."""
         config, auth = self._config, self._config["auth"] or {"type": None}
         headers = requests.structures.CaseInsensitiveDict(config["headers"])
@@ -1796,8 +1793,42 @@ class Webhook:
             headers["Authorization"] = f"Bearer {auth['token']}"
         elif auth["type"] == "api_key":
             headers[auth["header"]] = auth["api_key"]
-        body = (config["body"] or "").encode()
-        return requests.Request(config["method"], config["url"], headers, data=body).prepare()
+        prepared = requests.PreparedRequest()  # step by step: without the cookies it takes a third
+        prepared.prepare_method(self.method)
+        prepared.prepare_url(config["url"], None)
+        prepared.prepare_headers(headers)
+        prepared.prepare_body((config["body"] or "").encode(), None)
+        return prepared
+
+    @functools.cached_property
+    def key(self) -> Key:
+        """Which connections it can use."""
+        return target_of(str(self.request.url)), self._config["verify_tls"]
+
+    @functools.cached_property
+    def _head(self) -> str:
+        """The request line and the headers that are the same in every attempt."""
+        headers = self.request.headers
+        lines = [f"{self.method} {self.request.path_url} HTTP/1.1"]
+        if "Host" not in headers:
+            lines.append(f"Host: {urlsplit(str(self.request.url)).netloc}")
+        theirs = [name for name in headers if not name.lower().startswith("x-chronos-")]
+        lines += [f"{name}: {headers[name]!s}" for name in theirs]
+        return "\r\n".join(lines)
+
+    def to_bytes(self, execution: Execution) -> bytes:
+        """Return the request of the attempt that ``execution`` is in."""
+        lines = [
+            self._head,
+            f"X-Chronos-Job-ID: {execution.job_id}",
+            f"X-Chronos-Execution-ID: {execution.id}",
+            f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}",
+            f"X-Chronos-Attempt: {execution.attempts}",
+        ]
+        if "Idempotency-Key" not in self.request.headers:
+            lines.append(f"Idempotency-Key: {execution.id}")
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        return head + (self.request.body or b"")  # type: ignore[operator]
 
 
 def _content_type(body: str) -> str:
@@ -1827,17 +1858,18 @@ class Attempt:
     _cut: Callable[[], None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def borrow(self, cut: Callable[[], None]) -> None:
-        """Before blocking: ``cut`` is what ends it. Raises Aborted if it is too late."""
+    @contextlib.contextmanager
+    def blocking(self, cut: Callable[[], None]) -> Iterator[None]:
+        """Borrow what the worker blocks on; ``cut`` ends it. Raises Aborted if it is too late."""
         with self._lock:
             if self.reason:
                 raise Aborted
             self._cut = cut
-
-    def release(self) -> None:
-        """The worker no longer blocks: what it borrowed is not this attempt's any more."""
-        with self._lock:
-            self._cut = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cut = None
 
     def abort(self, reason: str) -> None:
         """End the attempt now; the first reason wins. Any thread."""
@@ -1870,14 +1902,34 @@ class AddressPolicy:
             raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
 
 
+class Answer(NamedTuple):
+    """What a target answered; the names of headers are in lower case."""
+
+    status_code: int
+    phrase: str
+    headers: dict[str, str]
+    body: bytes = b""
+
+
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]+)[ \t]*(?:;.*)?")
+
+
 class Connection:
-    """A connection to a target; ``cut`` ends from another thread what blocks on it."""
+    """A connection to a target, which speaks HTTP/1.1 on it (RFC 9112), strictly and bounded.
+
+    One worker at a time uses it; only cut() is for others. Methods that receive raise OSError or
+    EOFError where the connection ends, ValueError where it is no HTTP.
+    """
 
     def __init__(self, key: Key, family: int) -> None:
         self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.idle_since = 0
+        self.heard = False  # something of the answer has come
+        self.reusable = False  # the answer has been read to its end
         self._handle = self.socket.dup()
+        self._received = bytearray()  # and not read yet
 
     def cut(self) -> None:
         """Shut the connection down: blocked calls on it return at once."""
@@ -1891,64 +1943,112 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Say whether an idle connection is still open and nothing unasked has come on it."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        read_ahead = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
-        return not read_ahead and not poll.poll(0)
-
-
-class _Stream:
-    """What an answer is read from; http.client takes too much of what it reads for well-formed."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self.heard, self.in_body = stream, False, False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def readline(self, limit: int = -1) -> bytes:
-        line: bytes = self._stream.readline(limit)
-        if self.heard and not line:  # http.client: the end of the head
-            raise http.client.IncompleteRead(b"")
-        if self.in_body and line.startswith(b"-"):  # http.client: a chunk without end
-            raise http.client.HTTPException
-        self.heard = self.heard or bool(line)
-        return line
-
-
-class Answer(http.client.HTTPResponse):
-    """An answer that must be whole, and is the final one."""
-
-    def begin(self) -> None:
-        """Read status line and headers. Raises RemoteDisconnected if no byte came."""
-        stream: Any = _Stream(self.fp)
-        self.fp = stream
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            return False
         try:
-            super().begin()
-            while 101 < self.status < 200:  # 103 Early Hints and its like: not the answer yet
-                self.headers = self.msg = None  # type: ignore[assignment]
-                super().begin()
-        except ConnectionError as error:
-            if stream.heard:
-                raise
-            raise http.client.RemoteDisconnected(str(error)) from error
-        stream.in_body = True
-        if self.length == 0:  # HEAD, 204, 304: chunks may be announced, none will come
-            self.chunked = False
+            self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
-    def read_at_most(self, limit: int) -> bytes:
-        """Return the body; more than ``limit`` bytes mean that it goes on."""
-        body = self.read(limit + 1)
-        if len(body) <= limit and self.length:
-            raise http.client.IncompleteRead(body, self.length)
-        return body
+    def exchange(self, request: bytes, method: str, limit: int) -> Answer:
+        """Send a request, return the answer; of a body over ``limit`` bytes one byte more."""
+        self.heard = self.reusable = False
+        try:
+            self.socket.sendall(request)
+            sent = True
+        except OSError:  # the server stopped reading; its answer may be there
+            sent = False
+        answer, lasts = self._read_head()
+        while answer.status_code < 200 and answer.status_code != 101:  # 100, 103: not the answer
+            answer, lasts = self._read_head()
+        body, whole = self._read_body(answer, method, limit)
+        self.reusable = sent and lasts and whole and not self._received
+        return answer._replace(body=body)
+
+    def _read_head(self) -> tuple[Answer, bool]:
+        """Return an answer without its body, and whether the connection outlasts it."""
+        status = _STATUS_LINE.fullmatch(self._read_line())
+        if not status:
+            raise ValueError("its status line is none")
+        headers: dict[str, str] = {}
+        name = ""
+        for _ in range(MAX_HEADERS):
+            line = self._read_line()
+            if not line:
+                lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
+                return Answer(int(status[2]), status[3] or "", headers), lasts
+            if line[0] in " \t" and name:  # the old way to go on with a value
+                headers[name] += f" {line.strip()}"
+                continue
+            name, colon, value = line.partition(":")
+            if not colon:
+                raise ValueError("a header has no colon")
+            name = name.strip().lower()
+            headers.setdefault(name, value.strip())
+        raise ValueError(f"more than {MAX_HEADERS} headers")
+
+    def _read_body(self, answer: Answer, method: str, limit: int) -> tuple[bytes, bool]:
+        """Return the body, at most one byte more than ``limit``, and whether that is all of it."""
+        length = answer.headers.get("content-length")
+        if method == "HEAD" or answer.status_code in (204, 304):
+            return b"", True
+        if answer.status_code == 101:  # from here on it is no HTTP
+            return b"", False
+        if answer.headers.get("transfer-encoding", "").lower() == "chunked":
+            return self._read_chunks(limit)
+        if length is None:
+            with contextlib.suppress(EOFError):
+                self._receive(limit + 1)
+            return bytes(self._received[: limit + 1]), False
+        if not length.isdecimal():
+            raise ValueError("a Content-Length is no number")
+        return self._read(min(int(length), limit + 1)), int(length) <= limit
+
+    def _read_chunks(self, limit: int) -> tuple[bytes, bool]:
+        body = bytearray()
+        while len(body) <= limit:
+            size = _CHUNK_SIZE.fullmatch(self._read_line())
+            if not size:
+                raise ValueError("a chunk has no size")
+            if int(size[1], 16) == 0:
+                while self._read_line():
+                    pass  # trailers
+                return bytes(body), True
+            body += self._read(min(int(size[1], 16), limit + 1 - len(body)))
+            if len(body) <= limit and self._read_line():
+                raise ValueError("a chunk is longer than its size")
+        return bytes(body), False
+
+    def _read_line(self) -> str:
+        while (end := self._received.find(b"\n")) < 0:
+            if len(self._received) > MAX_LINE_BYTES:
+                raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+            self._receive(len(self._received) + 1)
+        return self._read(end + 1)[:-1].decode("latin-1").removesuffix("\r")
+
+    def _read(self, size: int) -> bytes:
+        self._receive(size)
+        data = bytes(self._received[:size])
+        del self._received[:size]
+        return data
+
+    def _receive(self, size: int) -> None:
+        """Wait until so many bytes have been received and not read."""
+        while len(self._received) < size:
+            data = self.socket.recv(65536)
+            if not data:
+                raise EOFError
+            self.heard = True
+            self._received += data
 
 
-class Wire(requests.adapters.BaseAdapter):
-    """Sends prepared requests. Workers call send(), the watchdog close_idle()."""
+class Wire:
+    """Sends requests and keeps the connections. Workers call send(), the watchdog close_idle()."""
 
     def __init__(self, clock: Clock, settings: Json) -> None:
-        super().__init__()
         self._clock = clock
         self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
         self._max_bytes = settings["dispatcher.max_response_bytes"]
@@ -1962,82 +2062,56 @@ class Wire(requests.adapters.BaseAdapter):
         self._idle: list[Connection] = []  # the oldest first
         self._lock = threading.Lock()  # protects _idle and _contexts
 
-    def send(self, request: Prepared, timeout: Attempt, verify: bool = True) -> Reply:  # type: ignore[override]
-        """Send the request and return the answer, its body read as far as it is kept.
+    def send(self, attempt: Attempt) -> Answer:
+        """Send the request of an attempt and return the answer, its body as far as it is kept.
 
-        ``timeout`` is the Attempt: it has the limit and can be aborted. Raises Aborted, and
-        BlockedTarget or another RequestException with a sentence for people.
+        Raises Aborted, and BlockedTarget or another RequestException with a sentence for people.
         """
-        key = (target_of(str(request.url)), verify)
-        if connection := self._take_idle(key):
-            with contextlib.suppress(http.client.RemoteDisconnected):  # it died while it was idle
-                return self._exchange(connection, request, timeout)
-        connection = self._connect(key, timeout)
+        key = attempt.webhook.key
+        request = attempt.webhook.to_bytes(attempt.execution)
+        idle = self._take_idle(key)
+        answer = self._exchange(idle, request, attempt) if idle else None
+        if not answer:  # or it died while it was idle
+            answer = self._exchange(self._connect(key, attempt), request, attempt)
+        if not answer:
+            raise requests.ConnectionError(f"{key[0]} closed the connection without an answer")
+        return answer
+
+    def _exchange(self, connection: Connection, request: bytes, attempt: Attempt) -> Answer | None:
+        """Send and receive on this connection; None: it ended before a byte came back."""
+        target, answer = connection.key[0], None
         try:
-            return self._exchange(connection, request, timeout)
-        except http.client.RemoteDisconnected as error:
-            said = f"{key[0]} closed the connection without an answer"
+            with attempt.blocking(connection.cut):
+                answer = connection.exchange(request, attempt.webhook.method, self._max_bytes)
+        except (OSError, EOFError) as error:
+            if connection.heard:
+                said = f"{target} closed the connection in the middle of its answer"
+                raise requests.ConnectionError(said) from error
+        except ValueError as error:
+            said = f"{target} sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(said) from error
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        self.close_idle(0)
-
-    def _exchange(self, connection: Connection, request: Prepared, attempt: Attempt) -> Reply:
-        """Send and receive on this connection. Raises RemoteDisconnected if no byte came back."""
-        reusable = False
-        answer = Answer(connection.socket, method=request.method)
-        try:
-            attempt.borrow(connection.cut)
-            taken = self._send(connection.socket, request)
-            answer.begin()
-            body = answer.read_at_most(self._max_bytes)
-            reusable = taken and answer.isclosed() and not answer.will_close
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if attempt.reason:
-                raise Aborted from error
-            if isinstance(error, http.client.RemoteDisconnected):
-                raise
-            raise requests.ConnectionError(_broken_answer(connection.key[0], error)) from error
         finally:
-            attempt.release()  # before the connection can be another attempt's
-            answer.close()
-            if reusable and not attempt.reason:
+            if answer and connection.reusable and not attempt.reason:
                 self._put_idle(connection)
             else:
                 connection.close()
         if attempt.reason:  # an abort can look like the end of the answer
             raise Aborted
-        response = Reply()
-        response.status_code, response.reason = answer.status, answer.reason
-        response.headers.update(answer.headers.items())
-        response.raw, response.request, response.url = io.BytesIO(body), request, str(request.url)
-        return response
-
-    @staticmethod
-    def _send(sock: socket.socket, request: Prepared) -> bool:
-        """Send the request; False: the server stopped reading, its answer may be there."""
-        lines = [f"{request.method} {request.path_url} HTTP/1.1"]
-        if "Host" not in request.headers:
-            lines.append(f"Host: {urlsplit(str(request.url)).netloc}")
-        lines += [f"{name}: {value!s}" for name, value in request.headers.items()]
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        try:
-            sock.sendall(head + (request.body or b""))  # type: ignore[operator]
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-        return True
+        return answer
 
     # ----------------------------------------------------------------------- connections
 
     def _take_idle(self, key: Key) -> Connection | None:
-        with self._lock:
-            for connection in [c for c in reversed(self._idle) if c.key == key]:
+        while True:
+            with self._lock:
+                usable = (c for c in reversed(self._idle) if c.key == key)
+                connection = next(usable, None)
+                if connection is None:
+                    return None
                 self._idle.remove(connection)
-                if connection.is_quiet():
-                    return connection
-                connection.close()
-        return None
+            if connection.is_quiet():
+                return connection
+            connection.close()
 
     def _put_idle(self, connection: Connection) -> None:
         connection.idle_since = self._clock.monotonic()
@@ -2067,8 +2141,6 @@ class Wire(requests.adapters.BaseAdapter):
                 try:
                     return self._dial(family, address, key, max(left, 0.001), attempt)
                 except OSError as error:
-                    if attempt.reason:
-                        raise Aborted from error
                     problem = requests.ConnectionError(_no_connection(key[0], address, error))
             raise problem
         finally:
@@ -2078,23 +2150,21 @@ class Wire(requests.adapters.BaseAdapter):
         self, family: int, address: Any, key: Key, left: float, attempt: Attempt
     ) -> Connection:
         """Connect to one address within ``left`` seconds. Raises OSError, Aborted."""
-        connection, made = Connection(key, family), False
+        connection = Connection(key, family)
         try:
-            attempt.borrow(connection.cut)
-            connection.socket.settimeout(left)
-            connection.socket.connect(address)
-            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if key[0].startswith("https:"):
-                connection.socket = self._context(key[1]).wrap_socket(
-                    connection.socket, server_hostname=urlsplit(key[0]).hostname
-                )
-            connection.socket.settimeout(None)  # from here on the watchdog is the limit
-            made = True
-            return connection
-        finally:
-            attempt.release()
-            if not made:
-                connection.close()
+            with attempt.blocking(connection.cut):
+                connection.socket.settimeout(left)
+                connection.socket.connect(address)
+                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if key[0].startswith("https:"):
+                    connection.socket = self._context(key[1]).wrap_socket(
+                        connection.socket, server_hostname=urlsplit(key[0]).hostname
+                    )
+                connection.socket.settimeout(None)  # from here on the watchdog is the limit
+        except Exception:
+            connection.close()
+            raise
+        return connection
 
     def _context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
@@ -2131,9 +2201,8 @@ class Wire(requests.adapters.BaseAdapter):
         except RuntimeError as error:
             self._lookups.release()
             raise requests.ConnectionError(f"DNS busy: {error}") from error
-        attempt.borrow(done.set)
-        done.wait()  # an abort ends it, too
-        attempt.release()
+        with attempt.blocking(done.set):
+            done.wait()
         if attempt.reason:
             raise Aborted
         if isinstance(found[0], Exception):
@@ -2154,13 +2223,6 @@ def _no_connection(target: str, address: Any, error: OSError) -> str:
     if isinstance(error, TimeoutError):
         return f"no connection to {place} within the time for connecting"
     return f"no connection to {place}: {error.strerror or error}"
-
-
-def _broken_answer(target: str, error: Exception) -> str:
-    """Return a sentence for an answer that broke off or was not HTTP."""
-    if isinstance(error, http.client.IncompleteRead | OSError):
-        return f"{target} closed the connection in the middle of its answer"
-    return f"{target} sent what is not a proper HTTP answer ({type(error).__name__})"
 
 
 _CHARSET = re.compile(  # not every codec of Python: some take quadratic time
@@ -2189,7 +2251,7 @@ class Dispatcher:
         """Stop the watchdog and close what is idle."""
         self._stopped.set()
         self._watchdog.join()
-        self._wire.close()
+        self._wire.close_idle(0)
 
     def _watch(self) -> None:
         while not self._stopped.wait(WATCHDOG_TICK_S):
@@ -2210,7 +2272,7 @@ class Dispatcher:
         attempt.limit = (start + attempt.allowed, attempt.allowed_reason)
         self._in_flight.add(attempt)
         try:
-            result = self._judge(attempt.webhook, self._request(attempt))
+            result = self._judge(attempt.webhook, self._wire.send(attempt))
             for secret in attempt.webhook.secrets:
                 for name in ("error", "response"):
                     result[name] = result[name] and result[name].replace(secret, MASK)
@@ -2222,32 +2284,36 @@ class Dispatcher:
         ended = self._clock.monotonic()
         return Outcome(attempt.execution, started_at, ended - start, ended, **result)
 
-    def _request(self, attempt: Attempt) -> Reply:
-        execution, request = attempt.execution, attempt.webhook.request.copy()
-        request.headers["X-Chronos-Job-ID"] = execution.job_id
-        request.headers["X-Chronos-Execution-ID"] = execution.id
-        request.headers["X-Chronos-Scheduled-Time"] = str(format_time(execution.scheduled_at))
-        request.headers["X-Chronos-Attempt"] = str(execution.attempts)
-        request.headers.setdefault("Idempotency-Key", execution.id)
-        return self._wire.send(request, timeout=attempt, verify=attempt.webhook.verify_tls)
-
-    def _judge(self, webhook: Webhook, response: Reply) -> Json:
+    def _judge(self, webhook: Webhook, answer: Answer) -> Json:
         """Return what an answer means, as fields of an Outcome."""
-        code = response.status_code
+        code, asked = answer.status_code, answer.headers.get("retry-after")
         success = code in webhook.success_codes
-        error = f"the server answered {code} {response.reason}".strip()[:200]
+        error = f"the server answered {code} {answer.phrase}".strip()[:200]
         if 200 <= code < 300:
             error += ", which is not among success_codes"
         return {
             "status_code": code,
-            "response": self._body(response),
+            "response": self._text(answer),
             "success": success,
             "reason": None if success else "http_status",
             "error": None if success else error,
-            "retry_after": parse_retry_after(
-                response.headers.get("Retry-After"), self._clock.now()
-            ),
+            "retry_after": parse_retry_after(asked, self._clock.now()) if asked else None,
         }
+
+    def _text(self, answer: Answer) -> str:
+        """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
+        limit, body = self._max_bytes, answer.body
+        if answer.headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
+            with contextlib.suppress(zlib.error):
+                body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
+        charset = _CHARSET.search(answer.headers.get("content-type", ""))
+        try:
+            kept = str(body[:limit], charset[1] if charset else "utf-8", "replace")
+        except (LookupError, ValueError):
+            kept = str(body[:limit], "utf-8", "replace")
+        kept = kept.encode("utf-8", "replace").decode()
+        cut = max(len(body), len(answer.body)) > limit
+        return f"{kept}\n[cut off after {limit} bytes]" if cut else kept
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
@@ -2263,22 +2329,6 @@ class Dispatcher:
             return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
         log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
         return "no_answer", f"unexpected error: {type(error).__name__}"
-
-    def _body(self, response: Reply) -> str:
-        """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
-        limit, body = self._max_bytes, response.raw.read()
-        cut = len(body) > limit
-        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
-            with contextlib.suppress(zlib.error):
-                body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
-                cut = cut or len(body) > limit
-        charset = _CHARSET.search(response.headers.get("Content-Type", ""))
-        try:
-            kept = str(body[:limit], charset[1] if charset else "utf-8", "replace")
-        except (LookupError, ValueError):
-            kept = str(body[:limit], "utf-8", "replace")
-        kept = kept.encode("utf-8", "replace").decode()
-        return f"{kept}\n[cut off after {limit} bytes]" if cut else kept
 
 
 # ======================================================================================

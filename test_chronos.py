@@ -240,7 +240,7 @@ class World:
             attempt.abort("shutdown")
         for _worker in range(self.engine._workers):
             self.engine._attempts.put(None)
-        self.dispatcher._wire.close()
+        self.dispatcher._wire.close_idle(0)
         self.store.close()
 
 

@@ -1739,11 +1739,10 @@ class Store:
 # 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
 # ======================================================================================
 #
-# The wire owns every socket and reads answers itself, because none of the timeouts of requests is
-# a limit (a server that drips bytes renews them all) and because its adapter would cost more time
-# than all the rest. What ends a blocked call from another thread is shutdown() on a duplicate of
-# the socket's descriptor, made before connect(): close() leaves the call blocked, and TLS detaches
-# the socket it wraps.
+# The wire owns every socket and reads the answers, because no timeout of requests is a limit: a
+# server that drips bytes renews them all. What ends a blocked call from another thread is
+# shutdown() on a duplicate of the socket's descriptor, made before connect(): close() leaves the
+# call blocked, and TLS detaches the socket it wraps.
 
 
 Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
@@ -1755,6 +1754,10 @@ class Aborted(Exception):
 
 class BlockedTarget(requests.RequestException):
     """The address that would be dialled is closed by the settings."""
+
+
+class NoAnswer(requests.ConnectionError):
+    """The connection ended before a byte of the answer came."""
 
 
 class Webhook:
@@ -1780,12 +1783,17 @@ class Webhook:
     def request(self) -> requests.PreparedRequest:
         """The prepared request: its first worker makes it, because that costs most."""
         config, auth = self._config, self._config["auth"] or {"type": None}
-        headers = requests.structures.CaseInsensitiveDict(config["headers"])
-        headers.setdefault("User-Agent", f"chronos/{__version__}")
-        headers.setdefault("Accept", "*/*")
-        headers.setdefault("Accept-Encoding", "identity")
-        if config["body"]:
-            headers.setdefault("Content-Type", _content_type(config["body"]))
+        body = config["body"] or ""
+        headers = requests.structures.CaseInsensitiveDict(
+            {"User-Agent": f"chronos/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
+        )
+        if body:
+            try:
+                json.loads(body)
+                headers["Content-Type"] = "application/json"
+            except (ValueError, RecursionError):
+                headers["Content-Type"] = "text/plain; charset=utf-8"
+        headers.update(config["headers"])
         if auth["type"] == "basic":
             pair = f"{auth['username']}:{auth['password']}".encode()
             headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
@@ -1793,69 +1801,52 @@ class Webhook:
             headers["Authorization"] = f"Bearer {auth['token']}"
         elif auth["type"] == "api_key":
             headers[auth["header"]] = auth["api_key"]
-        prepared = requests.PreparedRequest()  # step by step: without the cookies it takes a third
+        prepared = requests.PreparedRequest()  # step by step: without cookies it takes a third
         prepared.prepare_method(self.method)
         prepared.prepare_url(config["url"], None)
         prepared.prepare_headers(headers)
-        prepared.prepare_body((config["body"] or "").encode(), None)
+        prepared.prepare_body(body.encode(), None)
         return prepared
 
     @functools.cached_property
     def key(self) -> Key:
-        """Which connections it can use."""
+        """Which connections can carry it."""
         return target_of(str(self.request.url)), self._config["verify_tls"]
 
     @functools.cached_property
     def _head(self) -> str:
         """The request line and the headers that are the same in every attempt."""
-        headers = self.request.headers
-        lines = [f"{self.method} {self.request.path_url} HTTP/1.1"]
-        if "Host" not in headers:
-            lines.append(f"Host: {urlsplit(str(self.request.url)).netloc}")
-        theirs = [name for name in headers if not name.lower().startswith("x-chronos-")]
-        lines += [f"{name}: {headers[name]!s}" for name in theirs]
-        return "\r\n".join(lines)
+        headers = dict(self.request.headers)
+        if "Host" not in self.request.headers:
+            headers["Host"] = urlsplit(str(self.request.url)).netloc
+        lines = [f"{name}: {value!s}\r\n" for name, value in headers.items()]
+        lines = [line for line in lines if not line.lower().startswith("x-chronos-")]
+        return f"{self.method} {self.request.path_url} HTTP/1.1\r\n" + "".join(lines)
 
     def to_bytes(self, execution: Execution) -> bytes:
         """Return the request of the attempt that ``execution`` is in."""
-        lines = [
-            self._head,
-            f"X-Chronos-Job-ID: {execution.job_id}",
-            f"X-Chronos-Execution-ID: {execution.id}",
-            f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}",
-            f"X-Chronos-Attempt: {execution.attempts}",
-        ]
+        head = (
+            f"{self._head}X-Chronos-Job-ID: {execution.job_id}\r\n"
+            f"X-Chronos-Execution-ID: {execution.id}\r\n"
+            f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}\r\n"
+            f"X-Chronos-Attempt: {execution.attempts}\r\n"
+        )
         if "Idempotency-Key" not in self.request.headers:
-            lines.append(f"Idempotency-Key: {execution.id}")
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        return head + (self.request.body or b"")  # type: ignore[operator]
-
-
-def _content_type(body: str) -> str:
-    try:
-        json.loads(body)
-    except (ValueError, RecursionError):
-        return "text/plain; charset=utf-8"
-    return "application/json"
+            head += f"Idempotency-Key: {execution.id}\r\n"
+        return f"{head}\r\n".encode("latin-1") + (self.request.body or b"")  # type: ignore[operator]
 
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """One HTTP request of an execution, and the means to end it from another thread.
-
-    attribute    written by               guarded by
-    reason       who aborts, the first    _lock
-    _cut         the worker               _lock  (ends whatever the worker is blocked in)
-    limit        the worker               nothing (one reference, replaced as a whole)
-    """
+    """One HTTP request of an execution, and the means to end it from another thread."""
 
     execution: Execution
     webhook: Webhook
     allowed: int  # µs
     allowed_reason: str  # timeout: the execution's time ends with it; else attempt_timeout
-    limit: tuple[int, str] | None = None  # monotonic instant, the reason to abort then
-    reason: str | None = None
-    _cut: Callable[[], None] | None = None
+    limit: int = 0  # monotonic instant when the watchdog aborts it
+    reason: str | None = None  # of the first abort; guarded by _lock, as is _cut
+    _cut: Callable[[], None] | None = None  # ends whatever the worker is blocked in
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
@@ -1908,7 +1899,7 @@ class Answer(NamedTuple):
     status_code: int
     phrase: str
     headers: dict[str, str]
-    body: bytes = b""
+    body: bytes
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
@@ -1916,18 +1907,17 @@ _CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]+)[ \t]*(?:;.*)?")
 
 
 class Connection:
-    """A connection to a target, which speaks HTTP/1.1 on it (RFC 9112), strictly and bounded.
+    """A connection to a target, and HTTP/1.1 on it (RFC 9112): strict and bounded.
 
-    One worker at a time uses it; only cut() is for others. Methods that receive raise OSError or
-    EOFError where the connection ends, ValueError where it is no HTTP.
+    One worker at a time uses it; only cut() is for others. What reads raises OSError or EOFError
+    where the connection ends, ValueError where it carries no HTTP.
     """
 
     def __init__(self, key: Key, family: int) -> None:
         self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.idle_since = 0
-        self.heard = False  # something of the answer has come
-        self.reusable = False  # the answer has been read to its end
+        self.reusable = False  # the last answer has been read to its end
         self._handle = self.socket.dup()
         self._received = bytearray()  # and not read yet
 
@@ -1943,68 +1933,71 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Say whether an idle connection is still open and nothing unasked has come on it."""
-        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
-            return False
-        try:
-            self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            try:
+                self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending())
         return False
 
     def exchange(self, request: bytes, method: str, limit: int) -> Answer:
-        """Send a request, return the answer; of a body over ``limit`` bytes one byte more."""
-        self.heard = self.reusable = False
-        try:
-            self.socket.sendall(request)
-            sent = True
-        except OSError:  # the server stopped reading; its answer may be there
-            sent = False
-        answer, lasts = self._read_head()
-        while answer.status_code < 200 and answer.status_code != 101:  # 100, 103: not the answer
-            answer, lasts = self._read_head()
-        body, whole = self._read_body(answer, method, limit)
-        self.reusable = sent and lasts and whole and not self._received
-        return answer._replace(body=body)
+        """Send a request, return its answer; of a body over ``limit`` bytes one byte more.
 
-    def _read_head(self) -> tuple[Answer, bool]:
-        """Return an answer without its body, and whether the connection outlasts it."""
+        Raises NoAnswer or another RequestException.
+        """
+        heard = sent = False
+        try:
+            with contextlib.suppress(OSError):  # it stopped reading: its answer may be there
+                self.socket.sendall(request)
+                sent = True
+            self._receive(1)
+            heard = True
+            status, headers = self._read_head()
+            while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
+                status, headers = self._read_head()
+            body, whole = self._read_body(status[2], headers, method, limit)
+        except (OSError, EOFError) as error:
+            if not heard:
+                raise NoAnswer(f"{self.key[0]} closed the connection without an answer") from error
+            said = f"{self.key[0]} closed the connection in the middle of its answer"
+            raise requests.ConnectionError(said) from error
+        except ValueError as error:
+            said = f"{self.key[0]} sent what is not a proper HTTP answer: {error}"
+            raise requests.ConnectionError(said) from error
+        lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
+        self.reusable = sent and whole and lasts and not self._received
+        return Answer(int(status[2]), status[3] or "", headers, body)
+
+    def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
+        """Return the status line and the headers; of one that is repeated the first."""
+        headers: dict[str, str] = {}
         status = _STATUS_LINE.fullmatch(self._read_line())
         if not status:
-            raise ValueError("its status line is none")
-        headers: dict[str, str] = {}
-        name = ""
-        for _ in range(MAX_HEADERS):
-            line = self._read_line()
-            if not line:
-                lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
-                return Answer(int(status[2]), status[3] or "", headers), lasts
-            if line[0] in " \t" and name:  # the old way to go on with a value
-                headers[name] += f" {line.strip()}"
-                continue
+            raise ValueError("a wrong status line")
+        while line := self._read_line():
             name, colon, value = line.partition(":")
-            if not colon:
-                raise ValueError("a header has no colon")
-            name = name.strip().lower()
-            headers.setdefault(name, value.strip())
-        raise ValueError(f"more than {MAX_HEADERS} headers")
+            if line[0] in " \t":
+                continue  # goes on with the value before: obsolete, and in none that matters
+            if not colon or len(headers) == MAX_HEADERS:
+                raise ValueError("a wrong header or too many")
+            headers.setdefault(name.strip().lower(), value.strip())
+        return status, headers
 
-    def _read_body(self, answer: Answer, method: str, limit: int) -> tuple[bytes, bool]:
+    def _read_body(
+        self, code: str, headers: dict[str, str], method: str, limit: int
+    ) -> tuple[bytes, bool]:
         """Return the body, at most one byte more than ``limit``, and whether that is all of it."""
-        length = answer.headers.get("content-length")
-        if method == "HEAD" or answer.status_code in (204, 304):
+        if method == "HEAD" or code in ("204", "304"):
             return b"", True
-        if answer.status_code == 101:  # from here on it is no HTTP
-            return b"", False
-        if answer.headers.get("transfer-encoding", "").lower() == "chunked":
+        if headers.get("transfer-encoding", "").lower() == "chunked":
             return self._read_chunks(limit)
+        length = headers.get("content-length")
         if length is None:
             with contextlib.suppress(EOFError):
                 self._receive(limit + 1)
             return bytes(self._received[: limit + 1]), False
         if not length.isdecimal():
-            raise ValueError("a Content-Length is no number")
+            raise ValueError("a wrong Content-Length")
         return self._read(min(int(length), limit + 1)), int(length) <= limit
 
     def _read_chunks(self, limit: int) -> tuple[bytes, bool]:
@@ -2012,20 +2005,20 @@ class Connection:
         while len(body) <= limit:
             size = _CHUNK_SIZE.fullmatch(self._read_line())
             if not size:
-                raise ValueError("a chunk has no size")
+                raise ValueError("a wrong size of a chunk")
             if int(size[1], 16) == 0:
                 while self._read_line():
                     pass  # trailers
                 return bytes(body), True
             body += self._read(min(int(size[1], 16), limit + 1 - len(body)))
             if len(body) <= limit and self._read_line():
-                raise ValueError("a chunk is longer than its size")
+                raise ValueError("a chunk longer than its size")
         return bytes(body), False
 
     def _read_line(self) -> str:
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > MAX_LINE_BYTES:
-                raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+                raise ValueError("a line too long")
             self._receive(len(self._received) + 1)
         return self._read(end + 1)[:-1].decode("latin-1").removesuffix("\r")
 
@@ -2041,7 +2034,6 @@ class Connection:
             data = self.socket.recv(65536)
             if not data:
                 raise EOFError
-            self.heard = True
             self._received += data
 
 
@@ -2051,11 +2043,10 @@ class Wire:
     def __init__(self, clock: Clock, settings: Json) -> None:
         self._clock = clock
         self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
-        self._max_bytes = settings["dispatcher.max_response_bytes"]
+        self._max_bytes: int = settings["dispatcher.max_response_bytes"]
         self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
-        self._policy = AddressPolicy(
-            settings["dispatcher.blocked_networks"], settings["dispatcher.allowed_networks"]
-        )
+        blocked = settings["dispatcher.blocked_networks"]
+        self._policy = AddressPolicy(blocked, settings["dispatcher.allowed_networks"])
         self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
         self._contexts: dict[bool, ssl.SSLContext] = {}
@@ -2068,36 +2059,27 @@ class Wire:
         Raises Aborted, and BlockedTarget or another RequestException with a sentence for people.
         """
         key = attempt.webhook.key
-        request = attempt.webhook.to_bytes(attempt.execution)
-        idle = self._take_idle(key)
-        answer = self._exchange(idle, request, attempt) if idle else None
-        if not answer:  # or it died while it was idle
-            answer = self._exchange(self._connect(key, attempt), request, attempt)
-        if not answer:
-            raise requests.ConnectionError(f"{key[0]} closed the connection without an answer")
-        return answer
+        if idle := self._take_idle(key):
+            with contextlib.suppress(NoAnswer):  # it died while it was idle
+                return self._exchange(idle, attempt)
+        return self._exchange(self._connect(key, attempt), attempt)
 
-    def _exchange(self, connection: Connection, request: bytes, attempt: Attempt) -> Answer | None:
-        """Send and receive on this connection; None: it ended before a byte came back."""
-        target, answer = connection.key[0], None
+    def _exchange(self, connection: Connection, attempt: Attempt) -> Answer:
+        """Send and receive on this connection, which is idle or closed afterwards."""
+        webhook, reusable = attempt.webhook, False
         try:
+            request = webhook.to_bytes(attempt.execution)
             with attempt.blocking(connection.cut):
-                answer = connection.exchange(request, attempt.webhook.method, self._max_bytes)
-        except (OSError, EOFError) as error:
-            if connection.heard:
-                said = f"{target} closed the connection in the middle of its answer"
-                raise requests.ConnectionError(said) from error
-        except ValueError as error:
-            said = f"{target} sent what is not a proper HTTP answer: {error}"
-            raise requests.ConnectionError(said) from error
+                answer = connection.exchange(request, webhook.method, self._max_bytes)
+            if attempt.reason:  # an abort can look like the end of the answer
+                raise Aborted
+            reusable = connection.reusable
+            return answer
         finally:
-            if answer and connection.reusable and not attempt.reason:
+            if reusable:
                 self._put_idle(connection)
             else:
                 connection.close()
-        if attempt.reason:  # an abort can look like the end of the answer
-            raise Aborted
-        return answer
 
     # ----------------------------------------------------------------------- connections
 
@@ -2129,86 +2111,77 @@ class Wire:
 
     def _connect(self, key: Key, attempt: Attempt) -> Connection:
         """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
-        parts, outer = urlsplit(key[0]), attempt.limit
+        parts = urlsplit(key[0])
         limit = self._clock.monotonic() + self._connect_timeout
-        if outer and limit < outer[0]:
-            attempt.limit = (limit, "connect_timeout")
-        try:
-            addresses = self._resolve(str(parts.hostname), parts.port or 0, attempt)
-            for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
-                self._policy.check(str(address[0]))
-                left = (limit - self._clock.monotonic()) / SECOND / (len(addresses) - tried)
-                try:
-                    return self._dial(family, address, key, max(left, 0.001), attempt)
-                except OSError as error:
-                    problem = requests.ConnectionError(_no_connection(key[0], address, error))
-            raise problem
-        finally:
-            attempt.limit = outer
 
-    def _dial(
-        self, family: int, address: Any, key: Key, left: float, attempt: Attempt
-    ) -> Connection:
-        """Connect to one address within ``left`` seconds. Raises OSError, Aborted."""
-        connection = Connection(key, family)
-        try:
-            with attempt.blocking(connection.cut):
-                connection.socket.settimeout(left)
-                connection.socket.connect(address)
-                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if key[0].startswith("https:"):
-                    connection.socket = self._context(key[1]).wrap_socket(
-                        connection.socket, server_hostname=urlsplit(key[0]).hostname
-                    )
-                connection.socket.settimeout(None)  # from here on the watchdog is the limit
-        except Exception:
-            connection.close()
-            raise
-        return connection
+        def left(shared_by: int = 1) -> float:
+            return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
+
+        addresses = self._resolve(str(parts.hostname), parts.port or 0, left(), attempt)
+        for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
+            self._policy.check(str(address[0]))
+            connection = Connection(key, family)
+            try:
+                with attempt.blocking(connection.cut):
+                    connection.socket.settimeout(left(len(addresses) - tried))
+                    connection.socket.connect(address)
+                    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    if parts.scheme == "https":
+                        connection.socket.settimeout(left())  # of the whole handshake
+                        connection.socket = self._context(key[1]).wrap_socket(
+                            connection.socket, server_hostname=parts.hostname
+                        )
+                    connection.socket.settimeout(None)  # from here on the watchdog is the limit
+                return connection
+            except Exception as error:
+                connection.close()
+                if not isinstance(error, OSError):
+                    raise
+                problem = requests.ConnectionError(_no_connection(key[0], address, error))
+        raise problem
 
     def _context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
         with self._lock:
             if verify not in self._contexts:
-                context = ssl.create_default_context(cafile=self._ca_bundle if verify else None)
-                if not verify:
-                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                context = ssl.create_default_context(cafile=self._ca_bundle)
+                context.check_hostname = verify
+                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
                 self._contexts[verify] = context
             return self._contexts[verify]
 
-    def _resolve(self, host: str, port: int, attempt: Attempt) -> list[Any]:
+    def _resolve(self, host: str, port: int, left: float, attempt: Attempt) -> list[Any]:
         """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         with contextlib.suppress(socket.gaierror, UnicodeError):
-            return socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-            )
+            return look_up(flags=socket.AI_NUMERICHOST)
         if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
             raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
-        done = threading.Event()
-        found: list[Any] = []
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-        def look_up() -> None:
+        def run() -> None:
             try:
-                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+                found.put(look_up())
             except (OSError, UnicodeError) as error:
-                found.append(error)
+                reason = getattr(error, "strerror", None) or error
+                said = f"the name {host} cannot be resolved: {reason}"
+                found.put(requests.ConnectionError(said))
             finally:
                 self._lookups.release()
-                done.set()
 
         try:
-            threading.Thread(target=look_up, name=f"dns-{host}", daemon=True).start()
+            threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
         except RuntimeError as error:
             self._lookups.release()
             raise requests.ConnectionError(f"DNS busy: {error}") from error
-        with attempt.blocking(done.set):
-            done.wait()
-        if attempt.reason:
-            raise Aborted
-        if isinstance(found[0], Exception):
-            reason = getattr(found[0], "strerror", None) or found[0]
-            raise requests.ConnectionError(f"the name {host} cannot be resolved: {reason}")
-        return list(found[0])
+        with attempt.blocking(lambda: found.put(Aborted())), contextlib.suppress(queue.Empty):
+            addresses = found.get(timeout=left)
+            if isinstance(addresses, Exception):
+                raise addresses
+            return list(addresses)
+        raise requests.ConnectionError(
+            f"the name {host} was not resolved within the time for connecting"
+        )
 
 
 def _no_connection(target: str, address: Any, error: OSError) -> str:
@@ -2237,7 +2210,6 @@ class Dispatcher:
         self._clock = clock
         self._wire = Wire(clock, settings)
         self._max_bytes = settings["dispatcher.max_response_bytes"]
-        self._connect_timeout = settings["dispatcher.connect_timeout"]
         self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
         self._stopped = threading.Event()
         self.last_watch = clock.monotonic()
@@ -2258,9 +2230,8 @@ class Dispatcher:
             try:
                 now = self._clock.monotonic()
                 for attempt in tuple(self._in_flight):
-                    limit = attempt.limit
-                    if limit and limit[0] <= now:
-                        attempt.abort(limit[1])
+                    if attempt.limit <= now:
+                        attempt.abort(attempt.allowed_reason)
                 self._wire.close_idle(IDLE_CONNECTION)
                 self.last_watch = now
             except Exception:  # no limit would hold any more
@@ -2269,13 +2240,10 @@ class Dispatcher:
     def send(self, attempt: Attempt) -> Outcome:
         """Make the request and say how it ended. Never raises."""
         started_at, start = self._clock.now(), self._clock.monotonic()
-        attempt.limit = (start + attempt.allowed, attempt.allowed_reason)
+        attempt.limit = start + attempt.allowed
         self._in_flight.add(attempt)
         try:
             result = self._judge(attempt.webhook, self._wire.send(attempt))
-            for secret in attempt.webhook.secrets:
-                for name in ("error", "response"):
-                    result[name] = result[name] and result[name].replace(secret, MASK)
         except Exception as error:
             reason, sentence = self._explain(attempt, error)
             result = {"reason": reason, "error": sentence}
@@ -2291,9 +2259,12 @@ class Dispatcher:
         error = f"the server answered {code} {answer.phrase}".strip()[:200]
         if 200 <= code < 300:
             error += ", which is not among success_codes"
+        text = self._text(answer)
+        for secret in webhook.secrets:
+            error, text = error.replace(secret, MASK), text.replace(secret, MASK)
         return {
             "status_code": code,
-            "response": self._text(answer),
+            "response": text,
             "success": success,
             "reason": None if success else "http_status",
             "error": None if success else error,
@@ -2308,23 +2279,21 @@ class Dispatcher:
                 body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
         charset = _CHARSET.search(answer.headers.get("content-type", ""))
         try:
-            kept = str(body[:limit], charset[1] if charset else "utf-8", "replace")
+            text = str(body[:limit], charset[1] if charset else "utf-8", "replace")
         except (LookupError, ValueError):
-            kept = str(body[:limit], "utf-8", "replace")
-        kept = kept.encode("utf-8", "replace").decode()
-        cut = max(len(body), len(answer.body)) > limit
-        return f"{kept}\n[cut off after {limit} bytes]" if cut else kept
+            text = str(body[:limit], "utf-8", "replace")
+        if max(len(body), len(answer.body)) > limit:
+            text += f"\n[cut off after {limit} bytes]"
+        return text.encode("utf-8", "replace").decode()
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
-        waited = f"no connection to {attempt.webhook.target} within {self._connect_timeout}"
-        limits = {
-            "timeout": ("timeout", "there was no whole answer within the timeout"),
-            "attempt_timeout": ("no_answer", "there was no whole answer within attempt_timeout"),
-            "connect_timeout": ("no_answer", waited),
-        }
+        if attempt.reason == "attempt_timeout":
+            return "no_answer", "there was no whole answer within attempt_timeout"
+        if attempt.reason == "timeout":
+            return "timeout", "there was no whole answer within the timeout"
         if attempt.reason:
-            return limits.get(attempt.reason, (attempt.reason, "the request was aborted"))
+            return attempt.reason, "the request was aborted"
         if isinstance(error, requests.RequestException):
             return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
         log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)

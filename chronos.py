@@ -28,7 +28,7 @@ The database is the queue: there is no schedule in memory, so a restart has noth
     engine      Engine        the only writer of the database; one pass after another
     worker-N    Engine        one HTTP request at a time; never the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
-    dns-HOST    Wire          one name look-up; may hang, so nobody waits for it unbounded
+    dns-HOST    Dispatcher    one name look-up; may hang, so nobody waits for it unbounded
     http        Service       waitress: accepts connections
     waitress-N  waitress      one API call at a time; reads the database, hands writes in
 """
@@ -1809,24 +1809,20 @@ class Webhook:
         return prepared
 
     @functools.cached_property
-    def key(self) -> Key:
-        """Which connections can carry it."""
-        return target_of(str(self.request.url)), self._config["verify_tls"]
-
-    @functools.cached_property
-    def _head(self) -> str:
-        """The request line and the headers that are the same in every attempt."""
-        headers = dict(self.request.headers)
-        if "Host" not in self.request.headers:
-            headers["Host"] = urlsplit(str(self.request.url)).netloc
+    def wired(self) -> tuple[Key, str]:
+        """Which connections can carry it; and the head, as far as all attempts have it."""
+        headers, url = self.request.headers, str(self.request.url)
         lines = [f"{name}: {value!s}\r\n" for name, value in headers.items()]
+        if "Host" not in headers:
+            lines.append(f"Host: {urlsplit(url).netloc}\r\n")
         lines = [line for line in lines if not line.lower().startswith("x-chronos-")]
-        return f"{self.method} {self.request.path_url} HTTP/1.1\r\n" + "".join(lines)
+        head = f"{self.method} {self.request.path_url} HTTP/1.1\r\n{''.join(lines)}"
+        return (target_of(url), self._config["verify_tls"]), head
 
     def to_bytes(self, execution: Execution) -> bytes:
         """Return the request of the attempt that ``execution`` is in."""
         head = (
-            f"{self._head}X-Chronos-Job-ID: {execution.job_id}\r\n"
+            f"{self.wired[1]}X-Chronos-Job-ID: {execution.job_id}\r\n"
             f"X-Chronos-Execution-ID: {execution.id}\r\n"
             f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}\r\n"
             f"X-Chronos-Attempt: {execution.attempts}\r\n"
@@ -1851,7 +1847,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def blocking(self, cut: Callable[[], None]) -> Iterator[None]:
-        """Borrow what the worker blocks on; ``cut`` ends it. Raises Aborted if it is too late."""
+        """While the worker blocks, ``cut`` ends it. Raises Aborted, also where it was late."""
         with self._lock:
             if self.reason:
                 raise Aborted
@@ -1861,6 +1857,8 @@ class Attempt:
         finally:
             with self._lock:
                 self._cut = None
+        if self.reason:  # what has come may look whole and is not
+            raise Aborted
 
     def abort(self, reason: str) -> None:
         """End the attempt now; the first reason wins. Any thread."""
@@ -1871,26 +1869,22 @@ class Attempt:
                     self._cut()
 
 
-class AddressPolicy:
-    """Which addresses may be dialled. It judges the address itself: names can't deceive it."""
+_network = functools.lru_cache(ipaddress.ip_network)
 
-    def __init__(self, blocked: list[str], allowed: list[str]) -> None:
-        self._blocked = [ipaddress.ip_network(text) for text in blocked]
-        self._allowed = [ipaddress.ip_network(text) for text in allowed]
 
-    def check(self, host: str) -> None:
-        """Raise BlockedTarget if this numeric address is closed."""
-        spellings: list[Any] = [ipaddress.ip_address(host.partition("%")[0])]
-        if spellings[0].version == 6:  # it may stand for an IPv4 one: mapped, 6to4, NAT64
-            inner = spellings[0].ipv4_mapped or spellings[0].sixtofour
-            if spellings[0] in ipaddress.ip_network("64:ff9b::/96"):  # RFC 6052
-                inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
-            spellings += [inner] if inner else []
-        for network in self._blocked:
-            if any(address in network for address in spellings):
-                raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
-        if self._allowed and not any(spellings[-1] in network for network in self._allowed):
-            raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
+def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
+    """Raise BlockedTarget if this numeric address is closed: names can't deceive it."""
+    spellings: list[Any] = [ipaddress.ip_address(host.partition("%")[0])]
+    if spellings[0].version == 6:  # it may stand for an IPv4 one: mapped, 6to4, NAT64
+        inner = spellings[0].ipv4_mapped or spellings[0].sixtofour
+        if spellings[0] in _network("64:ff9b::/96"):  # RFC 6052
+            inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
+        spellings += [inner] if inner else []
+    for network in blocked:
+        if any(address in _network(network) for address in spellings):
+            raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
+    if allowed and not any(spellings[-1] in _network(network) for network in allowed):
+        raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
 
 
 class Answer(NamedTuple):
@@ -1903,7 +1897,6 @@ class Answer(NamedTuple):
 
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
-_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]+)[ \t]*(?:;.*)?")
 
 
 class Connection:
@@ -1945,7 +1938,7 @@ class Connection:
 
         Raises NoAnswer or another RequestException.
         """
-        heard = sent = False
+        self.reusable = heard = sent = False
         try:
             with contextlib.suppress(OSError):  # it stopped reading: its answer may be there
                 self.socket.sendall(request)
@@ -1955,7 +1948,10 @@ class Connection:
             status, headers = self._read_head()
             while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
                 status, headers = self._read_head()
-            body, whole = self._read_body(status[2], headers, method, limit)
+            if method == "HEAD" or status[2] in ("204", "304"):
+                body, whole = b"", True
+            else:
+                body, whole = self._read_body(headers, limit)
         except (OSError, EOFError) as error:
             if not heard:
                 raise NoAnswer(f"{self.key[0]} closed the connection without an answer") from error
@@ -1983,12 +1979,8 @@ class Connection:
             headers.setdefault(name.strip().lower(), value.strip())
         return status, headers
 
-    def _read_body(
-        self, code: str, headers: dict[str, str], method: str, limit: int
-    ) -> tuple[bytes, bool]:
+    def _read_body(self, headers: dict[str, str], limit: int) -> tuple[bytes, bool]:
         """Return the body, at most one byte more than ``limit``, and whether that is all of it."""
-        if method == "HEAD" or code in ("204", "304"):
-            return b"", True
         if headers.get("transfer-encoding", "").lower() == "chunked":
             return self._read_chunks(limit)
         length = headers.get("content-length")
@@ -2003,16 +1995,16 @@ class Connection:
     def _read_chunks(self, limit: int) -> tuple[bytes, bool]:
         body = bytearray()
         while len(body) <= limit:
-            size = _CHUNK_SIZE.fullmatch(self._read_line())
-            if not size:
+            digits = self._read_line().partition(";")[0].strip()
+            if not digits.isalnum():  # int() takes a sign
                 raise ValueError("a wrong size of a chunk")
-            if int(size[1], 16) == 0:
-                while self._read_line():
-                    pass  # trailers
+            size = int(digits, 16)
+            body += self._read(min(size, limit + 1 - len(body)))
+            while len(body) <= limit and self._read_line():
+                if size:
+                    raise ValueError("a chunk longer than its size")  # else it is a trailer
+            if not size:
                 return bytes(body), True
-            body += self._read(min(int(size[1], 16), limit + 1 - len(body)))
-            if len(body) <= limit and self._read_line():
-                raise ValueError("a chunk longer than its size")
         return bytes(body), False
 
     def _read_line(self) -> str:
@@ -2037,153 +2029,6 @@ class Connection:
             self._received += data
 
 
-class Wire:
-    """Sends requests and keeps the connections. Workers call send(), the watchdog close_idle()."""
-
-    def __init__(self, clock: Clock, settings: Json) -> None:
-        self._clock = clock
-        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
-        self._max_bytes: int = settings["dispatcher.max_response_bytes"]
-        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
-        blocked = settings["dispatcher.blocked_networks"]
-        self._policy = AddressPolicy(blocked, settings["dispatcher.allowed_networks"])
-        self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
-        self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
-        self._contexts: dict[bool, ssl.SSLContext] = {}
-        self._idle: list[Connection] = []  # the oldest first
-        self._lock = threading.Lock()  # protects _idle and _contexts
-
-    def send(self, attempt: Attempt) -> Answer:
-        """Send the request of an attempt and return the answer, its body as far as it is kept.
-
-        Raises Aborted, and BlockedTarget or another RequestException with a sentence for people.
-        """
-        key = attempt.webhook.key
-        if idle := self._take_idle(key):
-            with contextlib.suppress(NoAnswer):  # it died while it was idle
-                return self._exchange(idle, attempt)
-        return self._exchange(self._connect(key, attempt), attempt)
-
-    def _exchange(self, connection: Connection, attempt: Attempt) -> Answer:
-        """Send and receive on this connection, which is idle or closed afterwards."""
-        webhook, reusable = attempt.webhook, False
-        try:
-            request = webhook.to_bytes(attempt.execution)
-            with attempt.blocking(connection.cut):
-                answer = connection.exchange(request, webhook.method, self._max_bytes)
-            if attempt.reason:  # an abort can look like the end of the answer
-                raise Aborted
-            reusable = connection.reusable
-            return answer
-        finally:
-            if reusable:
-                self._put_idle(connection)
-            else:
-                connection.close()
-
-    # ----------------------------------------------------------------------- connections
-
-    def _take_idle(self, key: Key) -> Connection | None:
-        while True:
-            with self._lock:
-                usable = (c for c in reversed(self._idle) if c.key == key)
-                connection = next(usable, None)
-                if connection is None:
-                    return None
-                self._idle.remove(connection)
-            if connection.is_quiet():
-                return connection
-            connection.close()
-
-    def _put_idle(self, connection: Connection) -> None:
-        connection.idle_since = self._clock.monotonic()
-        with self._lock:
-            self._idle.append(connection)
-            if len(self._idle) > self._max_idle:
-                self._idle.pop(0).close()
-
-    def close_idle(self, older_than: int) -> None:
-        """Close the connections that have been idle for so many µs."""
-        limit = self._clock.monotonic() - older_than
-        with self._lock:
-            while self._idle and self._idle[0].idle_since <= limit:
-                self._idle.pop(0).close()
-
-    def _connect(self, key: Key, attempt: Attempt) -> Connection:
-        """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
-        parts = urlsplit(key[0])
-        limit = self._clock.monotonic() + self._connect_timeout
-
-        def left(shared_by: int = 1) -> float:
-            return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
-
-        addresses = self._resolve(str(parts.hostname), parts.port or 0, left(), attempt)
-        for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
-            self._policy.check(str(address[0]))
-            connection = Connection(key, family)
-            try:
-                with attempt.blocking(connection.cut):
-                    connection.socket.settimeout(left(len(addresses) - tried))
-                    connection.socket.connect(address)
-                    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if parts.scheme == "https":
-                        connection.socket.settimeout(left())  # of the whole handshake
-                        connection.socket = self._context(key[1]).wrap_socket(
-                            connection.socket, server_hostname=parts.hostname
-                        )
-                    connection.socket.settimeout(None)  # from here on the watchdog is the limit
-                return connection
-            except Exception as error:
-                connection.close()
-                if not isinstance(error, OSError):
-                    raise
-                problem = requests.ConnectionError(_no_connection(key[0], address, error))
-        raise problem
-
-    def _context(self, verify: bool) -> ssl.SSLContext:
-        """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        with self._lock:
-            if verify not in self._contexts:
-                context = ssl.create_default_context(cafile=self._ca_bundle)
-                context.check_hostname = verify
-                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
-                self._contexts[verify] = context
-            return self._contexts[verify]
-
-    def _resolve(self, host: str, port: int, left: float, attempt: Attempt) -> list[Any]:
-        """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
-        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        with contextlib.suppress(socket.gaierror, UnicodeError):
-            return look_up(flags=socket.AI_NUMERICHOST)
-        if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
-            raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
-        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                found.put(look_up())
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                said = f"the name {host} cannot be resolved: {reason}"
-                found.put(requests.ConnectionError(said))
-            finally:
-                self._lookups.release()
-
-        try:
-            threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
-        except RuntimeError as error:
-            self._lookups.release()
-            raise requests.ConnectionError(f"DNS busy: {error}") from error
-        with attempt.blocking(lambda: found.put(Aborted())), contextlib.suppress(queue.Empty):
-            addresses = found.get(timeout=left)
-            if isinstance(addresses, Exception):
-                raise addresses
-            return list(addresses)
-        raise requests.ConnectionError(
-            f"the name {host} was not resolved within the time for connecting"
-        )
-
-
 def _no_connection(target: str, address: Any, error: OSError) -> str:
     """Return a sentence for a connection that could not be made."""
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -2204,12 +2049,21 @@ _CHARSET = re.compile(  # not every codec of Python: some take quadratic time
 
 
 class Dispatcher:
-    """Runs attempts: send() in a worker, the watchdog beside."""
+    """Runs attempts and owns the connections: send() in a worker, the watchdog beside."""
 
     def __init__(self, clock: Clock, settings: Json) -> None:
         self._clock = clock
-        self._wire = Wire(clock, settings)
-        self._max_bytes = settings["dispatcher.max_response_bytes"]
+        self._max_bytes: int = settings["dispatcher.max_response_bytes"]
+        self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
+        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
+        self._networks = [
+            settings[f"dispatcher.{kind}_networks"] for kind in ("blocked", "allowed")
+        ]
+        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+        self._idle: list[Connection] = []  # the oldest first
+        self._lock = threading.Lock()  # protects _idle and _contexts
+        self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
         self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
         self._stopped = threading.Event()
         self.last_watch = clock.monotonic()
@@ -2223,7 +2077,7 @@ class Dispatcher:
         """Stop the watchdog and close what is idle."""
         self._stopped.set()
         self._watchdog.join()
-        self._wire.close_idle(0)
+        self.close_idle(0)
 
     def _watch(self) -> None:
         while not self._stopped.wait(WATCHDOG_TICK_S):
@@ -2232,7 +2086,7 @@ class Dispatcher:
                 for attempt in tuple(self._in_flight):
                     if attempt.limit <= now:
                         attempt.abort(attempt.allowed_reason)
-                self._wire.close_idle(IDLE_CONNECTION)
+                self.close_idle(IDLE_CONNECTION)
                 self.last_watch = now
             except Exception:  # no limit would hold any more
                 log.exception("the watchdog goes on")
@@ -2243,7 +2097,7 @@ class Dispatcher:
         attempt.limit = start + attempt.allowed
         self._in_flight.add(attempt)
         try:
-            result = self._judge(attempt.webhook, self._wire.send(attempt))
+            result = self._judge(attempt.webhook, self._exchange(attempt))
         except Exception as error:
             reason, sentence = self._explain(attempt, error)
             result = {"reason": reason, "error": sentence}
@@ -2298,6 +2152,130 @@ class Dispatcher:
             return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
         log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
         return "no_answer", f"unexpected error: {type(error).__name__}"
+
+    # ----------------------------------------------------------------------- connections
+
+    def _exchange(self, attempt: Attempt) -> Answer:
+        """Send the request on an idle connection, or where there is none that lives, on a new one.
+
+        Raises Aborted, BlockedTarget or another RequestException with a sentence for people.
+        """
+        if idle := self._take_idle(attempt.webhook.wired[0]):
+            with contextlib.suppress(NoAnswer):  # it died while it was idle
+                return self._exchange_on(idle, attempt)
+        return self._exchange_on(self._connect(attempt), attempt)
+
+    def _exchange_on(self, connection: Connection, attempt: Attempt) -> Answer:
+        """Send the request on this connection, which is idle or closed afterwards."""
+        webhook = attempt.webhook
+        try:
+            request = webhook.to_bytes(attempt.execution)
+            with attempt.blocking(connection.cut):
+                return connection.exchange(request, webhook.method, self._max_bytes)
+        finally:
+            if connection.reusable and not attempt.reason:
+                connection.idle_since = self._clock.monotonic()
+                with self._lock:
+                    self._idle.append(connection)
+            else:
+                connection.close()
+
+    def _take_idle(self, key: Key) -> Connection | None:
+        while True:
+            with self._lock:
+                connection = next((c for c in reversed(self._idle) if c.key == key), None)
+                if connection is None:
+                    return None
+                self._idle.remove(connection)
+            if connection.is_quiet():
+                return connection
+            connection.close()
+
+    def close_idle(self, older_than: int) -> None:
+        """Close the connections that have been idle for so many µs, or are too many."""
+        limit = self._clock.monotonic() - older_than
+        with self._lock:
+            surplus = len(self._idle) - self._max_idle
+            while self._idle and (surplus > 0 or self._idle[0].idle_since <= limit):
+                self._idle.pop(0).close()
+                surplus -= 1
+
+    def _connect(self, attempt: Attempt) -> Connection:
+        """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
+        key = attempt.webhook.wired[0]
+        parts = urlsplit(key[0])
+        limit = self._clock.monotonic() + self._connect_timeout
+
+        def left(shared_by: int = 1) -> float:
+            return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
+
+        addresses = self._resolve(str(parts.hostname), parts.port or 0, left(), attempt)
+        for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
+            check_address(str(address[0]), *self._networks)
+            connection = Connection(key, family)
+            try:
+                with attempt.blocking(connection.cut):
+                    connection.socket.settimeout(left(len(addresses) - tried))
+                    connection.socket.connect(address)
+                    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    if parts.scheme == "https":
+                        connection.socket.settimeout(left())  # of the whole handshake
+                        connection.socket = self._context(key[1]).wrap_socket(
+                            connection.socket, server_hostname=parts.hostname
+                        )
+                    connection.socket.settimeout(None)  # from here on the watchdog is the limit
+                return connection
+            except Exception as error:
+                connection.close()
+                if not isinstance(error, OSError):
+                    raise
+                problem = requests.ConnectionError(_no_connection(key[0], address, error))
+        raise problem
+
+    def _context(self, verify: bool) -> ssl.SSLContext:
+        """Return the shared context: reading the authorities' certificates takes 40 ms."""
+        with self._lock:
+            if verify not in self._contexts:
+                context = ssl.create_default_context(cafile=self._ca_bundle)
+                context.check_hostname = verify
+                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+                self._contexts[verify] = context
+            return self._contexts[verify]
+
+    def _resolve(self, host: str, port: int, left: float, attempt: Attempt) -> list[Any]:
+        """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        with contextlib.suppress(socket.gaierror, UnicodeError):
+            return look_up(flags=socket.AI_NUMERICHOST)
+        if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
+            raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                found.put(look_up())
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                said = f"the name {host} cannot be resolved: {reason}"
+                found.put(requests.ConnectionError(said))
+            finally:
+                self._lookups.release()
+
+        try:
+            threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
+        except RuntimeError as error:
+            self._lookups.release()
+            raise requests.ConnectionError(f"DNS busy: {error}") from error
+        try:
+            with attempt.blocking(lambda: found.put(None)):
+                addresses = found.get(timeout=left)
+        except queue.Empty:
+            addresses = requests.ConnectionError(
+                f"no address of {host} within the time for connecting"
+            )
+        if isinstance(addresses, Exception):
+            raise addresses
+        return list(addresses)
 
 
 # ======================================================================================

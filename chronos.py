@@ -1746,6 +1746,12 @@ class Store:
 
 
 Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
+Answer = tuple[int, str, dict[str, str], bytes]  # status, phrase, headers in lower case, body
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_CHARSET = re.compile(  # not every codec of Python: some take quadratic time
+    r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
+)
+_network = functools.lru_cache(ipaddress.ip_network)
 
 
 class Aborted(Exception):
@@ -1869,9 +1875,6 @@ class Attempt:
                     self._cut()
 
 
-_network = functools.lru_cache(ipaddress.ip_network)
-
-
 def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
     """Raise BlockedTarget if this numeric address is closed: names can't deceive it."""
     spellings: list[Any] = [ipaddress.ip_address(host.partition("%")[0])]
@@ -1885,18 +1888,6 @@ def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
             raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
     if allowed and not any(spellings[-1] in _network(network) for network in allowed):
         raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
-
-
-class Answer(NamedTuple):
-    """What a target answered; the names of headers are in lower case."""
-
-    status_code: int
-    phrase: str
-    headers: dict[str, str]
-    body: bytes
-
-
-_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
 
 
 class Connection:
@@ -1948,21 +1939,19 @@ class Connection:
             status, headers = self._read_head()
             while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
                 status, headers = self._read_head()
-            if method == "HEAD" or status[2] in ("204", "304"):
-                body, whole = b"", True
-            else:
+            body, whole = b"", True
+            if method != "HEAD" and status[2] not in ("204", "304"):
                 body, whole = self._read_body(headers, limit)
         except (OSError, EOFError) as error:
-            if not heard:
-                raise NoAnswer(f"{self.key[0]} closed the connection without an answer") from error
-            said = f"{self.key[0]} closed the connection in the middle of its answer"
-            raise requests.ConnectionError(said) from error
+            kind = requests.ConnectionError if heard else NoAnswer
+            when = "in the middle of its" if heard else "without an"
+            raise kind(f"{self.key[0]} closed the connection {when} answer") from error
         except ValueError as error:
             said = f"{self.key[0]} sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(said) from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
         self.reusable = sent and whole and lasts and not self._received
-        return Answer(int(status[2]), status[3] or "", headers, body)
+        return int(status[2]), status[3] or "", headers, body
 
     def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
         """Return the status line and the headers; of one that is repeated the first."""
@@ -2043,11 +2032,6 @@ def _no_connection(target: str, address: Any, error: OSError) -> str:
     return f"no connection to {place}: {error.strerror or error}"
 
 
-_CHARSET = re.compile(  # not every codec of Python: some take quadratic time
-    r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
-)
-
-
 class Dispatcher:
     """Runs attempts and owns the connections: send() in a worker, the watchdog beside."""
 
@@ -2108,44 +2092,41 @@ class Dispatcher:
 
     def _judge(self, webhook: Webhook, answer: Answer) -> Json:
         """Return what an answer means, as fields of an Outcome."""
-        code, asked = answer.status_code, answer.headers.get("retry-after")
-        success = code in webhook.success_codes
-        error = f"the server answered {code} {answer.phrase}".strip()[:200]
+        code, phrase, headers, body = answer
+        success, asked = code in webhook.success_codes, headers.get("retry-after")
+        error = f"the server answered {code} {phrase}".strip()[:200]
         if 200 <= code < 300:
             error += ", which is not among success_codes"
-        text = self._text(answer)
+        text = self._text(headers, body)
         for secret in webhook.secrets:
             error, text = error.replace(secret, MASK), text.replace(secret, MASK)
         return {
-            "status_code": code,
-            "response": text,
-            "success": success,
-            "reason": None if success else "http_status",
-            "error": None if success else error,
+            "status_code": code, "response": text, "success": success,
+            "reason": None if success else "http_status", "error": None if success else error,
             "retry_after": parse_retry_after(asked, self._clock.now()) if asked else None,
-        }
+        }  # fmt: skip
 
-    def _text(self, answer: Answer) -> str:
-        """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
-        limit, body = self._max_bytes, answer.body
-        if answer.headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
+    def _text(self, headers: dict[str, str], body: bytes) -> str:
+        """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
+        cut = len(body) > self._max_bytes
+        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
             with contextlib.suppress(zlib.error):
-                body = zlib.decompressobj(wbits=47).decompress(body, limit + 1)  # gzip or zlib
-        charset = _CHARSET.search(answer.headers.get("content-type", ""))
+                unpacked = zlib.decompressobj(wbits=47)  # gzip or zlib
+                body = unpacked.decompress(body, self._max_bytes + 1)
+        cut, body = cut or len(body) > self._max_bytes, body[: self._max_bytes]
+        charset = _CHARSET.search(headers.get("content-type", ""))
         try:
-            text = str(body[:limit], charset[1] if charset else "utf-8", "replace")
+            text = str(body, charset[1] if charset else "utf-8", "replace")
         except (LookupError, ValueError):
-            text = str(body[:limit], "utf-8", "replace")
-        if max(len(body), len(answer.body)) > limit:
-            text += f"\n[cut off after {limit} bytes]"
+            text = str(body, "utf-8", "replace")
+        text += f"\n[cut off after {self._max_bytes} bytes]" if cut else ""
         return text.encode("utf-8", "replace").decode()
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
-        if attempt.reason == "attempt_timeout":
-            return "no_answer", "there was no whole answer within attempt_timeout"
-        if attempt.reason == "timeout":
-            return "timeout", "there was no whole answer within the timeout"
+        if attempt.reason == attempt.allowed_reason:
+            reason = "timeout" if attempt.reason == "timeout" else "no_answer"
+            return reason, f"there was no whole answer within the {attempt.reason}"
         if attempt.reason:
             return attempt.reason, "the request was aborted"
         if isinstance(error, requests.RequestException):

@@ -1754,7 +1754,7 @@ _CHARSET = re.compile(  # not every codec of Python: some take quadratic time
 _network = functools.lru_cache(ipaddress.ip_network)
 
 
-class Aborted(Exception):
+class Aborted(requests.RequestException):
     """The attempt was cut off; its ``reason`` says why."""
 
 
@@ -2040,9 +2040,8 @@ class Dispatcher:
         self._max_bytes: int = settings["dispatcher.max_response_bytes"]
         self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
         self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
-        self._networks = [
-            settings[f"dispatcher.{kind}_networks"] for kind in ("blocked", "allowed")
-        ]
+        self._blocked: list[str] = settings["dispatcher.blocked_networks"]
+        self._allowed: list[str] = settings["dispatcher.allowed_networks"]
         self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
         self._contexts: dict[bool, ssl.SSLContext] = {}
         self._idle: list[Connection] = []  # the oldest first
@@ -2083,8 +2082,7 @@ class Dispatcher:
         try:
             result = self._judge(attempt.webhook, self._exchange(attempt))
         except Exception as error:
-            reason, sentence = self._explain(attempt, error)
-            result = {"reason": reason, "error": sentence}
+            result = dict(zip(("reason", "error"), self._explain(attempt, error), strict=True))
         finally:
             self._in_flight.discard(attempt)
         ended = self._clock.monotonic()
@@ -2111,8 +2109,7 @@ class Dispatcher:
         cut = len(body) > self._max_bytes
         if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
             with contextlib.suppress(zlib.error):
-                unpacked = zlib.decompressobj(wbits=47)  # gzip or zlib
-                body = unpacked.decompress(body, self._max_bytes + 1)
+                body = zlib.decompressobj(47).decompress(body, self._max_bytes + 1)  # gzip or zlib
         cut, body = cut or len(body) > self._max_bytes, body[: self._max_bytes]
         charset = _CHARSET.search(headers.get("content-type", ""))
         try:
@@ -2192,7 +2189,7 @@ class Dispatcher:
 
         addresses = self._resolve(str(parts.hostname), parts.port or 0, left(), attempt)
         for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
-            check_address(str(address[0]), *self._networks)
+            check_address(str(address[0]), self._blocked, self._allowed)
             connection = Connection(key, family)
             try:
                 with attempt.blocking(connection.cut):
@@ -2206,10 +2203,8 @@ class Dispatcher:
                         )
                     connection.socket.settimeout(None)  # from here on the watchdog is the limit
                 return connection
-            except Exception as error:
+            except OSError as error:
                 connection.close()
-                if not isinstance(error, OSError):
-                    raise
                 problem = requests.ConnectionError(_no_connection(key[0], address, error))
         raise problem
 
@@ -2237,8 +2232,7 @@ class Dispatcher:
                 found.put(look_up())
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or error
-                said = f"the name {host} cannot be resolved: {reason}"
-                found.put(requests.ConnectionError(said))
+                found.put(requests.ConnectionError(f"the name {host} cannot be resolved: {reason}"))
             finally:
                 self._lookups.release()
 
@@ -2251,9 +2245,7 @@ class Dispatcher:
             with attempt.blocking(lambda: found.put(None)):
                 addresses = found.get(timeout=left)
         except queue.Empty:
-            addresses = requests.ConnectionError(
-                f"no address of {host} within the time for connecting"
-            )
+            addresses = requests.ConnectionError(f"no address of {host} within connect_timeout")
         if isinstance(addresses, Exception):
             raise addresses
         return list(addresses)

@@ -2147,6 +2147,7 @@ def test_requests_at_the_same_time_do_not_share_a_connection(send, hostile):
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK",
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nOK",
         b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000,  # read in part
+        OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged",  # more than was asked for
     ],
 )
 def test_a_connection_that_is_used_up_is_not_reused(send, hostile, answer):
@@ -2237,6 +2238,8 @@ def typed(content_type, body):
         (b"HTTP/1.1 200 OK\n\nbare line feeds", "bare line feeds"),
         (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", "x"),
         (CHUNKED + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
+        (CHUNKED + b"2 \r\nOK\r\n000\r\n\r\n", "OK"),
+        (b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length : 2\r\n\r\nOK!", "OK"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", ""),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", ""),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, "OK"),
@@ -2332,6 +2335,17 @@ def test_no_charset_makes_an_attempt_outlast_its_limit(make_dispatcher, hostile)
         CHUNKED + b"2\r\nO",
         CHUNKED + b"2\r\nOK\r\n",
         CHUNKED + b"no number\r\n",
+        CHUNKED + b"\r\n",
+        CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n",
+        CHUNKED + b"2\r\nOK!\r\n0\r\n\r\n",
+        CHUNKED + b"0\r\nX-Trailer: x\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 9999 + b"\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n",
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 1000,
         b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000,
         b"HTTP/1.1 0 Odd\r\n\r\n",
@@ -2371,6 +2385,23 @@ def test_every_hostile_server_is_cut_off_at_the_limit(dispatcher, stalled, schem
     ]
 
     assert wrong == []
+
+
+def test_neither_a_handshake_that_drips_nor_a_look_up_outlasts_the_limit_for_connecting(
+    make_dispatcher, hostile, name_server
+):
+    def drip(server, connection):
+        connection.recv(100)
+        connection.sendall(b"\x16\x03\x03\x3f\x00")  # a record of the handshake, 16 KiB
+        while not server.stopping.wait(0.1):
+            connection.sendall(b"x")
+
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
+
+    for url in (hostile(drip).url.replace("http:", "https:"), "http://hangs.test/"):
+        outcome, seconds = timed_send(dispatcher, make_attempt(url))
+        assert (outcome.success, outcome.reason) == (False, "no_answer")
+        assert outcome.error.startswith("no ") and 0.5 <= seconds <= 1
 
 
 @pytest.mark.parametrize("name", CONNECTING)

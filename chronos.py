@@ -2063,6 +2063,7 @@ class Dispatcher:
         self.close_idle(0)
 
     def _watch(self) -> None:
+        failed = False
         while not self._stopped.wait(WATCHDOG_TICK_S):
             try:
                 now = self._clock.monotonic()
@@ -2070,9 +2071,11 @@ class Dispatcher:
                     if attempt.limit <= now:
                         attempt.abort(attempt.allowed_reason)
                 self.close_idle(IDLE_CONNECTION)
-                self.last_watch = now
+                self.last_watch, failed = now, False
             except Exception:  # no limit would hold any more
-                log.exception("the watchdog goes on")
+                if not failed:  # else it was said
+                    log.exception("the watchdog goes on")
+                failed = True
 
     def send(self, attempt: Attempt) -> Outcome:
         """Make the request and say how it ended. Never raises."""
@@ -2355,7 +2358,14 @@ class Engine:
 
     def _worker(self) -> None:
         while attempt := self._attempts.get():
-            self._inbox.put(self.dispatcher.send(attempt))
+            try:
+                outcome = self.dispatcher.send(attempt)
+            except Exception:  # a bug must not end the thread, nor hold the execution
+                log.exception("a worker goes on")
+                now = self.clock.monotonic()
+                head = (attempt.execution, self.clock.now(), 0, now)
+                outcome = Outcome(*head, reason="no_answer", error="unexpected error")
+            self._inbox.put(outcome)
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""

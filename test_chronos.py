@@ -5584,8 +5584,8 @@ def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target)
 
 
 @pytest.mark.parametrize("places", [
-    ["_request"],
-    ["_request", "_explain"],
+    ["_judge"],
+    ["_judge", "_explain"],
     ["send"],
 ])  # fmt: skip
 def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(
@@ -5609,7 +5609,7 @@ def test_an_error_in_the_watchdog_ends_no_limit_and_is_logged_once(
     service, target, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(service.service.engine.dispatcher._wire, "close_idle", a_bug)
+        patch.setattr(service.service.engine.dispatcher, "close_idle", a_bug)
         wait_until(lambda: tracebacks(caplog))
         job = service.create(target.url + "/hang", timeout="300ms", retry_policy=ONCE)
         error = service.error(500, "POST", trigger_path(job))

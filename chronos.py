@@ -1739,7 +1739,7 @@ class Store:
 # 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
 # ======================================================================================
 #
-# The wire owns every socket and reads the answers, because no timeout of requests is a limit: a
+# Sockets and the reading of answers are our own, because no timeout of requests is a limit: a
 # server that drips bytes renews them all. What ends a blocked call from another thread is
 # shutdown() on a duplicate of the socket's descriptor, made before connect(): close() leaves the
 # call blocked, and TLS detaches the socket it wraps.

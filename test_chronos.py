@@ -5163,6 +5163,29 @@ def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_pr
     assert share < 0.01
 
 
+@pytest.mark.long
+def test_under_a_steady_load_neither_file_nor_memory_grow(make_process, target, tmp_path):
+    now, directory = chronos.Clock().now(), tmp_path / "home" / "data"
+    fill_store(directory, target.url, 200, "* * * * * *", now)
+    process = make_process("retention: {executions_per_job: 100}")
+    seen = []
+
+    for minute in range(6):
+        time.sleep(60)  # what is measured is what it has come to after so long
+        memory = Path(f"/proc/{process.process.pid}/statm").read_text().split()[1]
+        size = sum(path.stat().st_size for path in directory.glob("chronos.db*"))
+        seen.append((int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6, size / 1e6))
+        print(f"minute {minute + 1}: {seen[-1][0]:.1f} MB of memory, {seen[-1][1]:.1f} MB on disk")
+
+    jobs = process.get("/jobs?limit=20")["jobs"]
+    totals = [process.get(path_of(job) + "/executions?limit=1")["total"] for job in jobs]
+    print(f"{target.received.qsize() / 360:.0f} executions/s; a job has {max(totals)} at most")
+    assert target.received.qsize() > 190 * 360
+    assert max(totals) <= 110
+    assert seen[5][0] - seen[2][0] < 3
+    assert seen[5][1] <= seen[2][1] * 1.1
+
+
 @pytest.mark.parametrize("silent", ["watchdog", "engine"])
 def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypatch, silent):
     clock, begun, let_go = HookedClock(), threading.Event(), threading.Event()

@@ -42,6 +42,9 @@ import difflib
 import errno
 import fcntl
 import functools
+import getpass
+import hashlib
+import hmac
 import ipaddress
 import json
 import logging
@@ -140,10 +143,10 @@ MASK = "********"
 #   └── StartError       the service can't start: with an exit status
 
 STATUS = {
-    "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "NOT_FOUND": 404,
-    "METHOD_NOT_ALLOWED": 405, "CONFLICT": 409, "PRECONDITION_FAILED": 412,
-    "PAYLOAD_TOO_LARGE": 413, "STORE_ERROR": 500, "EXECUTION_ERROR": 500, "INTERNAL_ERROR": 500,
-    "UNAVAILABLE": 503,
+    "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "UNAUTHORIZED": 401,
+    "FORBIDDEN": 403, "NOT_FOUND": 404, "METHOD_NOT_ALLOWED": 405, "CONFLICT": 409,
+    "PRECONDITION_FAILED": 412, "PAYLOAD_TOO_LARGE": 413, "TOO_MANY_REQUESTS": 429,
+    "STORE_ERROR": 500, "EXECUTION_ERROR": 500, "INTERNAL_ERROR": 500, "UNAVAILABLE": 503,
 }  # fmt: skip
 EXIT_FAILED, EXIT_RUNNING, EXIT_CONFIG = 1, 75, 78  # 75 and 78: sysexits.h
 
@@ -977,6 +980,18 @@ _address = rule(lambda value: split_address(text(300)(value)), "must be an addre
 _path = text(4096)
 
 
+def hash_password(password: bytes, salt: bytes) -> str:
+    """Return the scrypt hash (RFC 7914) of a password, as auth.users has it."""
+    key = hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
+    return f"scrypt:{salt.hex()}:{key.hex()}"
+
+
+def _user(name: str, value: Any) -> Any:
+    _user_name(name)
+    problem = "must be what the command hash-password prints"
+    return matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", problem)(value)
+
+
 def parse_size(value: Any) -> int:
     """Return the bytes of a size such as ``500MB`` or ``1GB``. Raises ValueError."""
     match = re.fullmatch(r"([1-9][0-9]{0,5})([MG])B", value) if isinstance(value, str) else None
@@ -991,6 +1006,9 @@ SETTINGS: dict[str, Field] = {
     "server.http.address":            Field(_address,                           "127.0.0.1:8080"),
     "server.http.threads":            Field(number(8, 256),                     16),
     "server.shutdown_grace":          Field(duration("0", "1h"),                "20s"),
+    "server.allow_unauthenticated":   Field(boolean,                            False),
+    "server.allowed_hosts":           Field(list_of(text(253), 100),            []),
+    "server.trusted_proxy":           Field(text(100),                          None),
     "cluster.node_id":                Field(text(100),                          None),
     "cluster.data_dir":               Field(_path,                              "./data"),
     "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
@@ -1011,6 +1029,9 @@ SETTINGS: dict[str, Field] = {
     "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
     "retention.max_size":             Field(rule(parse_size, "must be a size"), "1GB"),
+    "auth.type":                      Field(one_of("none", "basic"),            "none"),
+    "auth.users":                     Field(mapping(_user, 1000),               {}),
+    "auth.viewers":                   Field(list_of(text(256), 1000),           []),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
 # fmt: on
@@ -1112,9 +1133,29 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
     settings["dispatcher.max_concurrent_per_host"] = per_host
     settings["cluster.node_id"] = settings["cluster.node_id"] or platform.node() or "chronos"
+    if problem := _open_door(settings):
+        raise StartError(EXIT_CONFIG, problem)
     base = (path or Path(__file__)).parent.resolve()
     settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
     return settings
+
+
+def _open_door(settings: Json) -> str | None:
+    """Return what is wrong with who may come in, or None."""
+    users, viewers = settings["auth.users"], settings["auth.viewers"]
+    if settings["auth.type"] == "basic":
+        named = users and all(name in users for name in viewers)
+        return None if named else "auth.users must name somebody, and everybody in auth.viewers"
+    address = settings["server.http.address"]
+    host, _port = split_address(address)
+    with contextlib.suppress(ValueError):
+        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
+    if host == "localhost" or settings["server.allow_unauthenticated"]:
+        return None
+    return (
+        f"server.http.address {address} lets everybody in: set auth.type: basic and auth.users, "
+        "or server.allow_unauthenticated: true"
+    )
 
 
 # ======================================================================================
@@ -2913,6 +2954,81 @@ PREVIEW_QUERY = {
 # fmt: on
 
 
+class SignIn:
+    """HTTP Basic authentication (RFC 7617).
+
+    Verified credentials are kept as a keyed digest, so that scrypt is paid for once. Unknown
+    users cost as much as known ones.
+    """
+
+    def __init__(self, settings: Json, clock: Clock) -> None:
+        self._users: dict[str, str] = settings["auth.users"]
+        self._viewers: list[str] = settings["auth.viewers"]
+        self._clock, self._key = clock, os.urandom(32)
+        self._verified: dict[bytes, str] = {}  # digest of an Authorization header -> user
+        self._failures: dict[str, deque[int]] = {}  # address -> when; the newest address last
+        self._lock = threading.Lock()  # protects both
+        self._hashing = threading.BoundedSemaphore(2)  # each takes 50 ms and 16 MB
+
+    def user(self, header: str, address: str, reads: bool) -> str:
+        """Return who sends these credentials. Raises ApiError: 401, 403 or 429."""
+        digest = hmac.digest(self._key, header.encode("latin-1", "replace"), "sha256")
+        name = self._verified.get(digest)
+        if name is None:
+            name = self._verify(header, address)
+            with self._lock:
+                if len(self._verified) >= 1000:
+                    self._verified.clear()
+                self._verified[digest] = name
+        if name in self._viewers and not reads:
+            raise ApiError("FORBIDDEN", f"{name} may only read: see auth.viewers")
+        return name
+
+    def _verify(self, header: str, address: str) -> str:
+        scheme, _blank, encoded = header.partition(" ")
+        try:
+            pair = base64.b64decode(encoded.strip(), validate=True)
+        except ValueError:
+            pair = b""
+        user, colon, password = pair.partition(b":")
+        if scheme.lower() == "basic" and colon:
+            name = user.decode(errors="replace")
+            known = self._users.get(name, f"scrypt:{'00' * 16}:")
+            failures = self._admit(address)
+            try:
+                hashed = hash_password(password, bytes.fromhex(known.split(":")[1]))
+            finally:
+                self._hashing.release()
+            if hmac.compare_digest(hashed, known):
+                return name
+            failures.append(self._clock.monotonic())
+        bottle.response.set_header("WWW-Authenticate", 'Basic realm="Chronos", charset="UTF-8"')
+        raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
+
+    def _admit(self, address: str) -> deque[int]:
+        """Take one of the places in _hashing; return when this address failed."""
+        with self._lock:
+            failures = self._failures.pop(address, None) or deque(maxlen=10)
+            self._failures[address] = failures
+            if len(self._failures) > 10_000:
+                del self._failures[next(iter(self._failures))]
+        wait = failures[0] + MINUTE - self._clock.monotonic() if len(failures) == 10 else 0
+        if wait <= 0 and not self._hashing.acquire(timeout=0.5):
+            wait = SECOND
+        if wait > 0:
+            bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
+            raise ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
+        return failures
+
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
+SECURITY_HEADERS = {
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}  # fmt: skip
+
+
 class Api:
     """The HTTP interface, as a WSGI application. Its methods run in waitress's threads."""
 
@@ -2947,6 +3063,10 @@ class Api:
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
         self._node_id: str = settings["cluster.node_id"]
         self._started = clock.monotonic()
+        basic = settings["auth.type"] == "basic"
+        self._sign_in = SignIn(settings, clock) if basic else None
+        names = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
+        self._hosts = {name.lower() for name in names}
         self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
         self.app = bottle.Bottle()
         for method, path, name in self.ROUTES:
@@ -2958,6 +3078,8 @@ class Api:
         try:
             raw_path: str = bottle.request.environ["bottle.raw_path"]
             raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
+            if handler != self.health:
+                self._check_sender()
             result = handler(**path)
             bottle.response.status, data = result if isinstance(result, tuple) else (200, result)
             return self._envelope(data, None)
@@ -2970,6 +3092,33 @@ class Api:
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))
+
+    def _check_sender(self) -> None:
+        """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
+        headers, environ = bottle.request.headers, bottle.request.environ
+        host, reads = headers.get("Host", "").lower(), bottle.request.method in SAFE_METHODS
+        if not self._sign_in and not self._is_own(host):  # a page may have rebound its name
+            raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
+        if not reads:
+            scheme, _colons, place = (
+                headers.get("Origin", f"http://{host}").lower().partition("://")
+            )
+            own = {"http": ":80", "https": ":443"}.get(scheme, "")
+            same = place.removesuffix(own) == re.sub(":(80|443)$", "", host)
+            if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+                message = "a page of another site must not change anything here"
+                raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
+        if self._sign_in:
+            address = environ.get("REMOTE_ADDR", "")
+            user = self._sign_in.user(headers.get("Authorization", ""), address, reads)
+            environ["chronos.user"] = user
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._hosts or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
@@ -2991,14 +3140,14 @@ class Api:
     @staticmethod
     def _envelope(data: Any, error: Json | None) -> bytes:
         bottle.response.content_type = "application/json"
-        bottle.response.set_header("Cache-Control", "no-store")
-        bottle.response.set_header("X-Content-Type-Options", "nosniff")
+        for name, value in SECURITY_HEADERS.items():
+            bottle.response.set_header(name, value)
         answer = {"success": error is None, "data": data, "error": error}
         return json.dumps(answer, allow_nan=False).encode() + b"\n"
 
     @staticmethod
     def _user() -> str:
-        return "anonymous"
+        return str(bottle.request.environ.get("chronos.user", "anonymous"))
 
     # ------------------------------------------------------------------------- handlers
 
@@ -3248,7 +3397,7 @@ def lock_data_dir(directory: Path) -> IO[str]:
 
 
 class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-    """waitress's parser, which hangs up on a request line that urllib can't split."""
+    """waitress's parser, but a request line that urllib can't split does not end the thread."""
 
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the head of a request. Raises ParsingError, which is answered with 400."""
@@ -3256,6 +3405,8 @@ class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:
             raise waitress.parser.ParsingError(str(error)) from error
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1
+            raise waitress.parser.ParsingError("Transfer-Encoding and Content-Length")
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
@@ -3298,12 +3449,16 @@ class Service:
         """Lock, open, bind, run. Raises StartError or StoreError."""
         self._lock = lock_data_dir(self.data_dir)
         self.store.open()
+        proxy = self.settings["server.trusted_proxy"]
+        names = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
+        trusted = {"trusted_proxy": proxy, "trusted_proxy_count": 1, "trusted_proxy_headers": names}
         self._server = waitress.create_server(
             self.api.app, map=self._channels, sockets=[self._listen()],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
             max_request_body_size=MAX_BODY_BYTES + 1,
+            **(trusted if proxy else {}),
         )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
@@ -3368,21 +3523,32 @@ def set_up_logging(level: str) -> None:
     log.setLevel(level.upper())
 
 
-def run_serve(settings: Json, _asked: argparse.Namespace) -> int:
+def read_settings(asked: argparse.Namespace) -> Json:
+    """Return the settings, and log as they say. Raises StartError."""
+    beside = Path(__file__).with_name("chronos.yaml")
+    path = getattr(asked, "config", beside if beside.exists() else None)
+    settings = load_settings(path, os.environ)
+    set_up_logging(settings["logging.level"])
+    return settings
+
+
+def run_serve(asked: argparse.Namespace) -> int:
     """Run the service until SIGTERM or SIGINT."""
+    settings = read_settings(asked)
+    settings["scheduler.paused"] |= hasattr(asked, "paused")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    asked = threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())  # the handler only sets the event
+        signal.signal(number, lambda *_: stop.set())  # the handler only sets the event
     service = Service(settings)
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        asked.wait()
+        stop.wait()
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
@@ -3390,15 +3556,31 @@ def run_serve(settings: Json, _asked: argparse.Namespace) -> int:
     return 0
 
 
-def run_check_config(_settings: Json, _asked: argparse.Namespace) -> int:
-    """Say that the configuration is right; if it is not, loading it has said so."""
+def run_check_config(asked: argparse.Namespace) -> int:
+    """Say that the configuration is right."""
+    read_settings(asked)
     print("the configuration is correct")
     return 0
 
 
-def run_backup(settings: Json, asked: argparse.Namespace) -> int:
+def run_hash_password(_asked: argparse.Namespace) -> int:
+    """Print the hash of a password: typed twice on a terminal, else one line of the input."""
+    if sys.stdin.isatty():
+        password = getpass.getpass("password: ").encode()
+        if getpass.getpass("again: ").encode() != password:
+            raise ChronosError("the two are not the same")
+    else:
+        password = sys.stdin.buffer.readline().rstrip(b"\r\n")
+    if not password:
+        raise ChronosError("an empty password is none")
+    print(hash_password(password, os.urandom(16)))
+    return 0
+
+
+def run_backup(asked: argparse.Namespace) -> int:
     """Write a checked copy of the database, also of a running server's."""
-    Store(Path(settings["cluster.data_dir"]) / "chronos.db").backup(asked.file.absolute())
+    directory = read_settings(asked)["cluster.data_dir"]
+    Store(Path(directory) / "chronos.db").backup(asked.file.absolute())
     print(f"{asked.file} is a consistent copy")
     return 0
 
@@ -3406,6 +3588,7 @@ def run_backup(settings: Json, asked: argparse.Namespace) -> int:
 COMMANDS = {
     "serve": (run_serve, "run the service (this is the default)"),
     "check-config": (run_check_config, "say what is wrong in the configuration"),
+    "hash-password": (run_hash_password, "print the hash of a password for auth.users"),
     "backup": (run_backup, "copy the database to FILE, while the server runs, too"),
 }
 
@@ -3432,15 +3615,9 @@ def main(arguments: list[str] | None = None) -> int:
         asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as ended:  # argparse has printed what there is to say
         return EXIT_FAILED if ended.code else 0
-    beside = Path(__file__).with_name("chronos.yaml")
-    path = getattr(asked, "config", beside if beside.exists() else None)
     try:
-        settings = load_settings(path, os.environ)
-        if hasattr(asked, "paused"):
-            settings["scheduler.paused"] = True
-        set_up_logging(settings["logging.level"])
         run, _summary = COMMANDS[asked.command or "serve"]
-        return run(settings, asked)
+        return run(asked)
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

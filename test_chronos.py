@@ -18,6 +18,8 @@ import http.server
 import itertools
 import json
 import os
+import platform
+import pty
 import queue
 import random
 import re
@@ -1163,12 +1165,53 @@ def test_the_environment_overrides_the_file_and_is_read_as_a_yaml_scalar(load, r
     content = THREADS + "16\nscheduler:\n  paused: false\n  missed_run_grace: 5s\n"
     environment = {"CHRONOS_SERVER_HTTP_THREADS": "32", "CHRONOS_SCHEDULER_PAUSED": "true"}
 
-    settings = load(content, **environment, CHRONOS_SERVER_HTTP_ADDRESS="0.0.0.0:9000")
+    settings = load(content, **environment, CHRONOS_SERVER_HTTP_ADDRESS="127.1.1.1:90")
 
     assert (settings["server.http.threads"], settings["scheduler.paused"]) == (32, True)
-    assert settings["server.http.address"] == "0.0.0.0:9000"
+    assert settings["server.http.address"] == "127.1.1.1:90"
     assert settings["scheduler.missed_run_grace"] == "5s"
     assert "whole number from 8" in refusal(content, CHRONOS_SERVER_HTTP_THREADS="many")
+
+
+ADA = "scrypt:" + "5a" * 16 + ":" + "0f" * 32
+BASIC = f'auth: {{type: basic, users: {{ada: "{ADA}"}}}}'
+
+
+@pytest.mark.parametrize(
+    ("address", "is_open"),
+    [
+        ("127.0.0.1:80", False), ("127.9.9.9:80", False), ("localhost:80", False),
+        ("[::1]:80", False), (":80", True), ("0.0.0.0:80", True), ("[::]:80", True),
+        ("10.0.0.5:80", True), ("[fe80::1]:80", True), ("example.test:80", True),
+    ],
+)  # fmt: skip
+def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
+    load, refusal, address, is_open
+):
+    content = f'server: {{http: {{address: "{address}"}}}}'
+    if is_open:
+        message = refusal(content)
+        assert "auth.type: basic" in message
+        assert "server.allow_unauthenticated: true" in message
+    else:
+        load(content)
+
+    load(f"{content}\n{BASIC}")
+    load(content, CHRONOS_SERVER_ALLOW_UNAUTHENTICATED="true")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("auth: {type: basic}", "auth.users must name somebody"),
+        (BASIC[:-1] + ", viewers: [bob]}", "everybody in auth.viewers"),
+        ("auth: {users: {ada: secret}}", "auth.users.ada must be what the command hash-password"),
+        ('auth: {users: {"a:b": "' + ADA + '"}}', "auth.users.a:b must not contain a colon"),
+        ("auth: {type: digest}", "auth.type must be one of none, basic"),
+    ],
+)
+def test_who_may_sign_in_must_be_said_rightly(refusal, content, message):
+    assert message in refusal(content)
 
 
 def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load, tmp_path):
@@ -4775,6 +4818,194 @@ def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
 
 
 # ======================================================================================
+# 12. API: who may do what
+# ======================================================================================
+
+
+@pytest.fixture
+def guarded(make_service):
+    """A service with two users: ada, and vera who may only read; the password is pässwörd."""
+    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
+    users = {"ada": hashed, "vera": hashed}
+    return make_service(auth__type="basic", auth__users=users, auth__viewers=["vera"])
+
+
+def credentials(name, password="pässwörd"):
+    pair = f"{name}:{password}".encode()
+    return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+def test_every_route_but_health_asks_who_it_is(guarded):
+    for method, path, _name in chronos.Api.ROUTES:
+        place = re.sub("<.*?>", "1", path.removeprefix("/api/v1"))
+        status = guarded.call(method, place)[0]
+        assert status == (200 if path == "/health" else 401), path
+    for path in ("//api/v1/jobs", "/%61pi/v1/jobs", "/api/v1/jobs?x"):
+        answer = requests.get(guarded.url + path, timeout=5)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == 'Basic realm="Chronos", charset="UTF-8"'
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Basic", "Basic !!!", "Basic YWRh", "Bearer x", "Basic " + "A" * 5000, "Digest a=b"],
+)
+def test_what_are_no_credentials_is_a_401_and_no_failure(guarded, header):
+    for _ in range(12):
+        error = guarded.expect(401, "GET", "/jobs", headers={"Authorization": header})
+
+    assert error["code"] == "UNAUTHORIZED"
+    assert guarded.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
+
+
+def test_who_changed_a_version_is_known_and_a_viewer_only_reads(guarded, target):
+    body, vera = job_body(target.url), credentials("vera")
+    job = guarded.expect(201, "POST", "/jobs", body, headers=credentials("ada"))
+
+    [version] = guarded.expect(200, "GET", path_of(job, "/versions"), headers=vera)
+    assert version["created_by"] == "ada"
+    for method, rest in (("DELETE", ""), ("POST", "/trigger"), ("PATCH", ""), ("PUT", "")):
+        error = guarded.expect(403, method, path_of(job, rest), headers=vera)
+        assert error["code"] == "FORBIDDEN" and "auth.viewers" in error["message"]
+    assert target.received.empty()
+
+
+def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_not(
+    guarded, monkeypatch
+):
+    clock = ManualClock()
+    monkeypatch.setattr(guarded.service.api._sign_in, "_clock", clock)
+    known, new = credentials("ada"), credentials("vera")
+    guarded.expect(200, "GET", "/jobs", headers=known)
+
+    for name in ("ada", "nobody") * 5:
+        guarded.expect(401, "GET", "/jobs", headers=credentials(name, "wrong"))
+        clock.advance(1)
+    refused = requests.get(f"{guarded.url}/api/v1/jobs", headers=new, timeout=5)
+
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "51")
+    assert refused.json()["error"]["code"] == "TOO_MANY_REQUESTS"
+    guarded.expect(200, "GET", "/jobs", headers=known)
+    clock.advance(51)
+    guarded.expect(200, "GET", "/jobs", headers=new)
+
+
+def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(monkeypatch):
+    settings = make_settings(Path("unused"), auth__users={"ada": ADA})
+    sign_in, clock = chronos.SignIn(settings, ManualClock()), ManualClock()
+    monkeypatch.setattr(chronos, "hash_password", lambda *_: "")
+    wrong = credentials("ada", "wrong")["Authorization"]
+
+    codes = []
+    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(10_000)]:
+        with pytest.raises(chronos.ApiError) as refusal:
+            sign_in.user(wrong, address, True)
+        codes.append(refusal.value.code)
+
+    assert clock.now() == NOON
+    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 10_000
+    assert len(sign_in._failures) == 10_000
+    with pytest.raises(chronos.ApiError, match="missing or wrong"):
+        sign_in.user(wrong, "10.0.0.1", True)  # its failures are forgotten
+
+
+def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(
+    guarded, monkeypatch
+):
+    hashed = []
+    real = chronos.hash_password
+    monkeypatch.setattr(chronos, "hash_password", lambda *a: hashed.append(a) or real(*a))
+
+    for name, password in (("nobody", "x"), ("ada", "x"), ("ada", "pässwörd")):
+        guarded.call("GET", "/jobs", headers=credentials(name, password))
+    for _ in range(5):
+        guarded.expect(200, "GET", "/jobs", headers=credentials("ada"))
+
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://HOST"}, 200),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "https://Localhost:443"}, 200),
+        ({"Host": "localhost:443", "Origin": "https://localhost"}, 200),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://HOST1"}, 403),
+        ({"Origin": "http://HOST.evil.test"}, 403),
+        ({"Origin": "http://evil.test"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost:8080"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost:443"}, 403),
+        ({"Host": "localhost:8080", "Origin": "http://localhost"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_a_page_of_another_site_changes_nothing(service, target, headers, status):
+    job = service.create(target.url)
+    host = service.url.removeprefix("http://")
+    headers = {name: value.replace("HOST", host) for name, value in headers.items()}
+
+    got, envelope = service.call("POST", path_of(job, "/enable"), headers=headers)
+
+    assert got == status
+    assert status == 200 or "server.trusted_proxy" in envelope["error"]["message"]
+    assert service.call("GET", "/jobs", headers=headers)[0] == 200  # reading is the page's right
+    assert service.get(path_of(job))["enabled"] == (status == 200)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("LOCALHOST:8080", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200),
+        ("10.0.0.5:8080", 200), ("cron.test", 200), ("CRON.test:80", 200),
+        (platform.node(), 200), ("evil.test", 403), ("cron.test.evil.test", 403),
+        ("127.0.0.1.evil.test", 403), ("localhost, evil.test", 403), ("[::1", 403),
+    ],
+)  # fmt: skip
+def test_without_sign_in_only_own_names_are_answered(make_service, host, status):
+    service = make_service(server__allowed_hosts=["Cron.Test"])
+
+    got, envelope = service.call("GET", "/jobs", headers={"Host": host})
+
+    assert got == status
+    assert status == 200 or "server.allowed_hosts" in envelope["error"]["message"]
+    assert service.call("GET", "/health", headers={"Host": host})[0] == 200
+
+
+def test_with_sign_in_any_name_will_do(guarded):
+    headers = credentials("ada") | {"Host": "evil.test"}
+
+    assert guarded.call("GET", "/jobs", headers=headers)[0] == 200
+
+
+@pytest.mark.parametrize("trusted", [None, "127.0.0.1", "127.0.0.9"])
+def test_who_asks_is_taken_from_the_trusted_proxy_only(make_service, trusted):
+    service = make_service(server__trusted_proxy=trusted)
+    forwarded = {"X-Forwarded-For": "10.9.9.9", "X-Forwarded-Host": "evil.test"}
+
+    status = service.call("GET", "/jobs", headers=forwarded)[0]
+
+    assert status == (403 if trusted == "127.0.0.1" else 200)
+
+
+def test_answers_are_not_kept_framed_or_sniffed(service):
+    for path in ("/health", "/api/v1/jobs", "/nothing"):
+        headers = requests.get(service.url + path, timeout=5).headers
+        assert {name: headers[name] for name in chronos.SECURITY_HEADERS} == (
+            chronos.SECURITY_HEADERS
+        )
+        assert not [name for name in headers if name.startswith("Access-Control-")]
+
+
+# ======================================================================================
 # 13. Service and command line
 # ======================================================================================
 
@@ -5003,6 +5234,51 @@ def test_a_backup_of_a_working_server_is_restored_by_copying_it_back(
     shutil.copy(tmp_path / "copy.db", tmp_path / "home" / "data" / "chronos.db")
     restored = {job["id"] for job in make_process("", "--paused").get("/jobs")["jobs"]}
     assert before <= restored <= created
+
+
+def test_hash_password_prints_one_line_that_signs_in(make_process):
+    command = [sys.executable, CHRONOS, "hash-password"]
+    lines = [
+        subprocess.run(command, input="pässwörd\n", capture_output=True, text=True, timeout=20)
+        for _ in range(2)
+    ]
+    hashed = [result.stdout.strip() for result in lines]
+    assert hashed[0] != hashed[1]  # each has a salt of its own
+    assert [result.stdout.count("\n") for result in lines] == [1, 1]
+
+    process = make_process(f"auth: {{type: basic, users: {{ada: {hashed[0]}}}}}")
+
+    assert process.call("GET", "/jobs")[0] == 401
+    assert process.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
+    assert process.call("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("typed", [["alpha", "alpha"], ["alpha", "beta"], ["", ""]])
+def test_hash_password_asks_twice_on_a_terminal(typed):
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(CHRONOS), "hash-password"])
+    shown = b""
+    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
+        for prompt, line in zip((b"password: ", b"again: "), typed, strict=True):
+            while prompt not in shown:
+                shown += console.read(1000)
+            console.write(line.encode() + b"\n")
+        while data := console.read(1000):
+            shown += data
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert b"alpha" not in shown
+    assert (status, b"scrypt:" in shown) == (
+        (0, True) if typed == ["alpha", "alpha"] else (1, False)
+    )
+
+
+def test_an_empty_password_from_a_pipe_is_refused():
+    command = [sys.executable, CHRONOS, "hash-password"]
+    result = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=20)
+
+    check_refused(result, 1, "an empty password is none")
 
 
 def test_a_backup_without_a_database_says_so(configure, tmp_path):

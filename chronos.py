@@ -978,6 +978,10 @@ def split_address(address: str) -> tuple[str, int]:
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
 _path = text(4096)
+_size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
+_password_hash = matching(
+    "scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what the command hash-password prints"
+)
 
 
 def hash_password(password: bytes, salt: bytes) -> str:
@@ -986,18 +990,9 @@ def hash_password(password: bytes, salt: bytes) -> str:
     return f"scrypt:{salt.hex()}:{key.hex()}"
 
 
-def _user(name: str, value: Any) -> Any:
-    _user_name(name)
-    problem = "must be what the command hash-password prints"
-    return matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", problem)(value)
-
-
-def parse_size(value: Any) -> int:
-    """Return the bytes of a size such as ``500MB`` or ``1GB``. Raises ValueError."""
-    match = re.fullmatch(r"([1-9][0-9]{0,5})([MG])B", value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError('must be a size such as "500MB" or "1GB"')
-    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
+def parse_size(size: str) -> int:
+    """Return the bytes of a size such as ``500MB`` or ``1GB``."""
+    return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
 
 
 # fmt: off
@@ -1028,9 +1023,10 @@ SETTINGS: dict[str, Field] = {
     "dispatcher.ca_bundle":           Field(_path,                              None),
     "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
-    "retention.max_size":             Field(rule(parse_size, "must be a size"), "1GB"),
+    "retention.max_size":             Field(_size,                              "1GB"),
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
-    "auth.users":                     Field(mapping(_user, 1000),               {}),
+    "auth.users":                     Field(mapping(
+        lambda name, value: _user_name(name) and _password_hash(value), 1000),  {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
@@ -1090,17 +1086,12 @@ def _flatten(data: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
         is_section = any(key.startswith(f"{path}.") for key in SETTINGS)
         if path not in SETTINGS and isinstance(value, dict) and value:
             yield from _flatten(value, f"{path}.")
-        elif not is_section:
+        elif not is_section or value not in (None, {}):
             yield path, value
-        elif value not in (None, {}):
-            raise Problems([(path, "must be a mapping of keys")])
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
-    """Return every setting: the environment's, else the file's, else the default.
-
-    ``path`` None: there is no file. Raises StartError with the line and what was meant.
-    """
+    """Return each setting of environment, file (None: there is none) or defaults, or StartError."""
     place = str(path)
     lines: dict[str, str] = {}
     try:
@@ -1118,44 +1109,37 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
                 values[key] = read_yaml(environment[place], environment, {})
                 lines[f".{key}"] = f"{place}: "
         settings = validate(SETTINGS, values)
-    except OSError as error:
-        raise StartError(EXIT_CONFIG, f"{path} cannot be read: {error.strerror}") from error
+        _check_door(settings)
     except Problems as error:
-        told = [
-            next(lines[outer] for outer in reversed(lines) if f".{key}.".startswith(f"{outer}."))
-            + f"{key} {message}"
-            for key, message in error.problems
-        ]
-        raise StartError(EXIT_CONFIG, "\n".join(told[:3])) from error
-    except ValueError as error:
-        raise StartError(EXIT_CONFIG, f"{place}: {error}") from error
+        told = []
+        for key, message in error.problems[:3]:
+            around = [line for path, line in lines.items() if f".{key}.".startswith(f"{path}.")]
+            told.append(f"{around[-1] if around else ''}{key} {message}")
+        raise StartError(EXIT_CONFIG, "\n".join(told)) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(EXIT_CONFIG, f"{place}: {reason}") from error
     workers = settings["dispatcher.max_concurrent_jobs"]
     per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
     settings["dispatcher.max_concurrent_per_host"] = per_host
     settings["cluster.node_id"] = settings["cluster.node_id"] or platform.node() or "chronos"
-    if problem := _open_door(settings):
-        raise StartError(EXIT_CONFIG, problem)
     base = (path or Path(__file__)).parent.resolve()
     settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
     return settings
 
 
-def _open_door(settings: Json) -> str | None:
-    """Return what is wrong with who may come in, or None."""
-    users, viewers = settings["auth.users"], settings["auth.viewers"]
+def _check_door(settings: Json) -> None:
+    """Raise Problems where nobody could come in, or everybody without being meant to."""
+    users, address = settings["auth.users"], settings["server.http.address"]
     if settings["auth.type"] == "basic":
-        named = users and all(name in users for name in viewers)
-        return None if named else "auth.users must name somebody, and everybody in auth.viewers"
-    address = settings["server.http.address"]
-    host, _port = split_address(address)
-    with contextlib.suppress(ValueError):
-        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    if host == "localhost" or settings["server.allow_unauthenticated"]:
-        return None
-    return (
-        f"server.http.address {address} lets everybody in: set auth.type: basic and auth.users, "
-        "or server.allow_unauthenticated: true"
-    )
+        if not users or not users.keys() >= set(settings["auth.viewers"]):
+            raise Problems([("auth.users", "must name somebody, and everybody in auth.viewers")])
+    elif (
+        not settings["server.allow_unauthenticated"]
+        and not re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", split_address(address)[0])
+    ):  # fmt: skip
+        ways_out = "auth.type: basic and auth.users, or server.allow_unauthenticated: true"
+        raise Problems([("server.http.address", f"{address} lets everybody in: set {ways_out}")])
 
 
 # ======================================================================================
@@ -1186,13 +1170,6 @@ def parse_retry_after(value: str | None, now: int) -> int | None:
         return None
 
 
-def is_retryable(outcome: Outcome) -> bool:
-    """Say whether another attempt may help: no answer, 429 and 5xx; a blocked target never."""
-    if outcome.status_code is None:
-        return outcome.reason in ("no_answer", "interrupted")
-    return outcome.status_code == 429 or outcome.status_code >= 500
-
-
 def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) -> Execution:
     """Return what becomes of an execution: success, failed, or pending again with a due_at.
 
@@ -1210,7 +1187,10 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
         error=error, status_code=outcome.status_code, response=outcome.response,
         attempt_log=json.dumps([*json.loads(execution.attempt_log), attempt]),
     )  # fmt: skip
-    if not is_retryable(outcome) or outcome.success or execution.attempts >= retry["max_attempts"]:
+    may_help = outcome.reason in ("no_answer", "interrupted")  # never for a blocked target
+    if outcome.status_code is not None:
+        may_help = outcome.status_code == 429 or outcome.status_code >= 500
+    if outcome.success or not may_help or execution.attempts >= retry["max_attempts"]:
         return after
     wait = retry_wait(retry, execution.attempts, outcome.retry_after)
     if outcome.reason == "interrupted":

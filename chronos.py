@@ -2888,28 +2888,31 @@ class Engine:
 # Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
 
 
-NO_ANSWER = ("no_answer", "timeout", "blocked")  # reasons that make a trigger an EXECUTION_ERROR
+def envelope(data: Any, error: ApiError | None = None) -> bytes:
+    """Return the body of an answer."""
+    details = {"details": error.details} if error and error.details else {}
+    told = error and {"code": error.code, "message": str(error), **details}
+    answer = {"success": not error, "data": data, "error": told}
+    return json.dumps(answer, allow_nan=False).encode() + b"\n"
 
 
-def read_json(request: Any) -> Any:
-    """Return the body of a request as JSON (RFC 8259). Raises ApiError."""
-    body = request.environ["wsgi.input"].read()  # waitress has bounded it
+def read_json() -> Any:
+    """Return the body of the request as JSON (RFC 8259). Raises ApiError."""
+    body = bottle.request.environ["wsgi.input"].read()  # waitress has bounded it
     try:
-        return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except ValueError as error:
         raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
 
 
+_no_constant = rule(lambda _name: False, "NaN and Infinity are no numbers in JSON")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    names = [name for name, _value in pairs]
-    for name, times in Counter(names).items():
-        if times > 1:
-            raise ValueError(f"the name {name!r} is there twice")
+    if len(dict(pairs)) < len(pairs):
+        name = Counter(name for name, _value in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {name!r} is there twice")
     return dict(pairs)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
 
 
 # fmt: off
@@ -2921,7 +2924,7 @@ EXECUTIONS_QUERY = {
 JOBS_QUERY = {
     "limit":    Field(query_number(1, 1_000_000),                   -1),
     "offset":   Field(query_number(0, 1_000_000_000),               0),
-    "enabled":  Field(one_of("true", "false"),                      None),
+    "enabled":  Field(lambda word: one_of("true", "false")(word) == "true", None),
     "q":        Field(text(200),                                    None),
     "status":   Field(one_of(*EXECUTION_STATUSES),                  None),
 }
@@ -2935,73 +2938,58 @@ PREVIEW_QUERY = {
 
 
 class SignIn:
-    """HTTP Basic authentication (RFC 7617).
-
-    Verified credentials are kept as a keyed digest, so that scrypt is paid for once. Unknown
-    users cost as much as known ones.
-    """
+    """HTTP Basic authentication (RFC 7617); unknown users cost as much as known ones."""
 
     def __init__(self, settings: Json, clock: Clock) -> None:
         self._users: dict[str, str] = settings["auth.users"]
         self._viewers: list[str] = settings["auth.viewers"]
         self._clock, self._key = clock, os.urandom(32)
-        self._verified: dict[bytes, str] = {}  # digest of an Authorization header -> user
+        self._verified: dict[bytes, str] = {}  # keyed digest of an Authorization header -> user
         self._failures: dict[str, deque[int]] = {}  # address -> when; the newest address last
-        self._lock = threading.Lock()  # protects both
-        self._hashing = threading.BoundedSemaphore(2)  # each takes 50 ms and 16 MB
+        self._lock = threading.Lock()  # for _failures; and one hash at a time: 50 ms and 16 MB
 
     def user(self, header: str, address: str, reads: bool) -> str:
         """Return who sends these credentials. Raises ApiError: 401, 403 or 429."""
-        digest = hmac.digest(self._key, header.encode("latin-1", "replace"), "sha256")
+        digest = hmac.digest(self._key, header.encode("latin-1"), "sha256")
         name = self._verified.get(digest)
         if name is None:
             name = self._verify(header, address)
-            with self._lock:
-                if len(self._verified) >= 1000:
-                    self._verified.clear()
-                self._verified[digest] = name
+            if len(self._verified) >= 1000:
+                self._verified.clear()
+            self._verified[digest] = name
         if name in self._viewers and not reads:
             raise ApiError("FORBIDDEN", f"{name} may only read: see auth.viewers")
         return name
 
     def _verify(self, header: str, address: str) -> str:
         scheme, _blank, encoded = header.partition(" ")
-        try:
+        pair = b""
+        with contextlib.suppress(ValueError):
             pair = base64.b64decode(encoded.strip(), validate=True)
-        except ValueError:
-            pair = b""
         user, colon, password = pair.partition(b":")
         if scheme.lower() == "basic" and colon:
             name = user.decode(errors="replace")
             known = self._users.get(name, f"scrypt:{'00' * 16}:")
-            failures = self._admit(address)
-            try:
+            with self._lock:
+                failures = self._failures.pop(address, None) or deque(maxlen=10)
+                self._failures[address] = failures
+                if len(self._failures) > 10_000:
+                    del self._failures[next(iter(self._failures))]
+                now = self._clock.monotonic()
+                wait = failures[0] + MINUTE - now if len(failures) == 10 else 0
+                if wait > 0:
+                    bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
+                    raise ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
                 hashed = hash_password(password, bytes.fromhex(known.split(":")[1]))
-            finally:
-                self._hashing.release()
-            if hmac.compare_digest(hashed, known):
-                return name
-            failures.append(self._clock.monotonic())
+                if hmac.compare_digest(hashed, known):
+                    return name
+                failures.append(now)
         bottle.response.set_header("WWW-Authenticate", 'Basic realm="Chronos", charset="UTF-8"')
         raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
 
-    def _admit(self, address: str) -> deque[int]:
-        """Take one of the places in _hashing; return when this address failed."""
-        with self._lock:
-            failures = self._failures.pop(address, None) or deque(maxlen=10)
-            self._failures[address] = failures
-            if len(self._failures) > 10_000:
-                del self._failures[next(iter(self._failures))]
-        wait = failures[0] + MINUTE - self._clock.monotonic() if len(failures) == 10 else 0
-        if wait <= 0 and not self._hashing.acquire(timeout=0.5):
-            wait = SECOND
-        if wait > 0:
-            bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
-            raise ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
-        return failures
-
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
+OWN_PAGES = ("none", "same-origin")  # of Sec-Fetch-Site
 SECURITY_HEADERS = {
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -3019,8 +3007,8 @@ class Api:
         ("GET",    "/api/v1/jobs",                                      "list_jobs"),
         ("POST",   "/api/v1/jobs",                                      "create_job"),
         ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
-        ("PUT",    "/api/v1/jobs/<job_id>",                             "replace_job"),
-        ("PATCH",  "/api/v1/jobs/<job_id>",                             "patch_job"),
+        ("PUT",    "/api/v1/jobs/<job_id>",                             "change_job"),
+        ("PATCH",  "/api/v1/jobs/<job_id>",                             "change_job"),
         ("DELETE", "/api/v1/jobs/<job_id>",                             "delete_job"),
         ("POST",   "/api/v1/jobs/<job_id>/enable",                      "enable_job"),
         ("POST",   "/api/v1/jobs/<job_id>/disable",                     "disable_job"),
@@ -3030,8 +3018,8 @@ class Api:
         ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/replay", "replay_execution"),
         ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/cancel", "cancel_execution"),
         ("GET",    "/api/v1/jobs/<job_id>/versions",                    "list_versions"),
-        ("GET",    "/api/v1/jobs/<job_id>/versions/<number>",           "get_version"),
-        ("POST",   "/api/v1/jobs/<job_id>/rollback/<number>",           "roll_back_job"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "get_version"),
+        ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "roll_back_job"),
         ("GET",    "/api/v1/executions",                                "list_all_executions"),
         ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
         ("GET",    "/api/v1/cluster/status",                            "cluster_status"),
@@ -3043,10 +3031,9 @@ class Api:
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
         self._node_id: str = settings["cluster.node_id"]
         self._started = clock.monotonic()
-        basic = settings["auth.type"] == "basic"
-        self._sign_in = SignIn(settings, clock) if basic else None
-        names = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
-        self._hosts = {name.lower() for name in names}
+        self._sign_in = SignIn(settings, clock) if settings["auth.type"] == "basic" else None
+        own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
+        self._hosts = {name.lower() for name in own}
         self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
         self.app = bottle.Bottle()
         for method, path, name in self.ROUTES:
@@ -3055,75 +3042,59 @@ class Api:
 
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
+        environ = bottle.request.environ
         try:
-            raw_path: str = bottle.request.environ["bottle.raw_path"]
-            raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
+            environ["bottle.raw_path"].encode("latin-1").decode()  # Bottle drops what is not UTF-8
             if handler != self.health:
-                self._check_sender()
+                self._check_sender(environ, bottle.request.method in SAFE_METHODS)
             result = handler(**path)
-            bottle.response.status, data = result if isinstance(result, tuple) else (200, result)
-            return self._envelope(data, None)
+            status, data = result if isinstance(result, tuple) else (200, result)
+            return self._answer(data, status=status)
         except ApiError as error:
-            return self._error(error)
+            return self._answer(None, error)
         except UnicodeDecodeError:
-            return self._error(ApiError("VALIDATION_ERROR", "the URL is not UTF-8"))
+            return self._answer(None, ApiError("VALIDATION_ERROR", "the URL is not UTF-8"))
         except RecursionError:
-            return self._error(ApiError("INVALID_JSON", "the body is nested too deep"))
+            return self._answer(None, ApiError("INVALID_JSON", "the body is nested too deep"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
-            return self._error(ApiError("INTERNAL_ERROR", "a bug: the server's log has more"))
+            bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
+            return self._answer(None, bug)
 
-    def _check_sender(self) -> None:
+    def _check_sender(self, environ: Json, reads: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
-        headers, environ = bottle.request.headers, bottle.request.environ
-        host, reads = headers.get("Host", "").lower(), bottle.request.method in SAFE_METHODS
-        if not self._sign_in and not self._is_own(host):  # a page may have rebound its name
+        host = environ.get("HTTP_HOST", "").lower()
+        name = re.sub(":[0-9]*$", "", host)
+        is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
+        if not self._sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
-            scheme, _colons, place = (
-                headers.get("Origin", f"http://{host}").lower().partition("://")
-            )
-            own = {"http": ":80", "https": ":443"}.get(scheme, "")
-            same = place.removesuffix(own) == re.sub(":(80|443)$", "", host)
-            if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            origin = environ.get("HTTP_ORIGIN", f"http://{host}").lower()
+            scheme, _colons, place = origin.partition("://")
+            default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+            same = place.removesuffix(default_port) == re.sub(":(80|443)$", "", host)
+            if not same or environ.get("HTTP_SEC_FETCH_SITE", "none") not in OWN_PAGES:
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
         if self._sign_in:
-            address = environ.get("REMOTE_ADDR", "")
-            user = self._sign_in.user(headers.get("Authorization", ""), address, reads)
-            environ["chronos.user"] = user
-
-    def _is_own(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self._hosts or bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
+            header, address = environ.get("HTTP_AUTHORIZATION", ""), environ.get("REMOTE_ADDR", "")
+            environ["chronos.user"] = self._sign_in.user(header, address, reads)
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
         place = f"{bottle.request.method} {bottle.request.path}"
-        code, message = {
-            400: ("VALIDATION_ERROR", str(error.body)),
-            404: ("NOT_FOUND", f"there is nothing at {place}"),
-            405: ("METHOD_NOT_ALLOWED", f"{place} is not possible"),
-        }.get(error.status_code, ("INTERNAL_ERROR", "a bug: the server's log has more"))
+        codes = {400: "VALIDATION_ERROR", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+        code = codes.get(error.status_code, "INTERNAL_ERROR")
         if code == "INTERNAL_ERROR":
             log.error("%s failed", place, exc_info=error.exception)
-        return self._error(ApiError(code, message))
-
-    def _error(self, error: ApiError) -> bytes:
-        bottle.response.status = STATUS[error.code]
-        details = {"details": error.details} if error.details else {}
-        return self._envelope(None, {"code": error.code, "message": str(error), **details})
+        return self._answer(None, ApiError(code, f"{place}: {error.body}"))
 
     @staticmethod
-    def _envelope(data: Any, error: Json | None) -> bytes:
+    def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
+        bottle.response.status = STATUS[error.code] if error else status
         bottle.response.content_type = "application/json"
-        for name, value in SECURITY_HEADERS.items():
-            bottle.response.set_header(name, value)
-        answer = {"success": error is None, "data": data, "error": error}
-        return json.dumps(answer, allow_nan=False).encode() + b"\n"
+        bottle.response.headers.update(SECURITY_HEADERS)
+        return envelope(data, error)
 
     @staticmethod
     def _user() -> str:
@@ -3143,16 +3114,14 @@ class Api:
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
         query = self._query(JOBS_QUERY)
-        state = {"true": True, "false": False, None: None}[query["enabled"]]
-        tags = [tag.partition(":")[::2] for tag in bottle.request.query.decode().getall("tag")]
-        filters = {"enabled": state, "q": query["q"], "status": query["status"], "tags": tags}
-        jobs, total = self.store.jobs(filters, query["limit"], query["offset"])
+        limit, offset = query.pop("limit"), query.pop("offset")
+        query["tags"] = [t.partition(":")[::2] for t in bottle.request.query.decode().getall("tag")]
+        jobs, total = self.store.jobs(query, limit, offset)
         return {"jobs": [self._job_json(job) for job in jobs], "total": total}
 
     def create_job(self) -> tuple[int, Json]:
         """Create a job."""
-        data = read_json(bottle.request)
-        config, enabled = validate_job(data, self._retry_policy, self.clock.now())
+        config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
         job = self.engine.make(self.engine.create_job, config, enabled, self._user())
         log.info("job %s (%s) was created by %s", job.id, config["name"], self._user())
         return 201, self._show_job(job)
@@ -3161,27 +3130,21 @@ class Api:
         """Return one job."""
         return self._show_job(self.store.job(job_id))
 
-    def replace_job(self, job_id: str) -> Json:
-        """Replace the whole configuration; what is left out goes back to its default."""
-        data = read_json(bottle.request)
-        return self._change_job(job_id, lambda _shown: data, sets_state=True)
+    def change_job(self, job_id: str) -> Json:
+        """Replace the configuration (PUT), or change what the body names (PATCH).
 
-    def patch_job(self, job_id: str) -> Json:
-        """Change what the body names, a JSON merge patch."""
-        patch = read_json(bottle.request)
-        names = patch if isinstance(patch, dict) else {}
-        return self._change_job(job_id, lambda job: merge_patch(job, patch), "enabled" in names)
-
-    def _change_job(self, job_id: str, change: Callable[[Json], Any], sets_state: bool) -> Json:
-        """Change a job as it is now; begin again if another change comes between."""
+        It begins again if another change comes between.
+        """
+        body, patches = read_json(), bottle.request.method == "PATCH"
         while True:
             base = self.store.job(job_id)
             self._check_match(base)
-            data = change(masked_config(base.config) | {"enabled": base.enabled})
+            shown = masked_config(base.config) | {"enabled": base.enabled}
+            data = merge_patch(shown, body) if patches else body
             now = self.clock.now()
             config, enabled = validate_job(data, self._retry_policy, now, base.config)
+            state = None if patches and "enabled" not in body else enabled
             try:
-                state = enabled if sets_state else None
                 job = self.engine.make(self.engine.update_job, base, config, state, self._user())
                 break
             except ApiError as error:
@@ -3211,9 +3174,7 @@ class Api:
         log.info("job %s was %s by %s", job_id, "enabled" if enabled else "disabled", self._user())
         return self._show_job(job)
 
-    def disable_job(self, job_id: str) -> Json:
-        """Stop the job's fire times."""
-        return self.enable_job(job_id, enabled=False)
+    disable_job = functools.partialmethod(enable_job, enabled=False)
 
     def _job_json(self, job: Job) -> Json:
         last = self.store.executions(job.id, 1)
@@ -3226,32 +3187,24 @@ class Api:
     def list_versions(self, job_id: str, number: int | None = None) -> list[Json]:
         """Return the versions of a job, the newest first."""
         self.store.job(job_id)
-        return [
-            version
-            | {"config": masked_config(version["config"])}
-            | {"created_at": format_time(version["created_at"])}
-            for version in self.store.versions(job_id, number)
-        ]
+        versions = self.store.versions(job_id, number)
+        for version in versions:
+            version["config"] = masked_config(version["config"])
+            version["created_at"] = format_time(version["created_at"])
+        return versions
 
     def get_version(self, job_id: str, number: str) -> Json:
         """Return one version of a job."""
-        found = self.list_versions(job_id, self._version_number(job_id, number))
-        if not found:
-            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
-        return found[0]
+        for version in self.list_versions(job_id, int(number)):
+            return version
+        raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
 
     def roll_back_job(self, job_id: str, number: str) -> Json:
         """Make a new version out of an older one."""
-        wanted = self._version_number(job_id, number)
-        job = self.engine.make(self.engine.roll_back, job_id, wanted, self._user())
+        job = self.engine.make(self.engine.roll_back, job_id, int(number), self._user())
         log.info("job %s was rolled back to version %s by %s", job_id, number, self._user())
-        return {"job": self._show_job(job), "rolled_back_from": wanted, "new_version": job.version}
-
-    def _version_number(self, job_id: str, number: str) -> int:
-        self.store.job(job_id)
-        if not re.fullmatch("[0-9]{1,9}", number):
-            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
-        return int(number)
+        shown = self._show_job(job)
+        return {"job": shown, "rolled_back_from": int(number), "new_version": job.version}
 
     def trigger_job(self, job_id: str) -> tuple[int, Json]:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
@@ -3266,7 +3219,11 @@ class Api:
                 finally:
                     self._may_wait.release()
         execution = self.store.execution_of(job_id, execution_id)
-        if execution.status_code is None and execution.reason in NO_ANSWER:
+        if execution.status_code is None and execution.reason in (
+            "no_answer",
+            "timeout",
+            "blocked",
+        ):
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
         data = execution.to_json(self.store.job(job_id).config["name"])
         return (200 if execution.completed_at else 202), data
@@ -3277,10 +3234,8 @@ class Api:
         if query["before"]:
             self.store.execution_of(job_id, query["before"])
         found = self.store.executions(job_id, query["limit"], query["before"], query["status"])
-        return {
-            "executions": [execution.to_json(job.config["name"]) for execution in found],
-            "total": self.store.count_executions(job_id, query["status"]),
-        }
+        shown = [execution.to_json(job.config["name"]) for execution in found]
+        return {"executions": shown, "total": self.store.count_executions(job_id, query["status"])}
 
     def list_all_executions(self) -> Json:
         """Return the newest executions over all jobs, without what was answered."""
@@ -3309,7 +3264,6 @@ class Api:
     def replay_execution(self, job_id: str, exec_id: str) -> tuple[int, Json]:
         """Send again what an execution sent."""
         replay_id = f"exec-{uuid.uuid4()}"
-        self.store.job(job_id)
         self.engine.make(self.engine.trigger, job_id, replay_id, exec_id)
         log.info("job %s: %s replays %s for %s", job_id, replay_id, exec_id, self._user())
         ids = {"replay_execution_id": replay_id, "original_execution_id": exec_id}

@@ -3352,9 +3352,9 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         code, message = "VALIDATION_ERROR", f"{error.reason}: {error.body}"
         if error.code == 413:
             code, message = "PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes"
-        answer = {"success": False, "data": None, "error": {"code": code, "message": message}}
-        head = f"{error.code} {error.reason}", [("Content-Type", "application/json")]
-        error.to_response = lambda *_: (*head, json.dumps(answer).encode() + b"\n")
+        headers = [("Content-Type", "application/json"), *SECURITY_HEADERS.items()]
+        answer = f"{error.code} {error.reason}", headers, envelope(None, ApiError(code, message))
+        error.to_response = lambda *_: answer
         super().execute()
 
 
@@ -3383,11 +3383,19 @@ class Service:
         """Lock, open, bind, run. Raises StartError or StoreError."""
         self._lock = lock_data_dir(self.data_dir)
         self.store.open()
+        address = self.settings["server.http.address"]
+        host, port = split_address(address)
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family, backlog=1024)
+        except (OSError, UnicodeError) as error:
+            message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
+            raise StartError(EXIT_FAILED, message) from error
         proxy = self.settings["server.trusted_proxy"]
         names = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
         trusted = {"trusted_proxy": proxy, "trusted_proxy_count": 1, "trusted_proxy_headers": names}
         self._server = waitress.create_server(
-            self.api.app, map=self._channels, sockets=[self._listen()],
+            self.api.app, map=self._channels, sockets=[listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
@@ -3400,16 +3408,6 @@ class Service:
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
 
-    def _listen(self) -> socket.socket:
-        address = self.settings["server.http.address"]
-        host, port = split_address(address)
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, port), family=family, backlog=1024)
-        except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
-            raise StartError(EXIT_FAILED, message) from error
-
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
         if self._thread:
@@ -3418,7 +3416,9 @@ class Service:
             self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
             self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
             deadline = time.monotonic() + 1  # for the last answers to go out
-            while self._unsent() and time.monotonic() < deadline:
+            while time.monotonic() < deadline and any(
+                getattr(channel, "total_outbufs_len", 0) for channel in [*self._channels.values()]
+            ):
                 time.sleep(0.01)
             close_all = functools.partial(wasyncore.close_all, self._channels)
             with contextlib.suppress(OSError):  # the http thread may have closed all meanwhile
@@ -3427,10 +3427,6 @@ class Service:
         self.store.close()
         if self._lock:
             self._lock.close()
-
-    def _unsent(self) -> bool:
-        channels = list(self._channels.values())
-        return any(getattr(channel, "total_outbufs_len", 0) for channel in channels)
 
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -3447,27 +3443,22 @@ class LogFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(trace)}" if trace else line
 
 
-def set_up_logging(level: str) -> None:
-    """Send what is logged to stderr."""
+def read_settings(asked: argparse.Namespace) -> Json:
+    """Return the settings, and log to stderr as they say. Raises StartError."""
+    beside = Path(__file__).with_name("chronos.yaml")
+    path = getattr(asked, "config", beside if beside.exists() else None)
+    settings = load_settings(path, os.environ)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
-    log.setLevel(level.upper())
-
-
-def read_settings(asked: argparse.Namespace) -> Json:
-    """Return the settings, and log as they say. Raises StartError."""
-    beside = Path(__file__).with_name("chronos.yaml")
-    path = getattr(asked, "config", beside if beside.exists() else None)
-    settings = load_settings(path, os.environ)
-    set_up_logging(settings["logging.level"])
+    log.setLevel(settings["logging.level"].upper())
     return settings
 
 
-def run_serve(asked: argparse.Namespace) -> int:
-    """Run the service until SIGTERM or SIGINT."""
+def run_serve(asked: argparse.Namespace) -> None:
+    """Run the service until SIGTERM or SIGINT (this is the default)."""
     settings = read_settings(asked)
     settings["scheduler.paused"] |= hasattr(asked, "paused")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3487,18 +3478,16 @@ def run_serve(asked: argparse.Namespace) -> int:
     finally:
         service.stop()
     log.info("stopped")
-    return 0
 
 
-def run_check_config(asked: argparse.Namespace) -> int:
-    """Say that the configuration is right."""
+def run_check_config(asked: argparse.Namespace) -> None:
+    """Say what is wrong in the configuration, or that nothing is."""
     read_settings(asked)
     print("the configuration is correct")
-    return 0
 
 
-def run_hash_password(_asked: argparse.Namespace) -> int:
-    """Print the hash of a password: typed twice on a terminal, else one line of the input."""
+def run_hash_password(_asked: argparse.Namespace) -> None:
+    """Print the hash for auth.users of a password: typed twice, or one line of the input."""
     if sys.stdin.isatty():
         password = getpass.getpass("password: ").encode()
         if getpass.getpass("again: ").encode() != password:
@@ -3508,50 +3497,42 @@ def run_hash_password(_asked: argparse.Namespace) -> int:
     if not password:
         raise ChronosError("an empty password is none")
     print(hash_password(password, os.urandom(16)))
-    return 0
 
 
-def run_backup(asked: argparse.Namespace) -> int:
-    """Write a checked copy of the database, also of a running server's."""
+def run_backup(asked: argparse.Namespace) -> None:
+    """Copy the database to FILE and check the copy; the server may be running."""
     directory = read_settings(asked)["cluster.data_dir"]
     Store(Path(directory) / "chronos.db").backup(asked.file.absolute())
     print(f"{asked.file} is a consistent copy")
-    return 0
 
 
 COMMANDS = {
-    "serve": (run_serve, "run the service (this is the default)"),
-    "check-config": (run_check_config, "say what is wrong in the configuration"),
-    "hash-password": (run_hash_password, "print the hash of a password for auth.users"),
-    "backup": (run_backup, "copy the database to FILE, while the server runs, too"),
-}
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return command, config and paused. Options stand before or after the command."""
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
-    options.add_argument("--paused", action="store_true", help="start without firing anything")
-    summary = "A cron service that fires HTTP webhooks."
-    parser = argparse.ArgumentParser("chronos.py", description=summary, parents=[options])
-    parser.add_argument("--version", action="version", version=f"chronos {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (_run, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, parents=[options])
-        if name == "backup":
-            command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
-    return parser.parse_args(arguments)
+    "serve": run_serve, "check-config": run_check_config, "hash-password": run_hash_password,
+    "backup": run_backup,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
+    options.add_argument("--paused", action="store_true", help="start without firing anything")
+    about = "A cron service that fires HTTP webhooks."
+    parser = argparse.ArgumentParser("chronos.py", description=about, parents=[options])
+    parser.add_argument("--version", action="version", version=f"chronos {__version__}")
+    parser.set_defaults(run=run_serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, run in COMMANDS.items():  # options stand before or after the command
+        command = commands.add_parser(name, help=run.__doc__, parents=[options])
+        command.set_defaults(run=run)
+        if name == "backup":
+            command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
     try:
-        asked = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        asked = parser.parse_args(arguments)
+        asked.run(asked)
+        return 0
     except SystemExit as ended:  # argparse has printed what there is to say
         return EXIT_FAILED if ended.code else 0
-    try:
-        run, _summary = COMMANDS[asked.command or "serve"]
-        return run(asked)
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

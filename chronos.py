@@ -182,8 +182,8 @@ class Problems(ApiError, ValueError):
     """What is wrong with the fields of an object, all at once: (path, message) for each."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        only_timeout = [path for path, _message in problems] == ["timeout"]
-        code = "INVALID_TIMEOUT" if only_timeout else "VALIDATION_ERROR"
+        names = [path for path, _message in problems]
+        code = "INVALID_TIMEOUT" if names == ["timeout"] else "VALIDATION_ERROR"
         told = "; ".join(f"{path} {message}".strip() for path, message in problems)
         details = [{"field": path, "message": message} for path, message in problems]
         super().__init__(code, told, details)
@@ -1036,8 +1036,7 @@ SETTINGS: dict[str, Field] = {
 def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
     """Return a YAML document as plain data, and in ``lines`` the line of every ``.dotted.path``.
 
-    A word is a word: no octals, no sexagesimals, no dates, no ``yes`` and ``on``. ``${NAME}`` is
-    replaced. Raises ValueError with the line.
+    Words are read as JSON has them: no octals, dates, ``yes``. Raises ValueError with the line.
     """
     try:
         for event in yaml.parse(content, yaml.BaseLoader):
@@ -1045,11 +1044,10 @@ def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str
                 raise ValueError(f"line {event.start_mark.line + 1}: aliases are not supported")
         root = yaml.compose(content, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or "this is not YAML"
         hint = 'a value with ":", "#", "@" or "*" wants quotes'
-        raise ValueError(f"{place}{what} ({hint})") from error
+        raise ValueError(f"{place}{what or 'this is not YAML'} ({hint})") from error
     return root and _plain(root, "", environment, lines)
 
 
@@ -1131,13 +1129,11 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
 def _check_door(settings: Json) -> None:
     """Raise Problems where nobody could come in, or everybody without being meant to."""
     users, address = settings["auth.users"], settings["server.http.address"]
+    is_local = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", split_address(address)[0])
     if settings["auth.type"] == "basic":
         if not users or not users.keys() >= set(settings["auth.viewers"]):
             raise Problems([("auth.users", "must name somebody, and everybody in auth.viewers")])
-    elif (
-        not settings["server.allow_unauthenticated"]
-        and not re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", split_address(address)[0])
-    ):  # fmt: skip
+    elif not is_local and not settings["server.allow_unauthenticated"]:
         ways_out = "auth.type: basic and auth.users, or server.allow_unauthenticated: true"
         raise Problems([("server.http.address", f"{address} lets everybody in: set {ways_out}")])
 
@@ -3029,8 +3025,7 @@ class Api:
     def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
-        self._node_id: str = settings["cluster.node_id"]
-        self._started = clock.monotonic()
+        self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
         self._sign_in = SignIn(settings, clock) if settings["auth.type"] == "basic" else None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
@@ -3131,12 +3126,9 @@ class Api:
         return self._show_job(self.store.job(job_id))
 
     def change_job(self, job_id: str) -> Json:
-        """Replace the configuration (PUT), or change what the body names (PATCH).
-
-        It begins again if another change comes between.
-        """
+        """Replace a configuration (PUT) or what the body names of it (PATCH: a merge patch)."""
         body, patches = read_json(), bottle.request.method == "PATCH"
-        while True:
+        while True:  # until no other change comes between
             base = self.store.job(job_id)
             self._check_match(base)
             shown = masked_config(base.config) | {"enabled": base.enabled}
@@ -3219,11 +3211,8 @@ class Api:
                 finally:
                     self._may_wait.release()
         execution = self.store.execution_of(job_id, execution_id)
-        if execution.status_code is None and execution.reason in (
-            "no_answer",
-            "timeout",
-            "blocked",
-        ):
+        unanswered = execution.reason in ("no_answer", "timeout", "blocked")
+        if unanswered and execution.status_code is None:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
         data = execution.to_json(self.store.job(job_id).config["name"])
         return (200 if execution.completed_at else 202), data
@@ -3286,15 +3275,11 @@ class Api:
     def cluster_status(self) -> Json:
         """Return what the whole of Chronos is doing: this one node."""
         soonest = self.store.soonest_jobs(10)
-        return {
-            "is_leader": True,
-            "node_id": self._node_id,
-            "version": __version__,
-            "uptime": (self.clock.monotonic() - self._started) // SECOND,
-            "jobs_total": self.store.count_jobs(),
-            **self.store.count_active(),
-            "next_runs": [{"job_id": job, "next_run": format_time(at)} for job, at in soonest],
-        }
+        next_runs = [{"job_id": job, "next_run": format_time(at)} for job, at in soonest]
+        node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
+        node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
+        counts = {"jobs_total": self.store.count_jobs(), **self.store.count_active()}
+        return node | counts | {"next_runs": next_runs}
 
     @staticmethod
     def _query(table: dict[str, Field]) -> Json:
@@ -3309,10 +3294,7 @@ class Api:
 
 
 def lock_data_dir(directory: Path) -> IO[str]:
-    """Create the directory and hold its lock for as long as the returned file is open.
-
-    Raises StartError: with the other process's id, or with what is wrong with the directory.
-    """
+    """Create the directory, locked for as long as the returned file is open. Raises StartError."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
@@ -3506,10 +3488,7 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-COMMANDS = {
-    "serve": run_serve, "check-config": run_check_config, "hash-password": run_hash_password,
-    "backup": run_backup,
-}  # fmt: skip
+COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3522,10 +3501,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for name, run in COMMANDS.items():  # options stand before or after the command
+    for run in COMMANDS:  # options stand before or after the command
+        name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)
-        if name == "backup":
+        if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
     try:
         asked = parser.parse_args(arguments)

@@ -66,7 +66,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
@@ -835,8 +835,7 @@ def merge_patch(target: Any, patch: Any, path: str = "") -> Any:
 # ======================================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """A job with its newest configuration, in the form of the API."""
 
     id: str
@@ -879,9 +878,8 @@ def masked_config(config: Json) -> Json:
     return config | {"webhook": webhook}
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """One run of a job for one fire time, one trigger or one replay."""
+class Execution(NamedTuple):
+    """One run of a job for a fire time, a trigger or a replay; in the order of its table."""
 
     id: str
     job_id: str
@@ -927,15 +925,6 @@ class Execution:
             **{name: format_time(getattr(self, name)) for name in times},
             "duration": self.spent * 1000 if self.completed_at and self.attempts else None,
         }
-
-
-JOB_COLUMNS = tuple(column.name for column in fields(Job))
-EXECUTION_COLUMNS = tuple(column.name for column in fields(Execution))
-
-
-def row_of(record: Job | Execution) -> Json:
-    """Return a record's values by the names of their columns."""
-    return {column.name: getattr(record, column.name) for column in fields(record)}
 
 
 def scheduled_id(job_id: str, fire_time: int) -> str:
@@ -1169,19 +1158,19 @@ def parse_retry_after(value: str | None, now: int) -> int | None:
 def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) -> Execution:
     """Return what becomes of an execution: success, failed, or pending again with a due_at.
 
-    ``timeout`` (µs) is for the attempts and the waits between them together; ``ended_at`` is the
-    end of the attempt by the wall clock of now, which may have been moved since its start.
+    ``timeout`` (µs) is for attempts and waits together; ``ended_at`` is by the wall clock of now.
     """
     execution, error = outcome.execution, outcome.error
     attempt = {
         "number": execution.attempts, "started_at": format_time(outcome.started_at),
         "duration": outcome.duration * 1000, "status_code": outcome.status_code, "error": error,
     }  # fmt: skip
-    after = replace(
-        execution, status="success" if outcome.success else "failed", due_at=None,
-        spent=execution.spent + outcome.duration, completed_at=ended_at, reason=outcome.reason,
-        error=error, status_code=outcome.status_code, response=outcome.response,
-        attempt_log=json.dumps([*json.loads(execution.attempt_log), attempt]),
+    earlier = execution.attempt_log.removeprefix("[").removesuffix("]")
+    attempt_log = f"[{earlier}{', ' if earlier else ''}{json.dumps(attempt)}]"
+    after = execution._replace(
+        status="success" if outcome.success else "failed", due_at=None, completed_at=ended_at,
+        spent=execution.spent + outcome.duration, reason=outcome.reason, error=error,
+        status_code=outcome.status_code, response=outcome.response, attempt_log=attempt_log,
     )  # fmt: skip
     may_help = outcome.reason in ("no_answer", "interrupted")  # never for a blocked target
     if outcome.status_code is not None:
@@ -1193,15 +1182,15 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
         wait = 0  # what the server broke off begins again at once
     if after.spent + wait >= timeout:
         late = f"{error}; the next attempt would begin after the timeout"
-        return replace(after, reason="timeout", error=late)
-    waiting = replace(after, status="pending", completed_at=None, reason=None)
-    return replace(waiting, due_at=ended_at + wait, spent=after.spent + wait)
+        return after._replace(reason="timeout", error=late)
+    waiting = after._replace(status="pending", completed_at=None, reason=None)
+    return waiting._replace(due_at=ended_at + wait, spent=after.spent + wait)
 
 
 def ended(execution: Execution, status: str, reason: str, error: str, now: int) -> Execution:
     """Return the execution as one that ended for a reason that is not its own."""
-    execution = replace(execution, status=status, due_at=None, completed_at=now)
-    return replace(execution, reason=reason, error=error)
+    execution = execution._replace(status=status, due_at=None, completed_at=now)
+    return execution._replace(reason=reason, error=error)
 
 
 # ======================================================================================
@@ -1215,8 +1204,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
 CREATE TABLE meta (                      -- a few numbers, such as last_seen
-    key          TEXT PRIMARY KEY,
-    value        INTEGER NOT NULL
+    key TEXT PRIMARY KEY, value INTEGER NOT NULL
 );
 CREATE TABLE jobs (
     seq          INTEGER PRIMARY KEY,    -- order of creation
@@ -1236,34 +1224,19 @@ CREATE TABLE versions (
     created_by   TEXT NOT NULL,
     PRIMARY KEY (job_id, version)
 );
-CREATE VIEW configured_jobs AS           -- with their newest configuration
+CREATE VIEW configured_jobs AS
     SELECT jobs.*, config FROM jobs
       JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
-CREATE TABLE executions (
+CREATE TABLE executions (                -- class Execution says what each column is
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- one per fire time, whatever crashes or restarts
-    job_id       TEXT NOT NULL,
-    job_version  INTEGER NOT NULL,
-    trigger      TEXT NOT NULL,          -- schedule, catch_up, manual, replay, alert
-    status       TEXT NOT NULL,          -- pending, running, success, failed, skipped
-    scheduled_at INTEGER NOT NULL,
-    target       TEXT NOT NULL,          -- scheme://host:port
-    due_at       INTEGER,                -- of a pending one; NULL: it waits for older ones
-    attempts     INTEGER NOT NULL,       -- started so far
-    spent        INTEGER NOT NULL,       -- µs of the timeout that are used up
-    started_at   INTEGER,                -- of the first attempt
-    attempt_at   INTEGER,                -- of the newest attempt
-    completed_at INTEGER,
-    reason       TEXT,
-    error        TEXT,
-    status_code  INTEGER,
-    node_id      TEXT,
-    replay_of    TEXT,
-    missed_count INTEGER,
-    missed_from  INTEGER,
-    missed_to    INTEGER,
-    attempt_log  TEXT NOT NULL,          -- JSON
-    response     TEXT
+    job_id TEXT NOT NULL, job_version INTEGER NOT NULL, trigger TEXT NOT NULL,
+    status TEXT NOT NULL, scheduled_at INTEGER NOT NULL, target TEXT NOT NULL, due_at INTEGER,
+    attempts INTEGER NOT NULL, spent INTEGER NOT NULL,
+    started_at INTEGER, attempt_at INTEGER, completed_at INTEGER,
+    reason TEXT, error TEXT, status_code INTEGER, node_id TEXT, replay_of TEXT,
+    missed_count INTEGER, missed_from INTEGER, missed_to INTEGER,
+    attempt_log TEXT NOT NULL, response TEXT
 );
 CREATE INDEX executions_of_job ON executions (job_id, seq);
 CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
@@ -1287,10 +1260,7 @@ class Store:
         self._inode = 0
 
     def open(self) -> None:
-        """Create, check or migrate the file; one that is not ours stays as it is.
-
-        Raises StartError.
-        """
+        """Create, check or migrate the file; one that is not ours stays. Raises StartError."""
         newest, is_new = len(MIGRATIONS) + 1, not self.path.exists()
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -1315,11 +1285,12 @@ class Store:
 
     def _check(self) -> int:
         """Return the version of the schema, 0: the file is empty. Raises StartError, OSError."""
+        sql = """
+            SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
+              FROM pragma_user_version, pragma_application_id"""
         try:
             with contextlib.closing(self._read_only()) as connection:
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
-                (application,) = connection.execute("PRAGMA application_id").fetchone()
-                (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+                version, application, tables = connection.execute(sql).fetchone()
                 if not tables:
                     return 0
                 if application != APPLICATION_ID:
@@ -1344,7 +1315,7 @@ class Store:
         return sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, isolation_level=None)
 
     def backup(self, target: Path) -> None:
-        """Write a consistent copy, checked, to a new file; a server may be working on this one.
+        """Write a consistent, checked copy to a new file, also of a file that a server works on.
 
         Raises StartError.
         """
@@ -1365,12 +1336,10 @@ class Store:
 
     def check_file(self) -> None:
         """Raise StoreError if the file was removed or replaced: writes would go nowhere."""
-        try:
-            same = self.path.stat().st_ino == self._inode
-        except OSError:
-            same = False
-        if not same:
-            raise StoreError(f"{self.path} was removed or replaced: stop the server, restore it")
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_ino == self._inode:
+                return
+        raise StoreError(f"{self.path} was removed or replaced: stop the server, restore it")
 
     def close(self) -> None:
         """Close the connections of all threads; none may be in use."""
@@ -1385,32 +1354,28 @@ class Store:
         with self._lock:
             self._connections.append(connection)
         connection.row_factory = sqlite3.Row
-        full = self._synchronous == "FULL"
-        connection.execute("PRAGMA synchronous = FULL" if full else "PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         connection.execute("PRAGMA journal_size_limit = 16777216")
         connection.create_function("casefold", 1, lambda text: text and text.casefold())
         return connection
 
-    def _run(self, statement: str, /, **values: Any) -> list[Any]:
+    def _run(self, statement: str, /, *row: Any, **values: Any) -> list[Any]:
         try:
             if not hasattr(self._local, "connection"):
                 self._local.connection = self._connect()
-            return list(self._local.connection.execute(statement, values))
+            return list(self._local.connection.execute(statement, row or values))
         except sqlite3.Error as error:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
-    def _one(self, statement: str, /, **values: Any) -> Any:
-        return next(iter(self._run(statement, **values)), None)
-
-    def _changed(self) -> int:
-        """Return how many rows the last statement of this thread has changed."""
-        return int(self._one("SELECT changes()")[0])
+    def _value(self, statement: str, /, **values: Any) -> Any:
+        """Return the first value of the first row, None without one."""
+        found = self._run(statement, **values)
+        return found[0][0] if found else None
 
     @property
     def in_transaction(self) -> bool:
         """Say whether the calling thread is inside one; a full disk ends it unasked."""
-        connection = getattr(self._local, "connection", None)
-        return bool(connection and connection.in_transaction)
+        return bool(self._local.connection.in_transaction)
 
     @contextlib.contextmanager
     def _scope(self, begin: str, end: str, *undo: str) -> Iterator[None]:
@@ -1423,22 +1388,18 @@ class Store:
                 self._run(statement)
             raise
 
-    def transaction(self) -> contextlib.AbstractContextManager[None]:
-        """Commit what happens inside, or nothing of it."""
-        return self._scope("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
-
-    def savepoint(self) -> contextlib.AbstractContextManager[None]:
-        """Undo what happened inside if it raises, and nothing else of the transaction."""
-        return self._scope(
-            "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change", "RELEASE change"
-        )
+    # what happens inside is committed, or nothing of it
+    transaction = functools.partialmethod(_scope, "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+    # what happened inside is undone if it raises, and nothing else of the transaction
+    savepoint = functools.partialmethod(
+        _scope, "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change", "RELEASE change"
+    )
 
     # -------------------------------------------------------------- numbers and instants
 
-    def number(self, key: str) -> int | None:
-        """Return one of the numbers in meta, or None."""
-        row = self._one("SELECT value FROM meta WHERE key = :key", key=key)
-        return row[0] if row else None
+    def number(self, key: str) -> Any:
+        """Return one of the numbers in meta, None without it."""
+        return self._value("SELECT value FROM meta WHERE key = :key", key=key)
 
     def set_number(self, key: str, value: int) -> None:
         """Keep a number in meta."""
@@ -1450,14 +1411,16 @@ class Store:
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
                    (SELECT min(due_at) FROM executions
                      WHERE status = 'pending' AND due_at > :now)"""
-        row = self._one(sql, now=now)
-        return row[0], row[1]
+        cursor, due_at = self._run(sql, now=now)[0]
+        return cursor, due_at
 
     # ----------------------------------------------------------------------------- jobs
 
     def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
-        jobs = [Job(*(row[n] for n in JOB_COLUMNS)) for row in self._run(statement, **values)]
-        return [replace(j, enabled=bool(j.enabled), config=json.loads(str(j.config))) for j in jobs]
+        return [
+            Job._make([*row[1:3], bool(row["enabled"]), *row[4:7], json.loads(row["config"])])
+            for row in self._run(statement, **values)
+        ]
 
     def job(self, job_id: str) -> Job:
         """Return the job. Raises ApiError NOT_FOUND."""
@@ -1467,10 +1430,10 @@ class Store:
         return found[0]
 
     def jobs(self, filters: Json, most: int, offset: int) -> tuple[list[Job], int]:
-        """Return matching jobs in the order of their creation, and how many match in all.
+        """Return a page of matching jobs in the order of creation, and how many match in all.
 
         ``filters``: enabled, q (in name or description), status (of the last execution), each
-        None where any will do, and tags, a list of [name, value].
+        None: any; tags, a list of [name, value].
         """
         sql = """
              FROM configured_jobs
@@ -1489,34 +1452,22 @@ class Store:
         page = "SELECT *" + sql + " ORDER BY seq LIMIT :most OFFSET :offset"
         found = self._jobs(page, **values, most=most, offset=offset)
         if any(filters.values()) or filters["enabled"] is not None:
-            return found, int(self._one("SELECT count(*)" + sql, **values)[0])
+            return found, self._value("SELECT count(*)" + sql, **values)
         return found, self.count_jobs()
 
     def count_jobs(self) -> int:
         """Return how many jobs there are."""
-        return int(self._one("SELECT count(*) FROM jobs")[0])
+        return int(self._value("SELECT count(*) FROM jobs"))
 
-    def soonest_jobs(self, most: int) -> list[tuple[str, int]]:
-        """Return (job id, cursor) of the jobs that fire next."""
+    def save_job(self, job: Job, created_by: str | None) -> None:
+        """Add or change a job; ``created_by``: its version is a new one, by this user."""
+        values = job._asdict() | {"config": json.dumps(job.config), "created_by": created_by}
         sql = """
-            SELECT id, next_run_at FROM jobs
-             WHERE next_run_at IS NOT NULL ORDER BY next_run_at LIMIT :most"""
-        return [tuple(row) for row in self._run(sql, most=most)]
-
-    def add_job(self, job: Job, created_by: str) -> None:
-        """Add a job and its first version."""
-        sql = "INSERT INTO jobs VALUES (NULL, :id, 1, 0, :created_at, :created_at, NULL)"
-        self._run(sql, id=job.id, created_at=job.created_at)
-        self.update_job(job, created_by)
-
-    def update_job(self, job: Job, created_by: str | None) -> None:
-        """Write a changed job; ``created_by``: its version is a new one, by this user."""
-        values = row_of(job) | {"config": json.dumps(job.config), "created_by": created_by}
-        sql = """
-            UPDATE jobs
+            INSERT INTO jobs
+            VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at)
+            ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
-                   next_run_at = :next_run_at
-             WHERE id = :id"""
+                   next_run_at = :next_run_at"""
         self._run(sql, **values)
         if created_by is not None:
             sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
@@ -1535,21 +1486,19 @@ class Store:
         self._run("DELETE FROM jobs WHERE id = :id", id=job_id)
         self._run("DELETE FROM versions WHERE job_id = :id", id=job_id)
 
-    def config(self, job_id: str, version: int) -> Json | None:
-        """Return the configuration of a version, or None."""
-        found = self.versions(job_id, version)
-        return dict(found[0]["config"]) if found else None
+    def config(self, job_id: str, version: int) -> Json:
+        """Return the configuration of a version. Raises ApiError NOT_FOUND."""
+        sql = "SELECT config FROM versions WHERE job_id = :id AND version = :version"
+        if found := self._value(sql, id=job_id, version=version):
+            return dict(json.loads(found))
+        raise ApiError("NOT_FOUND", f"job {job_id} has no version {version}")
 
     def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
-        """Return (job id, version, fire time) of jobs whose time has come, the oldest first."""
+        """Return (job id, version, fire time) of jobs that fire by ``now``, the oldest first."""
         sql = """
             SELECT id, version, next_run_at FROM jobs
              WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most"""
-        return [tuple(row) for row in self._run(sql, now=now, most=most)]
-
-    def reset_cursors(self) -> None:
-        """Set every cursor to an instant that can't be true: it is to be computed anew."""
-        self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
+        return self._run(sql, now=now, most=most)
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
         """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
@@ -1559,23 +1508,13 @@ class Store:
     # ----------------------------------------------------------------------- executions
 
     def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
-        rows = self._run(statement, **values)
-        return [Execution(*(row[name] for name in EXECUTION_COLUMNS)) for row in rows]
+        return [Execution._make(row[1:]) for row in self._run(statement, **values)]
 
     def add_execution(self, execution: Execution) -> bool:
         """Add an execution; False: there is one with this id, and nothing was done."""
-        sql = """
-            INSERT INTO executions (
-                id, job_id, job_version, trigger, status, scheduled_at, target, due_at, attempts,
-                spent, completed_at, reason, error, node_id, replay_of, missed_count, missed_from,
-                missed_to, attempt_log)
-            VALUES (
-                :id, :job_id, :job_version, :trigger, :status, :scheduled_at, :target, :due_at,
-                :attempts, :spent, :completed_at, :reason, :error, :node_id, :replay_of,
-                :missed_count, :missed_from, :missed_to, :attempt_log)
-            ON CONFLICT (id) DO NOTHING"""
-        self._run(sql, **row_of(execution))
-        return self._changed() > 0
+        values = ", ".join("?" * len(execution))
+        sql = f"INSERT INTO executions VALUES (NULL, {values}) ON CONFLICT DO NOTHING"  # noqa: S608
+        return bool(self._run(f"{sql} RETURNING seq", *execution))
 
     def execution(self, execution_id: str) -> Execution | None:
         """Return the execution, or None."""
@@ -1590,36 +1529,26 @@ class Store:
         return execution
 
     def executions(
-        self, job_id: str, most: int, before: str | None = None, status: str | None = None
-    ) -> list[Execution]:
-        """Return the newest executions of a job, older than ``before``, with this status."""
-        sql = """
-            SELECT * FROM executions
-             WHERE job_id = :job_id AND (:status IS NULL OR status = :status)
-               AND (:before IS NULL OR seq < (SELECT seq FROM executions WHERE id = :before))
-             ORDER BY seq DESC LIMIT :most"""
-        return self._executions(sql, job_id=job_id, most=most, before=before, status=status)
+        self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
+    ) -> list[tuple[Execution, str]]:
+        """Return the newest executions of a job or of all, with its name, older than ``before``."""
+        of_job = "executions.job_id = :job_id" if job_id else "TRUE"
+        sql = f"""
+            SELECT executions.*, json_extract(config, '$.name') AS job_name
+              FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id
+             WHERE {of_job} AND (:status IS NULL OR status = :status)
+               AND (:before IS NULL
+                    OR executions.seq < (SELECT seq FROM executions WHERE id = :before))
+             ORDER BY executions.seq DESC LIMIT :most"""  # noqa: S608
+        rows = self._run(sql, job_id=job_id, most=most, before=before, status=status)
+        return [(Execution._make(row[1:-1]), row["job_name"]) for row in rows]
 
     def count_executions(self, job_id: str, status: str | None = None) -> int:
         """Return how many executions a job has, with this status (None: any)."""
         sql = """
             SELECT count(*) FROM executions
              WHERE job_id = :id AND (:status IS NULL OR status = :status)"""
-        return int(self._one(sql, id=job_id, status=status)[0])
-
-    def all_executions(
-        self, most: int, before: str | None, status: str | None
-    ) -> list[tuple[Execution, str]]:
-        """Return the newest executions over all jobs, each with the name of its job."""
-        sql = """
-            SELECT executions.*, json_extract(config, '$.name') AS job_name
-              FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id
-             WHERE (:status IS NULL OR status = :status)
-               AND (:before IS NULL
-                    OR executions.seq < (SELECT seq FROM executions WHERE id = :before))
-             ORDER BY executions.seq DESC LIMIT :most"""
-        rows = self._run(sql, most=most, before=before, status=status)
-        return [(Execution(*(row[n] for n in EXECUTION_COLUMNS)), row["job_name"]) for row in rows]
+        return int(self._value(sql, id=job_id, status=status))
 
     def count_active(self) -> dict[str, int]:
         """Return how many executions are pending and how many are running."""
@@ -1644,10 +1573,9 @@ class Store:
         return self._executions(sql)
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
-        """Return executions that may start, the oldest due_at first.
+        """Return executions that may start, the oldest due_at first, but for some targets.
 
-        ``passed_over`` are targets that hold all they may. With some, the index by target is
-        walked from one target to the next, so that 50,000 rows of a dead host cost nothing.
+        Then the index goes from target to target: 50,000 rows of a dead host cost nothing.
         """
         if not passed_over:
             sql = """
@@ -1672,11 +1600,7 @@ class Store:
         return self._executions(sql, now=now, most=most, passed_over=names)
 
     def save_execution(self, execution: Execution, only_running: bool = False) -> bool:
-        """Write what has become of an execution.
-
-        ``only_running``: if it still runs, in this attempt; else (cancelled, replaced, deleted)
-        nothing is written and the answer is False.
-        """
+        """Write an execution, ``only_running``: where it still runs in this attempt; say if so."""
         sql = """
             UPDATE executions
                SET status = :status, due_at = :due_at, attempts = :attempts, spent = :spent,
@@ -1684,22 +1608,32 @@ class Store:
                    completed_at = :completed_at, reason = :reason, error = :error,
                    status_code = :status_code, attempt_log = :attempt_log, response = :response
              WHERE id = :id
-               AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))"""
-        self._run(sql, **row_of(execution), only_running=only_running)
-        return self._changed() > 0
+               AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))
+            RETURNING seq"""
+        return bool(self._run(sql, **execution._asdict(), only_running=only_running))
 
     def delete_execution(self, execution_id: str) -> None:
         """Remove one execution."""
         self._run("DELETE FROM executions WHERE id = :id", id=execution_id)
 
-    def release_oldest(self, job_id: str, now: int) -> None:
-        """Make the oldest active execution of a job due, if it waited for older ones."""
+    def start_executions(self, ids: list[str], now: int, node_id: str) -> None:
+        """Let executions run: each in its next attempt."""
+        sql = """
+            UPDATE executions
+               SET status = 'running', attempts = attempts + 1, attempt_at = :now,
+                   started_at = coalesce(started_at, :now), node_id = :node_id
+             WHERE id IN (SELECT value FROM json_each(:ids))"""
+        self._run(sql, ids=json.dumps(ids), now=now, node_id=node_id)
+
+    def release_oldest(self, job_ids: set[str], now: int) -> None:
+        """Make the oldest active execution of each job due, if it waited for older ones."""
         sql = """
             UPDATE executions SET due_at = :now
-             WHERE due_at IS NULL AND status = 'pending' AND seq = (
-                SELECT min(seq) FROM executions
-                 WHERE job_id = :job_id AND status IN ('pending', 'running'))"""
-        self._run(sql, job_id=job_id, now=now)
+             WHERE due_at IS NULL AND status = 'pending' AND seq IN (
+                SELECT (SELECT min(seq) FROM executions
+                         WHERE job_id = job.value AND status IN ('pending', 'running'))
+                  FROM json_each(:job_ids) AS job)"""
+        self._run(sql, job_ids=json.dumps(list(job_ids)), now=now)
 
     def prune(self, job_id: str, before: int, keep: int) -> bool:
         """Remove some executions that are not to be kept; return whether there were any.
@@ -1723,33 +1657,33 @@ class Store:
                             SELECT seq FROM executions WHERE job_id = :job_id
                              ORDER BY seq DESC LIMIT 1 OFFSET 10))
                     OR (completed_at IS NOT NULL AND seq <= (SELECT seq FROM beyond)
-                        AND seq NOT IN spared))"""
-        self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS)
-        return self._changed() > 0
+                        AND seq NOT IN spared))
+            RETURNING seq"""
+        return bool(self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
 
     def prune_oldest(self, max_size: int) -> bool:
         """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
         names = ("page_size", "page_count", "freelist_count")
-        size, pages, free = (int(self._one(f"PRAGMA {name}")[0]) for name in names)
+        size, pages, free = (int(self._value(f"PRAGMA {name}")) for name in names)
         if (pages - free) * size <= max_size:
             return False
         sql = """
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions
-                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)"""
-        self._run(sql, most=PRUNE_ROWS)
-        return self._changed() > 0
+                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)
+            RETURNING seq"""
+        return bool(self._run(sql, most=PRUNE_ROWS))
 
-    def next_with_history(self, job_id: str) -> str | None:
-        """Return the first id after ``job_id`` that has executions, of a job or a deleted one."""
-        found = self._one("SELECT min(job_id) FROM executions WHERE job_id > :id", id=job_id)
-        return found[0] if found else None
+    def next_with_history(self, job_id: str) -> Any:
+        """Return the next job id that has executions, also of a deleted one; None: no more."""
+        return self._value("SELECT min(job_id) FROM executions WHERE job_id > :id", id=job_id)
 
-    def shift_due_times(self, step: int) -> None:
-        """Move every due_at with the wall clock, so that a wait stays as long as it was."""
-        self._run(
-            "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'", step=step
-        )
+    def shift_times(self, step: int, reset: bool) -> None:
+        """Move every due_at with the wall clock; ``reset``: each cursor is to be computed anew."""
+        sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
+        self._run(sql, step=step)
+        if reset:  # 0 can't be true
+            self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
 
 
 # ======================================================================================
@@ -2280,22 +2214,15 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
-class JobDeleted(Exception):
-    """What is to be recorded or started belongs to a job that is gone."""
-
-
 class Version:
     """A job version, parsed once; shared by the engine and the workers, never changed."""
 
-    def __init__(self, job_id: str, number: int, config: Json, default_missed_policy: str) -> None:
-        self.job_id, self.number = job_id, number
+    def __init__(self, job_id: str, number: int, config: Json) -> None:
+        self.job_id, self.number, self.config = job_id, number, config
         self.schedule = parse_schedule(config["schedule"])
-        self.zone: str = config["timezone"]
-        self.concurrency: str = config["concurrency"]
-        self.retry: Json = config["retry_policy"]
         self.timeout = parse_duration(config["timeout"])
-        self.attempt_timeout = parse_duration(self.retry["attempt_timeout"] or config["timeout"])
-        self.missed_policy: str = config["missed_run_policy"] or default_missed_policy
+        own_limit = config["retry_policy"]["attempt_timeout"]
+        self.attempt_timeout = parse_duration(own_limit) if own_limit else self.timeout
         self.webhook = Webhook(config["webhook"])
 
 
@@ -2305,8 +2232,8 @@ class Pass:
 
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
-    ended: list[str] = field(default_factory=list)  # executions
-    aborts: list[tuple[str, str]] = field(default_factory=list)  # execution, reason
+    ended: dict[str, str | None] = field(default_factory=dict)  # execution -> why to abort it
+    freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
 
 
@@ -2316,12 +2243,8 @@ Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside 
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
-    attribute     written by             guarded by
-    _inbox        workers, API threads   itself  (outcomes, changes, None: "look again")
-    _waiters      API threads, engine    _lock   (execution id -> Event, set at its end)
-    stopping, _stopped   stop()          nothing (flags, set once)
-    problem, last_pass   engine          nothing (one reference each, read by /health)
-    all others    the engine thread      nothing (no other thread changes them)
+    Workers and API threads put into _inbox; _lock guards _waiters; stop() sets the flags stopping
+    and _stopped once; /health reads problem and last_pass. The engine's thread owns the rest.
     """
 
     def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
@@ -2339,7 +2262,9 @@ class Engine:
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
-        self._version = functools.lru_cache(VERSION_CACHE)(self._load_version)
+        self._version = functools.lru_cache(VERSION_CACHE)(
+            lambda job_id, number: Version(job_id, number, store.config(job_id, number))
+        )
         self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
         self._inbox = queue.SimpleQueue()
         self._outcomes: list[Outcome] = []  # kept until a pass has written them
@@ -2379,8 +2304,7 @@ class Engine:
                 outcome = self.dispatcher.send(attempt)
             except Exception:  # a bug must not end the thread, nor hold the execution
                 log.exception("a worker goes on")
-                now = self.clock.monotonic()
-                head = (attempt.execution, self.clock.now(), 0, now)
+                head = (attempt.execution, self.clock.now(), 0, self.clock.monotonic())
                 outcome = Outcome(*head, reason="no_answer", error="unexpected error")
             self._inbox.put(outcome)
 
@@ -2446,86 +2370,71 @@ class Engine:
         """Add a job; where enabled, its schedule counts from now."""
         job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
         if enabled:
-            job = replace(job, next_run_at=job.next_after(turn.now))
-        self.store.add_job(job, user)
+            job = job._replace(next_run_at=job.next_after(turn.now))
+        self.store.save_job(job, user)
         return job
 
     def set_enabled(self, turn: Pass, job_id: str, enabled: bool) -> Job:
         """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
         job = self._settled_job(turn, job_id)
-        return self._update(turn, job, replace(job, enabled=enabled), None)
+        return self._update(turn, job, job._replace(enabled=enabled), None)
 
     def update_job(self, turn: Pass, base: Job, config: Json, state: bool | None, user: str) -> Job:
-        """Replace the configuration of a job that is still as ``base``; None leaves its state.
-
-        Raises ApiError PRECONDITION_FAILED if it was changed meanwhile.
-        """
+        """Replace the configuration of a job that is still as ``base``; None leaves its state."""
         job = self._settled_job(turn, base.id)
         if job.version != base.version:
             raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
         version = job.version + (config != job.config)
         state = job.enabled if state is None else state
-        changed = replace(job, config=config, version=version, enabled=state)
+        changed = job._replace(config=config, version=version, enabled=state)
         return self._update(turn, job, changed, user)
 
     def roll_back(self, turn: Pass, job_id: str, number: int, user: str) -> Job:
         """Make a new version out of an older one; whether the job is enabled stays."""
         job = self._settled_job(turn, job_id)
-        config = self.store.config(job_id, number)
-        if config is None:
-            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
-        changed = replace(job, config=config, version=job.version + 1)
+        changed = job._replace(config=self.store.config(job_id, number), version=job.version + 1)
         if changed.next_after(turn.now) is None:
-            changed = replace(changed, enabled=False)
+            changed = changed._replace(enabled=False)
         return self._update(turn, job, changed, user)
 
     def _update(self, turn: Pass, job: Job, changed: Job, user: str | None) -> Job:
         """Write a changed job. Its cursor moves only where state, schedule or zone do."""
         when = [(j.enabled, j.config["schedule"], j.config["timezone"]) for j in (job, changed)]
         if not changed.enabled:
-            changed = replace(changed, next_run_at=None)
+            changed = changed._replace(next_run_at=None)
         elif when[0] != when[1]:
-            changed = replace(changed, next_run_at=changed.next_after(turn.now))
+            changed = changed._replace(next_run_at=changed.next_after(turn.now))
             if changed.next_run_at is None:
                 raise ApiError("CONFLICT", f"{when[1][1]}: nothing comes any more")
         if changed != job:
-            changed = replace(changed, updated_at=turn.now)
-            self.store.update_job(changed, user if changed.version != job.version else None)
+            changed = changed._replace(updated_at=turn.now)
+            self.store.save_job(changed, user if changed.version != job.version else None)
         return changed
 
     def delete_job(self, turn: Pass, base: Job, unchanged: bool) -> None:
-        """Remove a job, if ``unchanged`` one that is still as ``base``; its requests are aborted.
-
-        Its history goes in batches. Raises ApiError PRECONDITION_FAILED if it was changed.
-        """
+        """Remove a job, ``unchanged``: only one still as ``base``. Its history goes in batches."""
         job_id = base.id
         if self.store.job(job_id).version != base.version and unchanged:
             raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
         self.store.delete_job(job_id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
         self._untidy.add(job_id)
-        in_flight = self._in_flight.items()
-        turn.aborts += [(i, "deleted") for i, a in in_flight if a.execution.job_id == job_id]
         with self._lock:
-            waited_for = list(self._waiters)
-        found = map(self.store.execution, waited_for)
-        turn.ended += [e.id for e in found if e and e.job_id == job_id]
+            known = {*self._in_flight, *self._waiters}
+        found = [e for e in map(self.store.execution, known) if e and e.job_id == job_id]
+        turn.ended |= {execution.id: "deleted" for execution in found}
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
-        """Make an execution that is due now, as the job's concurrency policy has it.
-
-        ``replay_of``: it sends what that execution sent, from the version of then.
-        """
+        """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
         if self.paused:
             raise ApiError("CONFLICT", "this server is paused: it starts nothing")
         job = self.store.job(job_id)
-        version = self._version(job_id, job.version)
-        execution = self._new(version, "manual", turn.now, turn.now)
+        number, kind, at = job.version, "manual", turn.now
         if replay_of:
             original = self.store.execution_of(job_id, replay_of)
-            version = self._version(job_id, original.job_version)
-            execution = self._new(version, "replay", original.scheduled_at, turn.now)
-        execution = replace(execution, id=new_id, replay_of=replay_of)
+            number, kind, at = original.job_version, "replay", original.scheduled_at
+        execution = self._new(self._version(job_id, number), kind, at, turn.now)
+        execution = execution._replace(id=new_id, replay_of=replay_of)
         self._enqueue(turn, execution, job.config["concurrency"])
 
     def cancel(self, turn: Pass, job_id: str, execution_id: str, user: str) -> Execution:
@@ -2533,8 +2442,7 @@ class Engine:
         execution = self.store.execution_of(job_id, execution_id)
         if execution.completed_at is not None:
             raise ApiError("CONFLICT", f"{execution_id} has ended: {execution.status}")
-        self._end(turn, execution, "cancelled", f"cancelled by {user}")
-        return self.store.execution_of(job_id, execution_id)
+        return self._end(turn, execution, "cancelled", f"cancelled by {user}")
 
     # ----------------------------------------------------------------------------- the passes
 
@@ -2549,6 +2457,7 @@ class Engine:
             for execution in self.store.running_executions():
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
+            self.store.release_oldest(turn.freed, turn.now)
             self.store.set_number("last_seen", turn.now)
             self.store.set_number("stopped", 0)
 
@@ -2570,7 +2479,15 @@ class Engine:
 
         ``wait``: so long it waits for an outcome or a change before it looks.
         """
-        self._collect(wait)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._inbox.get(wait > 0, wait / SECOND)
+                wait = 0
+                if isinstance(item, Outcome):
+                    self._in_flight.pop(item.execution.id, None)
+                    self._outcomes.append(item)
+                elif item:
+                    self._changes.append(item)
         turn = Pass(self.clock.now())
         try:
             step = turn.now - self.clock.monotonic() - self._offset
@@ -2583,24 +2500,12 @@ class Engine:
                 self.problem = None
         except Exception as error:
             self._report(error)
-            self._fail(turn, error if isinstance(error, ApiError) else None)
+            self._fail(turn, error)
         else:
             self._offset += step
             self._settle(turn)
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
-
-    def _collect(self, wait: int) -> None:
-        """Fetch what workers and API threads have handed in."""
-        with contextlib.suppress(queue.Empty):
-            item = self._inbox.get(timeout=wait / SECOND) if wait else self._inbox.get_nowait()
-            while True:
-                if isinstance(item, Outcome):
-                    self._in_flight.pop(item.execution.id, None)
-                    self._outcomes.append(item)
-                elif item:
-                    self._changes.append(item)
-                item = self._inbox.get_nowait()
 
     def _work(self, turn: Pass, step: int) -> None:
         """The whole of a pass, inside its transaction."""
@@ -2613,25 +2518,21 @@ class Engine:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
         self._make_changes(turn)
+        self.store.release_oldest(turn.freed, turn.now)
         if not (self.stopping or self.paused):
             self._take(turn)
-        self._plan(turn)
-        busy = self.clock.monotonic() - self._tidied_at < PRUNE_INTERVAL and (
-            turn.taken or self._outcomes
-        )
+        cursor, due_at = self.store.next_instants(turn.now)
+        instants = (self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None)
+        self._wake_at = min(instant for instant in instants if instant is not None)
+        if cursor is None or cursor > turn.now:
+            self._seen_at = None
+        tidied_now = self.clock.monotonic() - self._tidied_at < PRUNE_INTERVAL
+        busy = tidied_now and (turn.taken or self._outcomes)
         if self._untidy if busy else self._tidy(turn):
             self._wake_at = turn.now
 
     def _fires(self) -> bool:
         return not (self.paused or self._held or self.stopping)
-
-    def _plan(self, turn: Pass) -> None:
-        """Find out when the next pass has something to do."""
-        cursor, due_at = self.store.next_instants(turn.now)
-        instants = [self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None]
-        self._wake_at = min(instant for instant in instants if instant is not None)
-        if cursor is None or cursor > turn.now:
-            self._seen_at = None
 
     def _tidy(self, turn: Pass) -> bool:
         """Remove a batch of history that is not to be kept; return whether there may be more."""
@@ -2653,21 +2554,24 @@ class Engine:
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
         self._outcomes.clear()
-        for attempt in turn.taken:
-            self._in_flight[attempt.execution.id] = attempt
-            self._attempts.put(attempt)
+        for taken in turn.taken:
+            self._in_flight[taken.execution.id] = taken
+            self._attempts.put(taken)
         for future, result in turn.made:
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-        with self._lock:
-            for execution_id in turn.ended:
-                if execution_id in self._waiters:
-                    self._waiters[execution_id].set()
-        for execution_id, reason in turn.aborts:
-            if execution_id in self._in_flight:
-                self._in_flight[execution_id].abort(reason)
+            self._answer(future, result)
+        for execution_id, reason in turn.ended.items():
+            with self._lock:
+                if waiter := self._waiters.get(execution_id):
+                    waiter.set()
+            if reason and (attempt := self._in_flight.get(execution_id)):
+                attempt.abort(reason)
+
+    def _answer(self, future: Future[Any], result: Any) -> None:
+        """Tell a writer what its change returned or raised; of a bug the log has more."""
+        if isinstance(result, Exception) and not isinstance(result, ApiError):
+            result = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
+        tell = future.set_exception if isinstance(result, ApiError) else future.set_result
+        tell(result)
 
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
@@ -2678,14 +2582,11 @@ class Engine:
             trace = None if isinstance(error, StoreError) else error
             log.error("the engine can't go on and tries again: %s", self.problem, exc_info=trace)
 
-    def _fail(self, turn: Pass, error: ApiError | None) -> None:
+    def _fail(self, turn: Pass, error: Exception) -> None:
         """The pass was rolled back: its writers are told, outcomes wait for the next pass."""
-        error = error or ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
-        for future, _change in self._changes:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-        for future, _result in turn.made:
-            future.set_exception(error)
+        waiting = [made for made in self._changes if made[0].set_running_or_notify_cancel()]
+        for future, _change in turn.made + waiting:
+            self._answer(future, error)
         self._changes.clear()
         self._version.cache_clear()  # what was rolled back may be in it
         self._wake_at = turn.now + SECOND
@@ -2713,10 +2614,9 @@ class Engine:
 
     def _clock_moved(self, step: int) -> None:
         """Waits stay as long as they were; far back, cursors are computed anew by _fire()."""
-        self.store.shift_due_times(step)
+        far_back = step < -CLOCK_FAR_BACK and self.clock.now() >= RELEASED_AT
+        self.store.shift_times(step, reset=far_back)
         self._seen_at = None
-        if step < -CLOCK_FAR_BACK and self.clock.now() >= RELEASED_AT:
-            self.store.reset_cursors()
 
     def _record(self, turn: Pass, outcome: Outcome) -> None:
         """Write down how an attempt ended, unless its execution ended otherwise before."""
@@ -2724,10 +2624,10 @@ class Engine:
         if version is None:
             return
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
-        after = after_attempt(outcome, version.retry, version.timeout, ended_at)
+        after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
         if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended.append(after.id)
-            self.store.release_oldest(after.job_id, turn.now)
+            turn.ended[after.id] = None
+            turn.freed.add(after.job_id)
             if after.status == "failed":
                 log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
 
@@ -2743,8 +2643,9 @@ class Engine:
                 newest = self._catch_up(turn, version, fire_time)
             else:
                 execution = self._new(version, "schedule", fire_time, turn.now)
-                self._enqueue(turn, execution, version.concurrency)
-            self.store.move_cursor(job_id, version.schedule.next_after(newest, version.zone))
+                self._enqueue(turn, execution, version.config["concurrency"])
+            cursor = version.schedule.next_after(newest, version.config["timezone"])
+            self.store.move_cursor(job_id, cursor)
         except StoreError:
             raise
         except Exception:
@@ -2761,19 +2662,21 @@ class Engine:
 
     def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
         """Deal with missed fire times as the policy says; return the newest of them."""
-        most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[version.missed_policy]
-        count, newest = version.schedule.backlog(first, turn.now, version.zone, most + 1)
+        policy = version.config["missed_run_policy"] or self._missed_policy
+        most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
+        zone = version.config["timezone"]
+        count, newest = version.schedule.backlog(first, turn.now, zone, most + 1)
         if count > most:
             last, count = newest[-most - 1], count - most
             period = f"from {format_time(first)} to {format_time(last)}"
             reason = f"{count} fire times {period} passed while no server was there"
             new = self._new(version, "schedule", last, None)
-            new = replace(new, missed_count=count, missed_from=first, missed_to=last)
+            new = new._replace(missed_count=count, missed_from=first, missed_to=last)
             if self.store.add_execution(ended(new, "skipped", "missed", reason, turn.now)):
                 log.warning("job %s: %s", version.job_id, reason)
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
-        self.store.release_oldest(version.job_id, turn.now)
+        turn.freed.add(version.job_id)
         return newest[-1]
 
     def _make_changes(self, turn: Pass) -> None:
@@ -2783,18 +2686,16 @@ class Engine:
             future, change = self._changes.popleft()
             if not future.set_running_or_notify_cancel():
                 continue  # its thread has given up
-            result: Any = StoreError("the database failed")
-            turn.made.append((future, result))
+            turn.made.append((future, None))  # so _fail() finds it
             try:
                 with self.store.savepoint():
                     result = change(turn)
             except Exception as error:
                 if not self.store.in_transaction:
                     raise
-                result = error
                 if not isinstance(error, ApiError):
                     log.exception("a change failed")
-                    result = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
+                result = error
             turn.made[-1] = (future, result)
 
     def _take(self, turn: Pass) -> None:
@@ -2804,41 +2705,42 @@ class Engine:
         full = {target for target, count in busy.items() if count >= self._per_target}
         more = True
         while more and room > 0:
-            more = False
+            more, started = False, []
             for execution in self.store.due_executions(turn.now, room, full):
                 if busy[execution.target] >= self._per_target:
                     full.add(execution.target)
                     more = True  # look behind the ones that are passed over
-                elif self._start(turn, execution):
+                elif version := self._version_of(turn, execution):
+                    started.append(self._attempt(turn, execution, version))
                     busy[execution.target] += 1
-                    room -= 1
+            room -= len(started)
+            ids = [attempt.execution.id for attempt in started]
+            self.store.start_executions(ids, turn.now, self._node_id)
+            turn.taken += started
 
     def _version_of(self, turn: Pass, execution: Execution) -> Version | None:
         """Return the version that an execution runs; None: it can't run any more, nor stays."""
         try:
             return self._version(execution.job_id, execution.job_version)
-        except JobDeleted:
+        except StoreError:
+            raise
+        except ApiError:
             self.store.delete_execution(execution.id)
             self._walk = ""  # others may stand behind it: there is another pass at once
-        except ValueError as error:  # another release of Chronos took it
+        except (LookupError, TypeError, ValueError) as error:  # another release took it
             log.exception("execution %s can't go on", execution.id)
             self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
         return None
 
-    def _start(self, turn: Pass, execution: Execution) -> bool:
-        version = self._version_of(turn, execution)
-        if version is None:
-            return False
-        started = replace(
-            execution, status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
+    def _attempt(self, turn: Pass, execution: Execution, version: Version) -> Attempt:
+        started = execution._replace(
+            status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
             started_at=execution.started_at or turn.now, node_id=self._node_id,
         )  # fmt: skip
-        self.store.save_execution(started)
         limit = (version.timeout - execution.spent, "timeout")
         if version.attempt_timeout < limit[0]:
             limit = (version.attempt_timeout, "attempt_timeout")
-        turn.taken.append(Attempt(started, version.webhook, *limit))
-        return True
+        return Attempt(started, version.webhook, *limit)
 
     def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
         """Return a pending execution for the instant ``at``, with the id of a fire time."""
@@ -2856,25 +2758,19 @@ class Engine:
             error = f"{others[0].id} was still {others[0].status}"
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
-            turn.ended.append(execution.id)
+            turn.ended[execution.id] = None
         if not self.store.add_execution(execution):
             return  # this fire time is in the ledger
         for other in others if concurrency == "replace" else ():
             self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
-    def _end(self, turn: Pass, execution: Execution, reason: str, error: str) -> None:
+    def _end(self, turn: Pass, execution: Execution, reason: str, error: str) -> Execution:
         """Fail an execution that has not ended, and abort its request after the commit."""
-        self.store.save_execution(ended(execution, "failed", reason, error, turn.now))
-        self.store.release_oldest(execution.job_id, turn.now)
-        turn.ended.append(execution.id)
-        turn.aborts.append((execution.id, reason))
-
-    def _load_version(self, job_id: str, number: int) -> Version:
-        """Return a version; called through the cache, as self._version. Raises JobDeleted."""
-        config = self.store.config(job_id, number)
-        if config is None:
-            raise JobDeleted
-        return Version(job_id, number, config, self._missed_policy)
+        execution = ended(execution, "failed", reason, error, turn.now)
+        self.store.save_execution(execution)
+        turn.freed.add(execution.job_id)
+        turn.ended[execution.id] = reason
+        return execution
 
 
 # ======================================================================================
@@ -3170,7 +3066,7 @@ class Api:
 
     def _job_json(self, job: Job) -> Json:
         last = self.store.executions(job.id, 1)
-        return job.to_json(last[0] if last else None)
+        return job.to_json(last[0][0] if last else None)
 
     def _show_job(self, job: Job) -> Json:
         bottle.response.set_header("ETag", f'"{job.version}"')
@@ -3219,11 +3115,12 @@ class Api:
 
     def list_executions(self, job_id: str) -> Json:
         """Return the executions of a job that match, the newest first."""
-        job, query = self.store.job(job_id), self._query(EXECUTIONS_QUERY)
+        self.store.job(job_id)
+        query = self._query(EXECUTIONS_QUERY)
         if query["before"]:
             self.store.execution_of(job_id, query["before"])
         found = self.store.executions(job_id, query["limit"], query["before"], query["status"])
-        shown = [execution.to_json(job.config["name"]) for execution in found]
+        shown = [execution.to_json(name) for execution, name in found]
         return {"executions": shown, "total": self.store.count_executions(job_id, query["status"])}
 
     def list_all_executions(self) -> Json:
@@ -3232,7 +3129,7 @@ class Api:
         limit, before = query["limit"], query["before"]
         if before and not self.store.execution(before):
             raise ApiError("NOT_FOUND", f"there is no execution {before}")
-        found = self.store.all_executions(limit + 1, before, query["status"])
+        found = self.store.executions(None, limit + 1, before, query["status"])
         shown = [execution.to_json(name) for execution, name in found[:limit]]
         for execution in shown:
             del execution["response"]
@@ -3274,8 +3171,8 @@ class Api:
 
     def cluster_status(self) -> Json:
         """Return what the whole of Chronos is doing: this one node."""
-        soonest = self.store.soonest_jobs(10)
-        next_runs = [{"job_id": job, "next_run": format_time(at)} for job, at in soonest]
+        soonest = self.store.due_jobs(sys.maxsize, 10)
+        next_runs = [{"job_id": job, "next_run": format_time(at)} for job, _n, at in soonest]
         node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
         node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
         counts = {"jobs_total": self.store.count_jobs(), **self.store.count_active()}

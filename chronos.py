@@ -839,9 +839,9 @@ class Job(NamedTuple):
     """A job with its newest configuration, in the form of the API."""
 
     id: str
-    version: int
+    version: int  # the newest one
     enabled: bool
-    created_at: int
+    created_at: int  # every *_at: µs since the epoch, UTC
     updated_at: int
     next_run_at: int | None  # the cursor; None: not enabled, or nothing comes any more
     config: Json
@@ -1206,22 +1206,17 @@ SCHEMA = """
 CREATE TABLE meta (                      -- a few numbers, such as last_seen
     key TEXT PRIMARY KEY, value INTEGER NOT NULL
 );
-CREATE TABLE jobs (
+CREATE TABLE jobs (                      -- class Job says what each column is
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
-    version      INTEGER NOT NULL,       -- the newest one of versions
-    enabled      INTEGER NOT NULL,
-    created_at   INTEGER NOT NULL,       -- every *_at: µs since the epoch, UTC
-    updated_at   INTEGER NOT NULL,
-    next_run_at  INTEGER                 -- the cursor; NULL: disabled, or nothing comes any more
+    version INTEGER NOT NULL, enabled INTEGER NOT NULL,
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE versions (
-    job_id       TEXT NOT NULL,
-    version      INTEGER NOT NULL,       -- 1, 2, 3 …
+    job_id TEXT NOT NULL, version INTEGER NOT NULL,
     config       TEXT NOT NULL,          -- JSON, in the form of the API
-    created_at   INTEGER NOT NULL,
-    created_by   TEXT NOT NULL,
+    created_at INTEGER NOT NULL, created_by TEXT NOT NULL,
     PRIMARY KEY (job_id, version)
 );
 CREATE VIEW configured_jobs AS
@@ -1368,7 +1363,6 @@ class Store:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
     def _value(self, statement: str, /, **values: Any) -> Any:
-        """Return the first value of the first row, None without one."""
         found = self._run(statement, **values)
         return found[0][0] if found else None
 
@@ -1424,10 +1418,9 @@ class Store:
 
     def job(self, job_id: str) -> Job:
         """Return the job. Raises ApiError NOT_FOUND."""
-        found = self._jobs("SELECT * FROM configured_jobs WHERE id = :id", id=job_id)
-        if not found:
-            raise ApiError("NOT_FOUND", f"there is no job {job_id}")
-        return found[0]
+        for job in self._jobs("SELECT * FROM configured_jobs WHERE id = :id", id=job_id):
+            return job
+        raise ApiError("NOT_FOUND", f"there is no job {job_id}")
 
     def jobs(self, filters: Json, most: int, offset: int) -> tuple[list[Job], int]:
         """Return a page of matching jobs in the order of creation, and how many match in all.
@@ -1518,8 +1511,8 @@ class Store:
 
     def execution(self, execution_id: str) -> Execution | None:
         """Return the execution, or None."""
-        found = self._executions("SELECT * FROM executions WHERE id = :id", id=execution_id)
-        return found[0] if found else None
+        sql = "SELECT * FROM executions WHERE id = :id"
+        return next(iter(self._executions(sql, id=execution_id)), None)
 
     def execution_of(self, job_id: str, execution_id: str) -> Execution:
         """Return an execution of this job. Raises ApiError NOT_FOUND."""
@@ -2338,9 +2331,9 @@ class Engine:
         return future
 
     def make(self, change: Callable[..., Result], *arguments: Any) -> Result:
-        """Let the engine call ``change(turn, *arguments)``; return what it returned, once on disk.
+        """Let the engine make a change; return what it returned, once that is on disk.
 
-        Raises what the change raised, or StoreError; then nothing of it has happened.
+        Raises what it raised, or StoreError; then nothing of it has happened.
         """
         future = self.hand_in(change, *arguments)
         try:
@@ -2475,10 +2468,7 @@ class Engine:
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
 
     def run_pass(self, wait: int = 0) -> int:
-        """Do what there is to do; return for how long (µs) nothing will be due.
-
-        ``wait``: so long it waits for an outcome or a change before it looks.
-        """
+        """Wait up to ``wait`` µs for news, do what is due; return the µs until something is."""
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get(wait > 0, wait / SECOND)

@@ -1284,7 +1284,7 @@ class Store:
             SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
               FROM pragma_user_version, pragma_application_id"""
         try:
-            with contextlib.closing(self._read_only()) as connection:
+            with contextlib.closing(self._connect_to("ro")) as connection:
                 version, application, tables = connection.execute(sql).fetchone()
                 if not tables:
                     return 0
@@ -1306,8 +1306,9 @@ class Store:
             message = f"{self.path} is damaged ({error}): see the README, Restore a backup"
             raise StartError(EXIT_CONFIG, message) from error
 
-    def _read_only(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+    def _connect_to(self, mode: str) -> sqlite3.Connection:  # one that can't create the file
+        place = f"{self.path.as_uri()}?mode={mode}"
+        return sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False)
 
     def backup(self, target: Path) -> None:
         """Write a consistent, checked copy to a new file, also of a file that a server works on.
@@ -1319,7 +1320,7 @@ class Store:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, "it is there already")
             with open(part, "wb", opener=functools.partial(os.open, mode=0o600)) as file:
-                with contextlib.closing(self._read_only()) as connection:
+                with contextlib.closing(self._connect_to("ro")) as connection:
                     connection.execute("VACUUM INTO ?", (str(part),))
                 Store(part)._check()
                 os.fsync(file.fileno())
@@ -1345,7 +1346,7 @@ class Store:
             self._local = threading.local()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection = self._connect_to("rw")
         with self._lock:
             self._connections.append(connection)
         connection.row_factory = sqlite3.Row
@@ -1727,7 +1728,15 @@ class Webhook:
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth.get(name, "") for name in ("password", "token", "api_key")]
         found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
-        return [secret for secret in found if len(secret) >= 6]
+        return sorted((secret for secret in found if len(secret) >= 6), key=len, reverse=True)
+
+    def masked(self, text: str, cut: bool = False) -> str:
+        """Return a text without the secrets; ``cut``: nor with the beginning of one at its end."""
+        for secret in self.secrets:
+            text = text.replace(secret, MASK)
+            begun = (n for n in range(len(secret) - 1, 2, -1) if text.endswith(secret[:n]))
+            text = text[: len(text) - next(begun, 0)] if cut else text
+        return text
 
     @functools.cached_property
     def request(self) -> requests.PreparedRequest:
@@ -1929,7 +1938,7 @@ class Connection:
         body = bytearray()
         while len(body) <= limit:
             digits = self._read_line().partition(";")[0].strip()
-            if not digits.isalnum():  # int() takes a sign
+            if not re.fullmatch("[0-9A-Fa-f]+", digits):  # int() takes a sign
                 raise ValueError("a wrong size of a chunk")
             size = int(digits, 16)
             body += self._read(min(size, limit + 1 - len(body)))
@@ -2039,19 +2048,17 @@ class Dispatcher:
         """Return what an answer means, as fields of an Outcome."""
         code, phrase, headers, body = answer
         success, asked = code in webhook.success_codes, headers.get("retry-after")
-        error = f"the server answered {code} {phrase}".strip()[:200]
+        error = webhook.masked(f"the server answered {code} {phrase}".strip())[:200]
         if 200 <= code < 300:
             error += ", which is not among success_codes"
-        text = self._text(headers, body)
-        for secret in webhook.secrets:
-            error, text = error.replace(secret, MASK), text.replace(secret, MASK)
+        text = self._text(headers, body, webhook)
         return {
             "status_code": code, "response": text, "success": success,
             "reason": None if success else "http_status", "error": None if success else error,
             "retry_after": parse_retry_after(asked, self._clock.now()) if asked else None,
         }  # fmt: skip
 
-    def _text(self, headers: dict[str, str], body: bytes) -> str:
+    def _text(self, headers: dict[str, str], body: bytes, webhook: Webhook) -> str:
         """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
         cut = len(body) > self._max_bytes
         if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
@@ -2063,6 +2070,7 @@ class Dispatcher:
             text = str(body, charset[1] if charset else "utf-8", "replace")
         except (LookupError, ValueError):
             text = str(body, "utf-8", "replace")
+        text = webhook.masked(text, cut)
         text += f"\n[cut off after {self._max_bytes} bytes]" if cut else ""
         return text.encode("utf-8", "replace").decode()
 
@@ -2217,6 +2225,8 @@ class Version:
         own_limit = config["retry_policy"]["attempt_timeout"]
         self.attempt_timeout = parse_duration(own_limit) if own_limit else self.timeout
         self.webhook = Webhook(config["webhook"])
+        if not config["webhook"]["verify_tls"]:
+            log.warning("job %s takes any certificate: its verify_tls is false", job_id)
 
 
 @dataclass(slots=True)
@@ -2245,7 +2255,7 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
-        self.last_pass = clock.monotonic()
+        self.last_pass = self._worked_at = clock.monotonic()
         self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._missed_policy: str = settings["scheduler.missed_run_policy"]
@@ -2484,6 +2494,7 @@ class Engine:
             due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
             if due or self._outcomes or self._changes:
                 with self.store.transaction():
+                    turn.now = self.clock.now()  # it may have waited for a lock
                     self._work(turn, step)
                 if self.problem:
                     log.warning("the engine goes on")
@@ -2499,10 +2510,14 @@ class Engine:
 
     def _work(self, turn: Pass, step: int) -> None:
         """The whole of a pass, inside its transaction."""
+        self.store.check_file()
         self._look_at_clock(turn, step)
         for outcome in self._outcomes:
             self._record(turn, outcome)
         start = self.clock.monotonic()
+        if start - self._worked_at > self._grace:
+            self._seen_at = None  # the process was suspended amid a backlog
+        self._worked_at = start
         due = self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS) if self._fires() else []
         for job_id, number, fire_time in due:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
@@ -2588,7 +2603,6 @@ class Engine:
     def _look_at_clock(self, turn: Pass, step: int) -> None:
         """Notice steps of the clock, and work off what follows from them."""
         if not 0 <= turn.now - self._saved_at < HEARTBEAT:
-            self.store.check_file()
             self.store.set_number("last_seen", turn.now)
             self._saved_at = turn.now
             if self.clock.monotonic() - self._walked_at > DAY:
@@ -2852,7 +2866,9 @@ class SignIn:
         if scheme.lower() == "basic" and colon:
             name = user.decode(errors="replace")
             known = self._users.get(name, f"scrypt:{'00' * 16}:")
-            with self._lock:
+            if not self._lock.acquire(timeout=0.5):
+                raise self._too_many(SECOND)
+            try:
                 failures = self._failures.pop(address, None) or deque(maxlen=10)
                 self._failures[address] = failures
                 if len(self._failures) > 10_000:
@@ -2860,14 +2876,21 @@ class SignIn:
                 now = self._clock.monotonic()
                 wait = failures[0] + MINUTE - now if len(failures) == 10 else 0
                 if wait > 0:
-                    bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
-                    raise ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
+                    raise self._too_many(wait)
                 hashed = hash_password(password, bytes.fromhex(known.split(":")[1]))
                 if hmac.compare_digest(hashed, known):
                     return name
                 failures.append(now)
+                log.warning("somebody at %s could not sign in as %s", address, name[:100])
+            finally:
+                self._lock.release()
         bottle.response.set_header("WWW-Authenticate", 'Basic realm="Chronos", charset="UTF-8"')
         raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
+
+    @staticmethod
+    def _too_many(wait: int) -> ApiError:
+        bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
+        return ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
 
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
@@ -2925,7 +2948,10 @@ class Api:
         """Call a handler and put what it returns, or raises, into the envelope."""
         environ = bottle.request.environ
         try:
-            environ["bottle.raw_path"].encode("latin-1").decode()  # Bottle drops what is not UTF-8
+            raw_path = environ["bottle.raw_path"]
+            raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
+            if raw_path.endswith("\n"):  # Bottle's routes let that pass
+                raise ApiError("NOT_FOUND", "there is nothing")
             if handler != self.health:
                 self._check_sender(environ, bottle.request.method in SAFE_METHODS)
             result = handler(**path)
@@ -3202,6 +3228,13 @@ def lock_data_dir(directory: Path) -> IO[str]:
 class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     """waitress's parser, but a request line that urllib can't split does not end the thread."""
 
+    def received(self, data: bytes) -> int:
+        """Take what has come; ask for no body where none is to come or it is refused."""
+        taken: int = super().received(data)
+        if self.completed:
+            self.expect_continue = False
+        return taken
+
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the head of a request. Raises ParsingError, which is answered with 400."""
         try:
@@ -3222,7 +3255,9 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         if error.code == 413:
             code, message = "PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes"
         headers = [("Content-Type", "application/json"), *SECURITY_HEADERS.items()]
-        answer = f"{error.code} {error.reason}", headers, envelope(None, ApiError(code, message))
+        heads = getattr(self.request, "command", "") == "HEAD"
+        body = b"" if heads else envelope(None, ApiError(code, message))
+        answer = f"{error.code} {error.reason}", headers, body
         error.to_response = lambda *_: answer
         super().execute()
 

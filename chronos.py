@@ -115,6 +115,7 @@ MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_HEADERS = 100  # of an answer
 MAX_LINE_BYTES = 1 << 16  # of an answer
+MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
 MAX_LOOKUPS = 16  # names that are being resolved at once
 PRUNE_ROWS = 250  # of history, that a pass looks at or removes; more than the 100 spared
 PRUNE_JOBS = 20  # that a pass looks at for history to remove
@@ -967,6 +968,16 @@ def split_address(address: str) -> tuple[str, int]:
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
 _path = text(4096)
+
+
+def _ca_bundle(value: Any) -> Any:
+    try:
+        ssl.create_default_context(cafile=_path(value))
+    except OSError as error:
+        raise ValueError(f"{value} cannot be read: {error.strerror or error}") from error
+    return value
+
+
 _size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
 _password_hash = matching(
     "scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what the command hash-password prints"
@@ -1009,7 +1020,7 @@ SETTINGS: dict[str, Field] = {
         "169.254.0.0/16", "fe80::/10", "168.63.129.16/32", "fd00:ec2::254/128",
         "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
     "dispatcher.allowed_networks":    Field(_networks,                          []),
-    "dispatcher.ca_bundle":           Field(_path,                              None),
+    "dispatcher.ca_bundle":           Field(_ca_bundle,                         None),
     "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
     "retention.max_size":             Field(_size,                              "1GB"),
@@ -1836,6 +1847,9 @@ def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
         if spellings[0] in _network("64:ff9b::/96"):  # RFC 6052
             inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
         spellings += [inner] if inner else []
+    if spellings[-1].is_unspecified:  # who connects to it reaches loopback
+        loopback = "127.0.0.1" if spellings[-1].version == 4 else "::1"
+        spellings.append(ipaddress.ip_address(loopback))
     for network in blocked:
         if any(address in _network(network) for address in spellings):
             raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
@@ -1857,6 +1871,7 @@ class Connection:
         self.reusable = False  # the last answer has been read to its end
         self._handle = self.socket.dup()
         self._received = bytearray()  # and not read yet
+        self._line_bytes = 0  # that the lines of this answer may still have
 
     def cut(self) -> None:
         """Shut the connection down: blocked calls on it return at once."""
@@ -1883,6 +1898,7 @@ class Connection:
         Raises NoAnswer or another RequestException.
         """
         self.reusable = heard = sent = False
+        self._line_bytes = MAX_HEAD_BYTES
         try:
             with contextlib.suppress(OSError):  # it stopped reading: its answer may be there
                 self.socket.sendall(request)
@@ -1903,7 +1919,9 @@ class Connection:
             said = f"{self.key[0]} sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(said) from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
-        self.reusable = sent and whole and lasts and not self._received
+        coding, both = headers.get("transfer-encoding"), "content-length" in headers
+        clear = coding is None or (coding.lower() == "chunked" and not both)  # RFC 9112, 6.1
+        self.reusable = sent and whole and lasts and clear and not self._received
         return int(status[2]), status[3] or "", headers, body
 
     def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
@@ -1914,11 +1932,14 @@ class Connection:
             raise ValueError("a wrong status line")
         while line := self._read_line():
             name, colon, value = line.partition(":")
+            name, value = name.strip().lower(), value.strip()
             if line[0] in " \t":
-                continue  # goes on with the value before: obsolete, and in none that matters
+                headers["connection"] = "close"  # goes on with the value before: obsolete
+                continue
             if not colon or len(headers) == MAX_HEADERS:
                 raise ValueError("a wrong header or too many")
-            headers.setdefault(name.strip().lower(), value.strip())
+            if headers.setdefault(name, value) != value and name == "content-length":
+                raise ValueError("two lengths")
         return status, headers
 
     def _read_body(self, headers: dict[str, str], limit: int) -> tuple[bytes, bool]:
@@ -1930,15 +1951,16 @@ class Connection:
             with contextlib.suppress(EOFError):
                 self._receive(limit + 1)
             return bytes(self._received[: limit + 1]), False
-        if not length.isdecimal():
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise ValueError("a wrong Content-Length")
         return self._read(min(int(length), limit + 1)), int(length) <= limit
 
     def _read_chunks(self, limit: int) -> tuple[bytes, bool]:
         body = bytearray()
+        self._line_bytes += 8 * limit  # chunks of a single byte
         while len(body) <= limit:
             digits = self._read_line().partition(";")[0].strip()
-            if not re.fullmatch("[0-9A-Fa-f]+", digits):  # int() takes a sign
+            if not re.fullmatch("[0-9A-Fa-f]{1,16}", digits):
                 raise ValueError("a wrong size of a chunk")
             size = int(digits, 16)
             body += self._read(min(size, limit + 1 - len(body)))
@@ -1954,6 +1976,9 @@ class Connection:
             if len(self._received) > MAX_LINE_BYTES:
                 raise ValueError("a line too long")
             self._receive(len(self._received) + 1)
+        self._line_bytes -= end + 1
+        if self._line_bytes < 0:
+            raise ValueError("too much around its body")
         return self._read(end + 1)[:-1].decode("latin-1").removesuffix("\r")
 
     def _read(self, size: int) -> bytes:
@@ -1976,7 +2001,8 @@ def _no_connection(target: str, address: Any, error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate of {target} is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"TLS with {target} failed: {error.reason or error}"
+        reason = (error.reason or "no answer").replace("_", " ").lower()
+        return f"TLS with {target} failed: {reason}"
     place = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
     if isinstance(error, ConnectionRefusedError):
         return f"connection refused by {place}"
@@ -2186,7 +2212,7 @@ class Dispatcher:
             try:
                 found.put(look_up())
             except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or error
+                reason = getattr(error, "strerror", None) or "it is not a possible name"
                 found.put(requests.ConnectionError(f"the name {host} cannot be resolved: {reason}"))
             finally:
                 self._lookups.release()

@@ -183,8 +183,8 @@ class Problems(ApiError, ValueError):
     """What is wrong with the fields of an object, all at once: (path, message) for each."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        names = [path for path, _message in problems]
-        code = "INVALID_TIMEOUT" if names == ["timeout"] else "VALIDATION_ERROR"
+        only_timeout = [path for path, _message in problems] == ["timeout"]
+        code = "INVALID_TIMEOUT" if only_timeout else "VALIDATION_ERROR"
         told = "; ".join(f"{path} {message}".strip() for path, message in problems)
         details = [{"field": path, "message": message} for path, message in problems]
         super().__init__(code, told, details)
@@ -967,12 +967,11 @@ def split_address(address: str) -> tuple[str, int]:
 
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
-_path = text(4096)
 
 
 def _ca_bundle(value: Any) -> Any:
     try:
-        ssl.create_default_context(cafile=_path(value))
+        ssl.create_default_context(cafile=text(4096)(value))
     except OSError as error:
         raise ValueError(f"{value} cannot be read: {error.strerror or error}") from error
     return value
@@ -1005,7 +1004,7 @@ SETTINGS: dict[str, Field] = {
     "server.allowed_hosts":           Field(list_of(text(253), 100),            []),
     "server.trusted_proxy":           Field(text(100),                          None),
     "cluster.node_id":                Field(text(100),                          None),
-    "cluster.data_dir":               Field(_path,                              "./data"),
+    "cluster.data_dir":               Field(text(4096),                         "./data"),
     "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
     "scheduler.paused":               Field(boolean,                            False),
     "scheduler.missed_run_policy":    Field(one_of(*MISSED_RUN_POLICIES),       "execute_one"),
@@ -1036,7 +1035,7 @@ SETTINGS: dict[str, Field] = {
 def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
     """Return a YAML document as plain data, and in ``lines`` the line of every ``.dotted.path``.
 
-    Words are read as JSON has them: no octals, dates, ``yes``. Raises ValueError with the line.
+    Words are as in JSON: no octals, dates, ``yes``; ``${NAME}`` is replaced. Raises ValueError.
     """
     try:
         for event in yaml.parse(content, yaml.BaseLoader):
@@ -2863,8 +2862,7 @@ class SignIn:
     """HTTP Basic authentication (RFC 7617); unknown users cost as much as known ones."""
 
     def __init__(self, settings: Json, clock: Clock) -> None:
-        self._users: dict[str, str] = settings["auth.users"]
-        self._viewers: list[str] = settings["auth.viewers"]
+        self._users, self._viewers = settings["auth.users"], settings["auth.viewers"]
         self._clock, self._key = clock, os.urandom(32)
         self._verified: dict[bytes, str] = {}  # keyed digest of an Authorization header -> user
         self._failures: dict[str, deque[int]] = {}  # address -> when; the newest address last
@@ -3179,9 +3177,8 @@ class Api:
 
     def get_execution(self, job_id: str, exec_id: str) -> Json:
         """Return one execution with its attempts and what it sends."""
-        job = self.store.job(job_id)
-        execution = self.store.execution_of(job_id, exec_id)
-        (version,) = self.list_versions(job_id, execution.job_version)
+        job, execution = self.store.job(job_id), self.store.execution_of(job_id, exec_id)
+        [version] = self.list_versions(job_id, execution.job_version)
         config = version["config"]["webhook"]
         headers = Webhook(config).request.headers.items()
         request = {name: config[name] for name in ("method", "url", "body")}
@@ -3341,18 +3338,15 @@ class Service:
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
         if self._thread:
-            close_listener = functools.partial(wasyncore.dispatcher.close, self._server)
-            self._server.trigger.pull_trigger(close_listener)
+            self._server.trigger.pull_trigger(lambda: wasyncore.dispatcher.close(self._server))
             self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
             self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
             deadline = time.monotonic() + 1  # for the last answers to go out
-            while time.monotonic() < deadline and any(
-                getattr(channel, "total_outbufs_len", 0) for channel in [*self._channels.values()]
-            ):
-                time.sleep(0.01)
-            close_all = functools.partial(wasyncore.close_all, self._channels)
+            for channel in list(self._channels.values()):
+                while getattr(channel, "total_outbufs_len", 0) and time.monotonic() < deadline:
+                    time.sleep(0.01)
             with contextlib.suppress(OSError):  # the http thread may have closed all meanwhile
-                self._server.trigger.pull_trigger(close_all)
+                self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._channels))
             self._thread.join(timeout=2)
         self.store.close()
         if self._lock:

@@ -5297,6 +5297,7 @@ def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
     codes = {"413": "PAYLOAD_TOO_LARGE", "404": "NOT_FOUND"}
     got, envelope = head.split()[1].decode(), json.loads(body)
     assert got in status.split()
+    assert b"\r\nX-Content-Type-Options: nosniff" in head and b"\r\nCache-Control: no-store" in head
     assert b"Content-Type: application/json" in head and b"\r\nServer:" not in head
     assert envelope.pop("error")["code"] == codes.get(got, "VALIDATION_ERROR")
     assert envelope == {"success": False, "data": None}
@@ -5333,8 +5334,11 @@ def test_every_route_but_health_asks_who_it_is(guarded):
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Basic", "Basic !!!", "Basic YWRh", "Bearer x", "Basic " + "A" * 5000, "Digest a=b"],
-)
+    [
+        "", "Basic", "Basic !!!", "Basic YWRh", "Bearer x", "Basic " + "A" * 5000, "Digest a=b",
+        "Basic \xff",
+    ],
+)  # fmt: skip
 def test_what_are_no_credentials_is_a_401_and_no_failure(guarded, header):
     for _ in range(12):
         error = guarded.expect(401, "GET", "/jobs", headers={"Authorization": header})

@@ -1214,9 +1214,10 @@ def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
         ("auth: {users: {ada: secret}}", "auth.users.ada must be what the command hash-password"),
         ('auth: {users: {"a:b": "' + ADA + '"}}', "auth.users.a:b must not contain a colon"),
         ("auth: {type: digest}", "auth.type must be one of none, basic"),
+        ("dispatcher: {ca_bundle: /gone.pem}", "dispatcher.ca_bundle /gone.pem cannot be read: No"),
     ],
 )
-def test_who_may_sign_in_must_be_said_rightly(refusal, content, message):
+def test_who_may_sign_in_and_who_is_trusted_must_be_said_rightly(refusal, content, message):
     assert message in refusal(content)
 
 

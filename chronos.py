@@ -2755,10 +2755,12 @@ class Engine:
             raise
         except ApiError:
             self.store.delete_execution(execution.id)
-            self._walk = ""  # others may stand behind it: there is another pass at once
+            self._walk = ""  # there is another pass at once, for what stands behind it
         except (LookupError, TypeError, ValueError) as error:  # another release took it
             log.exception("execution %s can't go on", execution.id)
             self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
+            self.store.release_oldest(turn.freed, turn.now)
+            self._walk = ""
         return None
 
     def _attempt(self, turn: Pass, execution: Execution, version: Version) -> Attempt:

@@ -9,6 +9,7 @@ time runs against the real process. The target of the webhooks is a real HTTP se
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -47,6 +48,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
@@ -7375,3 +7377,238 @@ def test_only_the_promised_files_stand_at_the_top_level():
     promised = {"chronos.py", "chronos.yaml", "test_chronos.py", "requirements.txt", "README.md"}
 
     assert names - {"LICENSE", "data", "__pycache__"} == promised
+
+
+# ======================================================================================
+# The benchmark: python test_chronos.py --bench [throughput lateness idle start api soak]
+# ======================================================================================
+#
+# A running Chronos against a target that is never the bottleneck, each a process of its own, and
+# in the same round the yardstick: as many POSTs to the same target by as many threads, each a
+# plain loop of requests.Session().post without any store. Medians of three rounds.
+
+WORKERS = 32
+POOL = f"dispatcher: {{max_concurrent_jobs: {WORKERS}, max_concurrent_per_host: {WORKERS}}}"
+
+
+class FastTarget(asyncio.Protocol):
+    """Answers OK, and remembers what came when; GET /arrivals tells it and forgets."""
+
+    arrivals: ClassVar[list] = []
+
+    def connection_made(self, transport):
+        self.transport, self.received = transport, b""
+
+    def data_received(self, data):
+        self.received += data
+        while b"\r\n\r\n" in self.received:
+            head, rest = self.received.split(b"\r\n\r\n", 1)
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            size = int(length[1]) if length else 0
+            if len(rest) < size:
+                return
+            self.received, body = rest[size:], b"OK"
+            if head.startswith(b"GET /arrivals"):
+                body = json.dumps(self.arrivals).encode()
+                self.arrivals.clear()
+            elif scheduled := re.search(rb"X-Chronos-Scheduled-Time: (\S+)", head):
+                self.arrivals.append((scheduled[1].decode(), time.time()))
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+
+
+async def serve_target():
+    server = await asyncio.get_running_loop().create_server(
+        FastTarget, "127.0.0.1", 0, backlog=2000
+    )
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", flush=True)
+    await server.serve_forever()
+
+
+class Bench:
+    """One round: a target, and as many instances of Chronos as it asks for."""
+
+    def __init__(self, directory):
+        self.directory, self.started = directory, 0
+        command = [sys.executable, __file__, "--target"]
+        self.target = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = self.target.stdout.readline().strip()
+
+    @contextlib.contextmanager
+    def chronos(self, jobs=0, schedule="0 0 1 1 *", at=None, config=POOL):
+        """Run a Chronos that has so many jobs; yield it."""
+        self.started += 1
+        home = self.directory / str(self.started)
+        later = chronos.Clock().now() + 300 * chronos.DAY
+        fill_store(home / "data", self.url, jobs, schedule, at or later)
+        process = Process(home, config)
+        try:
+            yield process
+        finally:
+            process.end(signal.SIGTERM)
+
+    def latenesses(self, count, seconds=60):
+        """Return how late (s) so many requests were, in order of lateness."""
+        found, deadline = [], time.monotonic() + seconds
+        while len(found) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+            found += requests.get(f"{self.url}arrivals", timeout=30).json()
+        return sorted(at - chronos.parse_time(fire) / SECOND for fire, at in found)
+
+    def yardstick(self, count):
+        """Return how long (s) so many POSTs take."""
+
+        def post(times):
+            with requests.Session() as session:
+                for _ in range(times):
+                    session.post(self.url, data=b"{}", timeout=30)
+
+        begun = time.monotonic()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(post, [count // WORKERS] * WORKERS))
+        return time.monotonic() - begun
+
+    def burst(self, count):
+        """Return how late ``count`` requests were that were due in one second."""
+        at = soon() + count // 1000 * SECOND
+        with self.chronos(count, f"@at {chronos.format_time(at)}", at) as process:
+            late = self.latenesses(count)
+            wait_until(lambda: process.get("/cluster/status")["running"] == 0, 60)
+        assert len(late) == count
+        return late
+
+
+def soon():
+    """Return a whole second that comes when a process that is started now is ready."""
+    return (int(time.time()) + 3) * SECOND
+
+
+def percentile(values, share):
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def usage(process):
+    """Return CPU seconds, MB of memory, threads and descriptors of a process."""
+    home = Path(f"/proc/{process.process.pid}")
+    stat = (home / "stat").read_text().rpartition(")")[2].split()
+    cpu = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    memory = int(stat[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return cpu, memory, int(stat[17]), len(list((home / "fd").iterdir()))
+
+
+def bench_throughput(bench):
+    late, plain = bench.burst(3000), bench.yardstick(3000)
+    return {"executions/s": 3000 / late[-1], "yardstick, POSTs/s": 3000 / plain,
+            "ratio": plain / late[-1]}  # fmt: skip
+
+
+def bench_lateness(bench):
+    with bench.chronos(1, "* * * * * *", soon()):
+        one = bench.latenesses(20)
+    found = {
+        "1 job, p50 ms": percentile(one, 0.5) * 1e3,
+        "1 job, p99 ms": percentile(one, 0.99) * 1e3,
+    }
+    for count in (100, 1000):
+        late, plain = bench.burst(count), bench.yardstick(count)
+        found[f"{count} at once, p99 ms"] = percentile(late, 0.99) * 1e3
+        found[f"{count} at once, p99 / yardstick"] = percentile(late, 0.99) / plain
+    with bench.chronos(1000, "* * * * * *", soon()):
+        late = bench.latenesses(30_000, 40)
+    found["1000 a second for 30 s, arrived"] = len(late)
+    found["1000 a second for 30 s, p99 ms"] = percentile(late, 0.99) * 1e3
+    return found
+
+
+def bench_idle(bench):
+    found = {}
+    for count in (0, 10_000, 100_000):
+        with bench.chronos(count) as process:
+            time.sleep(10)  # what a start leaves to do
+            before = usage(process)
+            time.sleep(20)
+            cpu, memory, *_ = usage(process)
+        found[f"{count} jobs, % of a core"] = (cpu - before[0]) / 20 * 100
+        found[f"{count} jobs, MB"] = memory
+    return found
+
+
+def bench_start(bench):
+    found = {}
+    for count in (0, 100_000):
+        with bench.chronos(count):
+            pass
+        begun = time.monotonic()
+        process = Process(bench.directory / str(bench.started), POOL)
+        process.get("/health")
+        found[f"{count} jobs, s"] = time.monotonic() - begun
+        process.end(signal.SIGTERM)
+    return found
+
+
+def bench_api(bench):
+    found = {}
+
+    def measure(name, call, times=200):
+        took = []
+        for _ in range(times):
+            begun = time.monotonic()
+            call()
+            took.append((time.monotonic() - begun) * 1e3)
+        found[f"{name}, p50 ms"], found[f"{name}, p99 ms"] = (
+            percentile(took, p) for p in (0.5, 0.99)
+        )
+
+    with bench.chronos(100_000) as process:
+        job = process.get("/jobs?limit=1")["jobs"][0]
+        measure("get a job", lambda: process.get(path_of(job)))
+        measure("list 100 of 100,000 jobs", lambda: process.get("/jobs?limit=100&offset=50000"))
+        begun = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _n: process.create(NOBODY), range(1000)))
+        found["creates/s from 8 threads"] = 1000 / (time.monotonic() - begun)
+    return found
+
+
+def bench_soak(bench, minutes=10):
+    seen = []
+    with bench.chronos(200, "* * * * * *", soon()) as process:
+        for _ in range(minutes):
+            time.sleep(60)
+            size = sum(
+                path.stat().st_size for path in (bench.directory / "1" / "data").glob("*.db*")
+            )
+            seen.append((*usage(process)[1:], size / 1e6))
+    names = ("MB", "threads", "descriptors", "MB on disk")
+    return {
+        f"minute {n}, {name}": value
+        for n in (1, minutes)
+        for name, value in zip(names, seen[n - 1], strict=True)
+    }
+
+
+def run_benchmark(names):
+    """Print a table of what was measured: the median of three rounds, and each of them."""
+    for name in names or ("throughput", "lateness", "idle", "start", "api", "soak"):
+        rounds = []
+        for _ in range(1 if name == "soak" else 3):
+            with tempfile.TemporaryDirectory() as directory:
+                bench = Bench(Path(directory))
+                rounds.append(globals()[f"bench_{name}"](bench))
+                bench.target.kill()
+                bench.target.wait()
+        print(f"\n{name}")
+        for figure in rounds[0]:
+            values = [found[figure] for found in rounds]
+            each = "  ".join(f"{value:.4g}" for value in values)
+            print(f"  {figure:44} {statistics.median(values):10.4g}   ({each})", flush=True)
+
+
+if __name__ == "__main__":
+    if "--target" in sys.argv:
+        asyncio.run(serve_target())
+    elif sys.argv[1:2] == ["--bench"]:
+        run_benchmark(sys.argv[2:])
+    else:
+        sys.exit(__doc__)

@@ -117,7 +117,7 @@ MAX_HEADERS = 100  # of an answer
 MAX_LINE_BYTES = 1 << 16  # of an answer
 MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
 MAX_LOOKUPS = 16  # names that are being resolved at once
-PRUNE_ROWS = 250  # of history, that a pass looks at or removes; more than the 100 spared
+PRUNE_ROWS = 250  # of a job's history, that are looked at or removed; more than the 100 spared
 PRUNE_JOBS = 20  # that a pass looks at for history to remove
 PRUNE_INTERVAL = 100_000  # while there is other work, µs
 MAX_ACTIVE = 1000  # executions of one job that have not ended
@@ -944,7 +944,7 @@ class Outcome:
     status_code: int | None = None  # None: no answer
     response: str | None = None
     success: bool = False
-    reason: str | None = None  # timeout, blocked, no_answer, http_status
+    reason: str | None = None  # timeout, blocked, no_answer, http_status, interrupted, an abort's
     error: str | None = None
     retry_after: int | None = None  # µs that the answer asked to wait
 
@@ -1020,7 +1020,7 @@ SETTINGS: dict[str, Field] = {
         "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
     "dispatcher.allowed_networks":    Field(_networks,                          []),
     "dispatcher.ca_bundle":           Field(_ca_bundle,                         None),
-    "retention.executions_per_job":   Field(number(1, 1_000_000),               1000),
+    "retention.executions_per_job":   Field(number(1, 100_000),                 1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
     "retention.max_size":             Field(_size,                              "1GB"),
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
@@ -1288,13 +1288,14 @@ class Store:
             self._run(f"PRAGMA user_version = {newest:d}")
         self._inode = self.path.stat().st_ino
 
-    def _check(self) -> int:
+    def _check(self, wholly: bool = False) -> int:
         """Return the version of the schema, 0: the file is empty. Raises StartError, OSError."""
         sql = """
             SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
               FROM pragma_user_version, pragma_application_id"""
         try:
-            with contextlib.closing(self._connect_to("ro")) as connection:
+            broken_off = self.path.with_name(f"{self.path.name}-journal").exists()  # amid open()
+            with contextlib.closing(self._connect_to("rw" if broken_off else "ro")) as connection:
                 version, application, tables = connection.execute(sql).fetchone()
                 if not tables:
                     return 0
@@ -1305,7 +1306,7 @@ class Store:
                     raise StartError(EXIT_CONFIG, message)
                 sql = "SELECT count(*) FROM meta WHERE key = 'stopped' AND value = 1"
                 unclean = connection.execute(sql).fetchone() == (0,)
-                if unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
+                if wholly or unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
                     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
                     if found != "ok":
                         raise sqlite3.DatabaseError(found.splitlines()[-1])
@@ -1332,11 +1333,12 @@ class Store:
             with open(part, "wb", opener=functools.partial(os.open, mode=0o600)) as file:
                 with contextlib.closing(self._connect_to("ro")) as connection:
                     connection.execute("VACUUM INTO ?", (str(part),))
-                Store(part)._check()
+                Store(part)._check(wholly=True)
                 os.fsync(file.fileno())
             part.rename(target)
-        except (OSError, sqlite3.Error) as error:
-            part.unlink(missing_ok=True)
+        except (OSError, sqlite3.Error, StartError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
             reason = getattr(error, "strerror", None) or error
             raise StartError(EXIT_FAILED, f"no backup to {target}: {reason}") from error
 
@@ -1639,8 +1641,8 @@ class Store:
                   FROM json_each(:job_ids) AS job)"""
         self._run(sql, job_ids=json.dumps(list(job_ids)), now=now)
 
-    def prune(self, job_id: str, before: int, keep: int) -> bool:
-        """Remove some executions that are not to be kept; return whether there were any.
+    def prune(self, job_id: str, before: int, keep: int) -> int:
+        """Remove some executions that are not to be kept; return how many.
 
         All of a job that is gone. Else, of those that have ended: what ended ``before``, but for
         the newest 10, and what is not among the newest ``keep``, but for the newest 100 failed.
@@ -1655,15 +1657,16 @@ class Store:
                  ORDER BY seq DESC LIMIT 100)
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM (SELECT seq, completed_at FROM executions
-                                  WHERE job_id = :job_id ORDER BY seq LIMIT :most)
+                                  WHERE job_id = :job_id AND (completed_at IS NOT NULL
+                                     OR NOT EXISTS (SELECT 1 FROM jobs WHERE id = :job_id))
+                                  ORDER BY seq LIMIT :most)
                  WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :job_id)
                     OR (completed_at < :before AND seq <= (
                             SELECT seq FROM executions WHERE job_id = :job_id
                              ORDER BY seq DESC LIMIT 1 OFFSET 10))
-                    OR (completed_at IS NOT NULL AND seq <= (SELECT seq FROM beyond)
-                        AND seq NOT IN spared))
+                    OR (seq <= (SELECT seq FROM beyond) AND seq NOT IN spared))
             RETURNING seq"""
-        return bool(self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
+        return len(self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
 
     def prune_oldest(self, max_size: int) -> bool:
         """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
@@ -2263,6 +2266,7 @@ class Pass:
     ended: dict[str, str | None] = field(default_factory=dict)  # execution -> why to abort it
     freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
+    again: bool = False  # the next pass follows at once
 
 
 Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside a savepoint
@@ -2499,7 +2503,7 @@ class Engine:
                 wait = SECOND
         self.run_pass()  # what came in meanwhile is written; nothing is started
         with contextlib.suppress(StoreError), self.store.transaction():
-            self.store.set_number("stopped", 1)
+            self.store.set_number("stopped", int(not self.problem))
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
 
     def run_pass(self, wait: int = 0) -> int:
@@ -2558,7 +2562,7 @@ class Engine:
             self._seen_at = None
         tidied_now = self.clock.monotonic() - self._tidied_at < PRUNE_INTERVAL
         busy = tidied_now and (turn.taken or self._outcomes)
-        if self._untidy if busy else self._tidy(turn):
+        if (self._untidy if busy else self._tidy(turn)) or turn.again:
             self._wake_at = turn.now
 
     def _fires(self) -> bool:
@@ -2569,16 +2573,20 @@ class Engine:
         self._tidied_at = self.clock.monotonic()
         if self.store.prune_oldest(self._max_size):
             return True
-        for _job in range(PRUNE_JOBS):
-            if not self._untidy and self._walk is not None:
-                self._walk = self.store.next_with_history(self._walk)
-                self._untidy.update([self._walk] if self._walk else [])
-            if not self._untidy:
-                return False
-            job_id = self._untidy.pop()
-            if self.store.prune(job_id, turn.now - self._max_age, self._keep):
+        rows = 0
+        for look in range(PRUNE_JOBS):
+            if self._walk is not None and (look % 2 or not self._untidy):
+                job_id = self._walk = self.store.next_with_history(self._walk)
+            else:
+                job_id = self._untidy.pop() if self._untidy else None
+            if job_id is None:
+                if not self._untidy:
+                    return False
+            elif found := self.store.prune(job_id, turn.now - self._max_age, self._keep):
                 self._untidy.add(job_id)
-                return True
+                rows += found
+            if rows >= PRUNE_ROWS:
+                break
         return True
 
     def _settle(self, turn: Pass) -> None:
@@ -2683,6 +2691,8 @@ class Engine:
 
     def _settled_job(self, turn: Pass, job_id: str) -> Job:
         """Return a job with its due fire times in the ledger, so that no change erases them."""
+        if self.stopping:  # no fire time is enqueued any more
+            raise ApiError("UNAVAILABLE", "the server is stopping")
         job = self.store.job(job_id)
         while self._fires() and job.next_run_at is not None and job.next_run_at <= turn.now:
             self._fire(turn, job_id, job.version, job.next_run_at)
@@ -2716,12 +2726,14 @@ class Engine:
             if not future.set_running_or_notify_cancel():
                 continue  # its thread has given up
             turn.made.append((future, None))  # so _fail() finds it
+            ended_before = dict(turn.ended)
             try:
                 with self.store.savepoint():
                     result = change(turn)
             except Exception as error:
                 if not self.store.in_transaction:
                     raise
+                turn.ended = ended_before
                 if not isinstance(error, ApiError):
                     log.exception("a change failed")
                 result = error
@@ -2742,10 +2754,11 @@ class Engine:
                 elif version := self._version_of(turn, execution):
                     started.append(self._attempt(turn, execution, version))
                     busy[execution.target] += 1
-            room -= len(started)
-            ids = [attempt.execution.id for attempt in started]
-            self.store.start_executions(ids, turn.now, self._node_id)
-            turn.taken += started
+            if started:
+                ids = [attempt.execution.id for attempt in started]
+                self.store.start_executions(ids, turn.now, self._node_id)
+                turn.taken += started
+                room -= len(started)
 
     def _version_of(self, turn: Pass, execution: Execution) -> Version | None:
         """Return the version that an execution runs; None: it can't run any more, nor stays."""
@@ -2755,12 +2768,12 @@ class Engine:
             raise
         except ApiError:
             self.store.delete_execution(execution.id)
-            self._walk = ""  # there is another pass at once, for what stands behind it
         except (LookupError, TypeError, ValueError) as error:  # another release took it
             log.exception("execution %s can't go on", execution.id)
             self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
             self.store.release_oldest(turn.freed, turn.now)
-            self._walk = ""
+        self._untidy.add(execution.job_id)
+        turn.again = True  # others may be due behind it
         return None
 
     def _attempt(self, turn: Pass, execution: Execution, version: Version) -> Attempt:

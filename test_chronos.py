@@ -1583,6 +1583,35 @@ def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make
     assert max(sizes[1:]) < sizes[1] * 1.2
 
 
+def test_what_has_not_ended_keeps_nothing_behind_it_from_going(make_world, target):
+    world = make_world(retention__executions_per_job=1000)
+    job = world.create(target.url, enabled=False, concurrency="allow")
+    add_executions(world, job, 500, "new")
+    ids = add_executions(world, job, 2000, "skipped", NOON)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(job)][500:] == ids[-1000:]
+
+
+def test_under_load_every_job_is_looked_over_also_one_that_does_not_run(make_world, target):
+    world = make_world(retention__executions_per_job=1)
+    idle, *busy = [world.create(target.url, enabled=False) for _ in range(101)]
+    add_executions(world, idle, 50, "success", NOON)
+    world.engine._walk = ""  # as at a start
+
+    for _ in range(100):  # of a tenth of a second
+        for job in busy[:20]:
+            add_executions(world, job, 1, "success", NOON)
+        world.engine._untidy.update(job.id for job in busy)
+        trigger(world, busy[-1])  # so that each pass takes something
+        world.clock.advance(0.1)
+
+    assert len(world.executions(idle)) == 1
+    assert max(len(world.executions(job)) for job in busy[:20]) < 15
+
+
 def test_history_is_removed_while_there_is_other_work_too(make_world, target):
     world = make_world(retention__executions_per_job=10)
     job = world.create(target.url, enabled=False)
@@ -1639,6 +1668,23 @@ def test_a_large_file_is_looked_through_only_after_an_unclean_stop(
         world.store.open()
 
 
+def test_a_start_that_was_killed_before_the_log_was_there_does_not_stop_the_next(world, target):
+    job, path = world.create(target.url), world.store.path
+    add_executions(world, job, 500, "success", NOON)
+    world.store.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN")
+        database.execute("UPDATE executions SET error = 'half of a transaction'")
+        for name in ("chronos.db", "chronos.db-journal"):  # as a power cut would leave them
+            shutil.copy(path.with_name(name), path.with_name(f"{name}.cut"))
+    for name in ("chronos.db", "chronos.db-journal"):
+        path.with_name(f"{name}.cut").rename(path.with_name(name))
+
+    world.store.open()
+
+    assert {execution.error for execution in world.executions(job)} == {None}
+
+
 def test_an_empty_file_where_data_was_is_told(world, caplog):
     world.store.close()
     world.store.path.write_bytes(b"")
@@ -1684,6 +1730,10 @@ def test_a_backup_is_a_whole_copy_and_never_replaces_a_file(world, target, tmp_p
 def test_a_backup_that_fails_leaves_nothing_behind(world, target, tmp_path):
     with pytest.raises(chronos.StartError, match=r"no backup to .*No such file"):
         world.store.backup(tmp_path / "nowhere" / "copy.db")
+    with pytest.raises(chronos.StartError, match=r"no backup to .*Not a directory"):
+        world.store.backup(world.store.path / "copy.db")
+    with pytest.raises(chronos.StartError, match="File name too long"):
+        world.store.backup(tmp_path / ("x" * 300))
     add_executions(world, world.create(target.url), 500, "success", NOON)
     by_hand(world, "PRAGMA wal_checkpoint(TRUNCATE)")
     damage(world.store.path)
@@ -6641,6 +6691,63 @@ def test_a_delete_that_meets_a_change_is_refused_only_if_it_names_a_version(
         wait_until(lambda: inbox.qsize() == 2)
 
     assert (change.result(10)[0], delete.result(10)[0]) == (200, status)
+
+
+def test_a_run_behind_those_of_a_deleted_job_starts_at_once(make_world, target):
+    world = make_world(dispatcher__max_concurrent_jobs=2)
+    gone, job = [world.create(target.url, enabled=False, concurrency="allow") for _ in range(2)]
+    world.settle()
+    execution_id = f"exec-{uuid.uuid4()}"
+
+    for _ in range(2):
+        world.engine.hand_in(world.engine.trigger, gone.id, f"exec-{uuid.uuid4()}")
+    world.engine.hand_in(world.engine.trigger, job.id, execution_id)
+    world.engine.hand_in(world.engine.delete_job, gone, False)
+    world.settle()  # no time passes
+
+    assert world.store.execution(execution_id).status == "success"
+
+
+def test_what_is_made_up_for_goes_on_behind_a_run_that_can_not_start(make_world, target):
+    world = make_world()
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+    world.clock.advance(6 * 60)
+    world.engine._workers = 0  # nothing is taken yet
+    world.engine.run_pass()
+    config = json.dumps(job.config | {"timeout": "?"})
+    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, job.id)
+    by_hand(world, "UPDATE jobs SET next_run_at = NULL")
+    world.engine._version.cache_clear()
+    world.engine._workers = 4
+
+    world.advance(61)
+
+    assert states(world, job) == ["failed"] * 6
+
+
+def test_a_change_that_is_refused_aborts_nothing(world, target, monkeypatch):
+    job = world.create(target.url + "/hang", schedule="* * * * *", concurrency="replace")
+    execution_id = hang(world, target, job)
+    world.clock.advance(61)
+    monkeypatch.setattr(world.store, "due_jobs", lambda *_: [])  # only the change reaches it
+
+    with pytest.raises(chronos.ApiError, match="no version 9"):
+        world.do(world.engine.roll_back, job.id, 9, "tester")
+
+    assert world.engine._in_flight[execution_id].reason is None
+    assert states(world, job) == ["running"]
+
+
+def test_while_the_server_stops_no_change_erases_a_due_fire_time(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(61)
+    world.engine.stopping = True
+
+    with pytest.raises(chronos.ApiError, match="is stopping") as refusal:
+        world.do(world.engine.set_enabled, job.id, False)
+
+    assert refusal.value.code == "UNAVAILABLE"
+    assert world.store.job(job.id).next_run_at == NOON + 60 * SECOND
 
 
 def test_a_trigger_during_the_stop_is_answered_at_once_and_run_by_the_next_start(

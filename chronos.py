@@ -560,7 +560,7 @@ def validate(table: dict[str, Field], data: Any, ignored: frozenset[str] = froze
     for name in sorted(data.keys() - table.keys() - ignored)[:20]:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        problems.append((name, f"is not a known name{hint}"))
+        problems.append((name[:100], f"is not a known name{hint}"))
     for name, (check, default) in table.items():
         value = data.get(name)
         try:
@@ -598,7 +598,7 @@ def text(most: int, least: int = 1, lines: bool = False) -> Check:
     control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
     some = r"(?s:(?=.*\S))" if least else ""
     return matching(
-        rf"{some}[^{control}\x7f\ud800-\udfff]{{{least},{most}}}",
+        rf"{some}[^{control}\x7f-\x9f\ud800-\udfff]{{{least},{most}}}",
         f"must be a string of {least} to {most} characters, no control characters among them",
     )
 
@@ -795,8 +795,8 @@ def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -
 def restore_secrets(data: Json, stored: Json) -> Json:
     """Return ``data`` with what ``stored`` has in the place of each mask.
 
-    Where the URL has another origin the masks stay, which validation refuses: else whoever may
-    change a job could have its secrets sent to himself.
+    Where the URL has another origin or the header Host another value the masks stay, which
+    validation refuses: else who may change a job could have its secrets sent to himself.
     """
     webhook, kept = data.get("webhook"), stored["webhook"]
     if not isinstance(webhook, dict):
@@ -804,12 +804,19 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     with contextlib.suppress(ValueError):  # a wrong URL is all that there is to report then
         if target_of(_url(webhook.get("url"))) != target_of(kept["url"]):
             return data
+    if _virtual_host(webhook.get("headers")) != _virtual_host(kept["headers"]):
+        return data
     restored = dict(webhook)
     for part in ("headers", "auth"):
         given, secrets = webhook.get(part), kept[part] or {}
         if isinstance(given, dict):
             restored[part] = {k: secrets.get(k, v) if v == MASK else v for k, v in given.items()}
     return data | {"webhook": restored}
+
+
+def _virtual_host(headers: Any) -> list[Any]:
+    named = headers.items() if isinstance(headers, dict) else ()
+    return [value for name, value in named if name.lower() == "host"]
 
 
 def target_of(url: str) -> str:
@@ -960,11 +967,12 @@ class Outcome:
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of ``127.0.0.1:8080`` or ``[::1]:8080``. Raises ValueError."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError('must be an address such as "127.0.0.1:8080"')
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
+_ip_address = rule(lambda value: ipaddress.ip_address(text(100)(value)), "must be an IP address")
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
 
@@ -1002,7 +1010,7 @@ SETTINGS: dict[str, Field] = {
     "server.shutdown_grace":          Field(duration("0", "1h"),                "20s"),
     "server.allow_unauthenticated":   Field(boolean,                            False),
     "server.allowed_hosts":           Field(list_of(text(253), 100),            []),
-    "server.trusted_proxy":           Field(text(100),                          None),
+    "server.trusted_proxy":           Field(_ip_address,                        None),
     "cluster.node_id":                Field(text(100),                          None),
     "cluster.data_dir":               Field(text(4096),                         "./data"),
     "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
@@ -1132,6 +1140,8 @@ def _check_door(settings: Json) -> None:
     if settings["auth.type"] == "basic":
         if not users or not users.keys() >= set(settings["auth.viewers"]):
             raise Problems([("auth.users", "must name somebody, and everybody in auth.viewers")])
+    elif users:
+        raise Problems([("auth.type", "must be basic where auth.users names somebody")])
     elif not is_local and not settings["server.allow_unauthenticated"]:
         ways_out = "auth.type: basic and auth.users, or server.allow_unauthenticated: true"
         raise Problems([("server.http.address", f"{address} lets everybody in: set {ways_out}")])
@@ -1330,7 +1340,8 @@ class Store:
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, "it is there already")
-            with open(part, "wb", opener=functools.partial(os.open, mode=0o600)) as file:
+            part.unlink(missing_ok=True)  # of a backup that was broken off
+            with open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
                 with contextlib.closing(self._connect_to("ro")) as connection:
                     connection.execute("VACUUM INTO ?", (str(part),))
                 Store(part)._check(wholly=True)
@@ -1709,6 +1720,7 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
 _CHARSET = re.compile(  # not every codec of Python: some take quadratic time
     r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
 )
+_ONLY_ONE = ("content-length", "transfer-encoding")  # of the headers of an answer
 _network = functools.lru_cache(ipaddress.ip_network)
 
 
@@ -1741,7 +1753,8 @@ class Webhook:
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth.get(name, "") for name in ("password", "token", "api_key")]
         found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
-        return sorted((secret for secret in found if len(secret) >= 6), key=len, reverse=True)
+        found += [json.dumps(secret)[1:-1] for secret in found]  # as an echo in JSON has it
+        return sorted({secret for secret in found if len(secret) >= 6}, key=len, reverse=True)
 
     def masked(self, text: str, cut: bool = False) -> str:
         """Return a text without the secrets; ``cut``: nor with the beginning of one at its end."""
@@ -1756,9 +1769,8 @@ class Webhook:
         """The prepared request: its first worker makes it, because that costs most."""
         config, auth = self._config, self._config["auth"] or {"type": None}
         body = config["body"] or ""
-        headers = requests.structures.CaseInsensitiveDict(
-            {"User-Agent": f"chronos/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
-        )
+        own = {"User-Agent": f"chronos/{__version__}", "Accept-Encoding": "identity"}
+        headers = requests.structures.CaseInsensitiveDict({"Accept": "*/*"} | own)
         if body:
             try:
                 json.loads(body)
@@ -1909,6 +1921,8 @@ class Connection:
             heard = True
             status, headers = self._read_head()
             while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
+                if status[2] == "101":
+                    raise ValueError("it switches to a protocol that nobody asked for")
                 status, headers = self._read_head()
             body, whole = b"", True
             if method != "HEAD" and status[2] not in ("204", "304"):
@@ -1921,8 +1935,7 @@ class Connection:
             said = f"{self.key[0]} sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(said) from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
-        coding, both = headers.get("transfer-encoding"), "content-length" in headers
-        clear = coding is None or (coding.lower() == "chunked" and not both)  # RFC 9112, 6.1
+        clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
         self.reusable = sent and whole and lasts and clear and not self._received
         return int(status[2]), status[3] or "", headers, body
 
@@ -1940,13 +1953,17 @@ class Connection:
                 continue
             if not colon or len(headers) == MAX_HEADERS:
                 raise ValueError("a wrong header or too many")
-            if headers.setdefault(name, value) != value and name == "content-length":
-                raise ValueError("two lengths")
+            if name == "connection":
+                value = f"{headers.pop(name, '')},{value}"
+            if headers.setdefault(name, value) != value and name in _ONLY_ONE:
+                raise ValueError(f"two values of {name}")
         return status, headers
 
     def _read_body(self, headers: dict[str, str], limit: int) -> tuple[bytes, bool]:
         """Return the body, at most one byte more than ``limit``, and whether that is all of it."""
-        if headers.get("transfer-encoding", "").lower() == "chunked":
+        if coding := headers.get("transfer-encoding"):
+            if coding.lower() != "chunked":
+                raise ValueError("a Transfer-Encoding other than chunked")
             return self._read_chunks(limit)
         length = headers.get("content-length")
         if length is None:
@@ -2098,7 +2115,7 @@ class Dispatcher:
             text = str(body, charset[1] if charset else "utf-8", "replace")
         except (LookupError, ValueError):
             text = str(body, "utf-8", "replace")
-        text = webhook.masked(text, cut)
+        text = webhook.masked(text.rstrip("\ufffd") if cut else text, cut)
         text += f"\n[cut off after {self._max_bytes} bytes]" if cut else ""
         return text.encode("utf-8", "replace").decode()
 
@@ -2311,7 +2328,7 @@ class Engine:
         self._held = False  # the clock is before the release date: nothing fires
         self._untidy: set[str] = set()  # jobs whose history may be more than is kept
         self._walk: str | None = ""  # how far all jobs were looked at for that; None: to the end
-        self._walked_at = self._tidied_at = clock.monotonic()
+        self._tidied_at = clock.monotonic()
         self._reported: dict[str, int] = {}  # kind of error -> when it was logged
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -2637,9 +2654,9 @@ class Engine:
         """Notice steps of the clock, and work off what follows from them."""
         if not 0 <= turn.now - self._saved_at < HEARTBEAT:
             self.store.set_number("last_seen", turn.now)
+            if turn.now // DAY != self._saved_at // DAY:
+                self._walk = ""
             self._saved_at = turn.now
-            if self.clock.monotonic() - self._walked_at > DAY:
-                self._walk, self._walked_at = "", self.clock.monotonic()
         held = turn.now < RELEASED_AT
         if held != self._held:
             self._held = held
@@ -2905,7 +2922,7 @@ class SignIn:
         if scheme.lower() == "basic" and colon:
             name = user.decode(errors="replace")
             known = self._users.get(name, f"scrypt:{'00' * 16}:")
-            if not self._lock.acquire(timeout=0.5):
+            if not self._lock.acquire(timeout=0.1):
                 raise self._too_many(SECOND)
             try:
                 failures = self._failures.pop(address, None) or deque(maxlen=10)
@@ -2929,7 +2946,7 @@ class SignIn:
     @staticmethod
     def _too_many(wait: int) -> ApiError:
         bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
-        return ApiError("TOO_MANY_REQUESTS", "too many wrong passwords: wait a minute")
+        return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
 
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
@@ -3279,8 +3296,9 @@ class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:
             raise waitress.parser.ParsingError(str(error)) from error
-        if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112, 6.1
-            raise waitress.parser.ParsingError("Transfer-Encoding and Content-Length")
+        both = self.chunked and "CONTENT_LENGTH" in self.headers  # RFC 9112, 6.1
+        if both or "TRANSFER_ENCODING" in self.headers:  # left there by HTTP/1.0
+            raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length or HTTP/1.0")
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
@@ -3368,7 +3386,9 @@ class Service:
             self._lock.close()
 
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class LogFormatter(logging.Formatter):

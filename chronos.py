@@ -14,7 +14,7 @@ The file is read from top to bottom; each section leans only on those above it.
      5  Validation       fields declared in tables, checked all at once
      6  Records          jobs and executions, as the rest of the program sees them
      7  Settings         chronos.yaml: every key with its check and its default
-     8  Policies         retries, missed runs: pure functions
+     8  Policies         what an attempt makes of its execution: pure functions
      9  Store            sqlite3: every SQL statement is here
     10  Dispatch         one HTTP request, its hard limit, the address check
     11  Engine           fire times become executions, executions become requests

@@ -5464,6 +5464,24 @@ def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_no
     guarded.expect(200, "GET", "/jobs", headers=new)
 
 
+def test_a_failed_sign_in_is_logged_without_its_password(guarded, caplog):
+    guarded.expect(401, "GET", "/jobs", headers=credentials("eve", "canary-word"))
+
+    assert "somebody at 127.0.0.1 could not sign in as eve" in caplog.text
+    assert "canary-word" not in caplog.text
+
+
+def test_while_others_sign_in_for_long_nobody_holds_a_thread(guarded):
+    known = credentials("ada")
+    guarded.expect(200, "GET", "/jobs", headers=known)
+
+    with guarded.service.api._sign_in._lock:  # as hashing does
+        error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
+        guarded.expect(200, "GET", "/jobs", headers=known)
+
+    assert "too many sign-ins at once" in error["message"]
+
+
 def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(monkeypatch):
     settings = make_settings(Path("unused"), auth__users={"ada": ADA})
     sign_in, clock = chronos.SignIn(settings, ManualClock()), ManualClock()
@@ -6781,6 +6799,14 @@ def test_what_is_made_up_for_goes_on_behind_a_run_that_can_not_start(make_world,
     world.advance(61)
 
     assert states(world, job) == ["failed"] * 6
+
+
+def test_a_job_that_takes_any_certificate_is_warned_of(world, target, caplog):
+    for verify_tls in (True, False):
+        job = world.create(target.url, webhook={"verify_tls": verify_tls})
+        trigger(world, job)
+        warned = f"job {job.id} takes any certificate" in caplog.text
+        assert warned == (not verify_tls)
 
 
 def test_a_change_that_is_refused_aborts_nothing(world, target, monkeypatch):

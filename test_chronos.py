@@ -911,7 +911,7 @@ WRONG = {  # field: wrong values of it
     "webhook.body": [5, {}, "a\0b", "\x1b", "\ud800", "x" * (2**20 + 1)],
     "webhook.success_codes": [200, [], [99], [600], ["200"], [True], [200.0], [200] * 101],
     "webhook.verify_tls": [0, "no"],
-    "webhook.headers": ["a", [], {"A": "1", "a": "2"}, {f"x{n}": "" for n in range(51)}],
+    "webhook.headers": ["a", [], {f"x{n}": "" for n in range(51)}],
     "webhook.headers.X": [5, None, "a\0b", "a\r\nb", "ж", "😀", "\ud800", " a", "\x85", LONG],
     **{f"webhook.headers.{name}": ["x"] for name in ("", "a b", "é", "a:", *RESERVED)},
     **{f"webhook.headers.{name}": [MASK] for name in ("x-my-token", "Cookie", "X-Api-Key")},
@@ -1214,7 +1214,7 @@ def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
     [
         ("auth: {type: basic}", "auth.users must name somebody"),
         (BASIC[:-1] + ", viewers: [bob]}", "everybody in auth.viewers"),
-        ("auth: {users: {ada: secret}}", "auth.users.ada must be what the command hash-password"),
+        ("auth: {users: {ada: secret}}", "auth.users.ada must be what hash-password prints"),
         ('auth: {users: {"a:b": "' + ADA + '"}}', "auth.users.a:b must not contain a colon"),
         ("auth: {type: digest}", "auth.type must be one of none, basic"),
         ('auth: {users: {ada: "' + ADA + '"}}', "auth.type must be basic where auth.users names"),

@@ -95,9 +95,7 @@ except ImportError as error:
 # ======================================================================================
 
 __version__ = "0.1.0"
-
 log = logging.getLogger("chronos")
-
 Json = dict[str, Any]
 Result = TypeVar("Result")
 
@@ -309,6 +307,8 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
 class Schedule:
     """What a schedule expression means. Immutable for its users; safe in several threads."""
 
+    warnings: tuple[str, ...] = ()  # what people who write such a schedule often do not mean
+
     def next_after(self, after: int, zone: str) -> int | None:
         """Return the first fire time later than ``after``; None: there is none any more."""
         raise NotImplementedError
@@ -325,7 +325,7 @@ class Schedule:
 
         ``first`` is one of them. Where they are many, the count leaves changes of the clock out.
         """
-        raise NotImplementedError
+        return 1, [first]
 
 
 @dataclass(frozen=True)
@@ -336,9 +336,6 @@ class AtSchedule(Schedule):
 
     def next_after(self, after: int, zone: str) -> int | None:
         return self.at if self.at > after else None
-
-    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        return 1, [first]
 
 
 @dataclass(frozen=True)
@@ -371,17 +368,18 @@ class CronSchedule(Schedule):
         times = f"{minutes} {hours} * * * {seconds}"  # croniter: seconds last
         self._croniter = croniter(times, EPOCH.replace(tzinfo=None), ret_type=datetime)
         self._lock = threading.Lock()  # a croniter object keeps state while it answers
+        every_second, either = len(self.numbers[0]) == 60, not self.both_days
+        self.warnings = ("it fires every second of its minutes",) * every_second
+        self.warnings += ("day-of-month and day-of-week are both set: either matches",) * either
 
     def step(self, wall: datetime) -> datetime:
         """Return the first matching wall-clock time later than ``wall``, both naive."""
         with self._lock:
             self._croniter.set_current(wall)
             found: datetime = self._croniter.get_next(datetime)
-        if not self._matches_day(found):
-            seconds, minutes, hours = self.numbers[:3]
-            found = found.replace(hour=hours[0], minute=minutes[0], second=seconds[0])
+        seconds, minutes, hours = self.numbers[:3]
         while not self._matches_day(found):
-            found += _ONE_DAY
+            found = found.replace(hour=hours[0], minute=minutes[0], second=seconds[0]) + _ONE_DAY
         return found
 
     def _matches_day(self, day: date) -> bool:
@@ -456,8 +454,6 @@ def _change_between(before: int, after: int, zone: ZoneInfo) -> int:
 @functools.lru_cache(maxsize=4096)
 def parse_schedule(text: str) -> Schedule:
     """Return what the expression means. Raises ValueError with a message that quotes it."""
-    if len(text) > MAX_SCHEDULE_CHARS:
-        raise ValueError(f"must not be longer than {MAX_SCHEDULE_CHARS} characters")
     text = text.strip(" \t")
     words = re.split(r"[ \t]+", text)
     keyword = words[0].lower() if text.isascii() else words[0]
@@ -473,11 +469,9 @@ def parse_schedule(text: str) -> Schedule:
             raise ValueError(f"{text}: {error}") from None
     if len(words) == 1 and keyword in CRON_ALIASES:
         words = CRON_ALIASES[keyword].split()
-    if keyword.startswith("@") and len(words) < 5:
-        known = " ".join([*CRON_ALIASES, "@every <duration>", "@at <time>"])
-        raise ValueError(f"{text!r} is not one of {known}")
     if len(words) not in (5, 6):
-        raise ValueError(f"{text!r} has {len(words)} fields; cron has 5, or 6 with seconds first")
+        known = " ".join([*CRON_ALIASES, "@every <duration>", "@at <time>"])
+        raise ValueError(f"{text!r} is neither 5 fields, nor 6 with seconds first, nor of {known}")
     return CronSchedule(words if len(words) == 6 else ["0", *words])
 
 
@@ -495,17 +489,6 @@ def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[J
                     passes = "both run" if schedule.repeating else "only the first runs"
                     note = f"the clock goes back: this hour comes twice, {passes}"
             yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
-
-
-def schedule_warnings(schedule: Schedule) -> list[str]:
-    """Return what people who write such a schedule often do not mean."""
-    if not isinstance(schedule, CronSchedule):
-        return []
-    found = {
-        "it fires every second of its minutes": len(schedule.numbers[0]) == 60,
-        "day-of-month and day-of-week are both set: either matches": not schedule.both_days,
-    }
-    return [warning for warning, holds in found.items() if holds]
 
 
 # ======================================================================================
@@ -572,19 +555,15 @@ def text(most: int, least: int = 1, lines: bool = False) -> Check:
     """A string without control characters; ``lines`` allows tabs and line ends."""
     control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
     some = r"(?s:(?=.*\S))" if least else ""
-    return matching(
-        rf"{some}[^{control}\x7f-\x9f\ud800-\udfff]{{{least},{most}}}",
-        f"must be a string of {least} to {most} characters, no control characters among them",
-    )
+    problem = f"must be a string of {least} to {most} characters, no control characters among them"
+    return matching(rf"{some}[^{control}\x7f-\x9f\ud800-\udfff]{{{least},{most}}}", problem)
 
 
 def number(low: float, high: float, whole: bool = True) -> Check:
     """A number in [low, high]."""
     kinds = (int,) if whole else (int, float)
-    return rule(
-        lambda value: type(value) in kinds and low <= value <= high,
-        f"must be a {'whole ' * whole}number from {low} to {high}",
-    )
+    problem = f"must be a {'whole ' * whole}number from {low} to {high}"
+    return rule(lambda value: type(value) in kinds and low <= value <= high, problem)
 
 
 def one_of(*words: str) -> Check:
@@ -601,29 +580,23 @@ def duration(low: str, high: str) -> Check:
 
 def list_of(item: Check, most: int, least: int = 0) -> Check:
     """A list of values that each pass ``item``."""
-    sized = rule(
-        lambda value: isinstance(value, list) and least <= len(value) <= most,
-        f"must be a list of {least} to {most} values",
-    )
+    problem = f"must be a list of {least} to {most} values"
+    sized = rule(lambda value: isinstance(value, list) and least <= len(value) <= most, problem)
     return lambda value: [item(entry) for entry in sized(value)]
 
 
 def mapping(names: Check, values: Check, most: int) -> Check:
     """An object of free names, none of them empty."""
-    sized = rule(
-        lambda data: isinstance(data, dict) and len(data) <= most,
-        f"must be an object with at most {most} names",
-    )
+    problem = f"must be an object with at most {most} names"
+    sized = rule(lambda data: isinstance(data, dict) and len(data) <= most, problem)
     entry = lambda name, value: names(name) and values(value)  # noqa: E731
     return lambda data: validate({n: Field(functools.partial(entry, n)) for n in sized(data)}, data)
 
 
 def query_number(low: int, high: int) -> Check:
     """A whole number written out; what is over ``high`` means ``high``."""
-    whole = rule(
-        lambda value: re.fullmatch("[0-9]{1,18}", value) and int(value) >= low,
-        f"must be a whole number from {low} to {high}",
-    )
+    problem = f"must be a whole number from {low} to {high}"
+    whole = rule(lambda value: re.fullmatch("[0-9]{1,18}", value) and int(value) >= low, problem)
     return lambda value: min(int(whole(value)), high)
 
 
@@ -631,11 +604,8 @@ def query_number(low: int, high: int) -> Check:
 
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
 _user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
-known_timezones = functools.cache(available_timezones)
-_timezone = rule(
-    lambda value: isinstance(value, str) and value in known_timezones(),
-    "must be an IANA time zone such as Europe/Madrid",
-)
+_zones = functools.cache(lambda: [*available_timezones()])
+_timezone = rule(lambda name: name in _zones(), "must be an IANA time zone such as Europe/Madrid")
 _header_name = matching(
     r"(?!(?i:content-length|transfer-encoding|connection|upgrade|te|trailer|expect|keep-alive"
     r"|proxy-.*|x-chronos-.*)\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}",  # a token of RFC 9110, 5.6.2
@@ -663,10 +633,9 @@ def _url(value: Any) -> str:
     url: str = text(2048)(value)
     try:
         parts = urlsplit(url)
-        if not re.match(r"(?i)https?://[^\s\\]*\Z", url) or not parts.hostname or parts.port == 0:
-            raise ValueError("it must be http:// or https://, a host and a path without blanks")
-        if "@" in parts.netloc:
-            raise ValueError("user name and password belong into webhook.auth")
+        proper = re.match(r"(?i)https?://[^\s\\]*\Z", url) and "@" not in parts.netloc
+        if not proper or not parts.hostname or parts.port == 0:
+            raise ValueError("it must be http(s)://, a host, no user (see webhook.auth), no blanks")
         requests.Request("GET", url).prepare()
     except (requests.RequestException, ValueError) as error:
         raise ValueError(f"is not a URL that can be called: {error}") from error
@@ -1123,12 +1092,10 @@ def parse_retry_after(value: str | None, now: int) -> int | None:
     value = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
         return int(value) * SECOND
-    try:
+    with contextlib.suppress(ValueError, IndexError, OverflowError):
         moment = parsedate_to_datetime(value)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return max(0, to_instant(moment) - now)
-    except (ValueError, IndexError, OverflowError):
-        return None
+        return max(0, to_instant(moment.replace(tzinfo=moment.tzinfo or UTC)) - now)
+    return None
 
 
 def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) -> Execution:
@@ -1153,9 +1120,9 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
         may_help = outcome.status_code == 429 or outcome.status_code >= 500
     if outcome.success or not may_help or execution.attempts >= retry["max_attempts"]:
         return after
-    wait = retry_wait(retry, execution.attempts, outcome.retry_after)
-    if outcome.reason == "interrupted":
-        wait = 0  # what the server broke off begins again at once
+    wait = 0  # what the server broke off begins again at once
+    if outcome.reason != "interrupted":
+        wait = retry_wait(retry, execution.attempts, outcome.retry_after)
     if after.spent + wait >= timeout:
         late = f"{error}; the next attempt would begin after the timeout"
         return after._replace(reason="timeout", error=late)
@@ -3297,7 +3264,7 @@ class Api:
         schedule = parse_schedule(query["schedule"])
         after = self.clock.now() if query["from"] is None else query["from"]
         runs = preview(schedule, after, query["timezone"], query["count"])
-        return {"next_runs": list(runs), "warnings": schedule_warnings(schedule)}
+        return {"next_runs": list(runs), "warnings": schedule.warnings}
 
     def cluster_status(self) -> Json:
         """Return what the whole of Chronos is doing: this one node."""

@@ -98,14 +98,11 @@ __version__ = "0.1.0"
 log = logging.getLogger("chronos")
 Json = dict[str, Any]
 Result = TypeVar("Result")
-
 SECOND = 1_000_000  # instants and durations are integers, in microseconds
 MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
-MAX_SCHEDULE_CHARS = 200
-MAX_BODY_BYTES = 1 << 20  # of a request to the API
-MAX_CONFIG_BYTES = 256 << 10
+MAX_BODY_BYTES, MAX_CONFIG_BYTES = 1 << 20, 256 << 10  # of a request to the API; of chronos.yaml
 MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
@@ -119,23 +116,16 @@ QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean sto
 PASS_TARGET = 50_000  # a pass hands the rest over to the next one after so long, in µs
 CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monotonic one
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
-HEARTBEAT = MINUTE
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
 LOOKUP_PATIENCE_S = 0.4  # how long a look-up waits for one of the others to end
-IDLE_CONNECTION = 30 * SECOND
+HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
 # ======================================================================================
-#
-#   ChronosError         can be told to the person who asked
-#   ├── ApiError         one of the codes below, and what details there are
-#   │   ├── Problems     fields are wrong: each of them
-#   │   └── StoreError   sqlite could not do it: a full disk, a lock, damage
-#   └── StartError       the service can't start: with an exit status
 
 STATUS = {
     "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "UNAUTHORIZED": 401,
@@ -177,8 +167,7 @@ class Problems(ApiError, ValueError):
     """What is wrong with the fields of an object, all at once: (path, message) for each."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        only_timeout = [path for path, _message in problems] == ["timeout"]
-        code = "INVALID_TIMEOUT" if only_timeout else "VALIDATION_ERROR"
+        code = "INVALID_TIMEOUT" if [p for p, _m in problems] == ["timeout"] else "VALIDATION_ERROR"
         told = "; ".join(f"{path} {message}".strip() for path, message in problems)
         details = [{"field": path, "message": message} for path, message in problems]
         super().__init__(code, told, details)
@@ -292,8 +281,7 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
 
     numbers: set[int] = set()
     for item in text.split(","):
-        match = _ITEM.fullmatch(item)
-        if not match:
+        if not (match := _ITEM.fullmatch(item)):
             raise ValueError(f"{field}: {item!r} is not *, a, a-b, */n, a/n or a-b/n")
         star, first, last, step = match.groups()
         low = lowest if star else number(first)
@@ -357,8 +345,7 @@ class CronSchedule(Schedule):
 
     def __init__(self, texts: list[str]) -> None:
         """``texts`` are six fields, seconds first. Raises ValueError naming field and item."""
-        parsed = zip(texts, CRON_FIELDS, strict=True)
-        self.numbers = [_cron_numbers(text, *about) for text, about in parsed]
+        self.numbers = [_cron_numbers(text, *CRON_FIELDS[n]) for n, text in enumerate(texts)]
         self.repeating = any(text.startswith("*") for text in texts[:3])
         self.both_days = any(texts[n].startswith("*") for n in (3, 5))
         days, months, _weekdays = self.numbers[3:]
@@ -446,16 +433,14 @@ def _change_between(before: int, after: int, zone: ZoneInfo) -> int:
     def offset(at: int) -> timedelta | None:
         return to_datetime(at).astimezone(zone).utcoffset()
 
-    instants = range(before, after, SECOND)
-    changed = bisect_left(instants, True, key=lambda at: offset(at) == offset(after))
-    return before + changed * SECOND
+    instants = range(before, after + SECOND, SECOND)
+    return instants[bisect_left(instants, True, key=lambda at: offset(at) == offset(after))]
 
 
 @functools.lru_cache(maxsize=4096)
 def parse_schedule(text: str) -> Schedule:
     """Return what the expression means. Raises ValueError with a message that quotes it."""
-    text = text.strip(" \t")
-    words = re.split(r"[ \t]+", text)
+    words = re.split(r"[ \t]+", text.strip(" \t"))
     keyword = words[0].lower() if text.isascii() else words[0]
     if keyword in ("@every", "@at") and len(words) == 2:
         try:
@@ -516,9 +501,8 @@ def validate(table: dict[str, Field], data: Any, ignored: frozenset[str] = froze
     clean: Json = {}
     problems: list[tuple[str, str]] = []
     for name in sorted(data.keys() - table.keys() - ignored)[:20]:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        problems.append((name[:100], f"is not a known name{hint}"))
+        hint = [f" (did you mean {near!r}?)" for near in difflib.get_close_matches(name, table, 1)]
+        problems.append((name[:100], "is not a known name" + "".join(hint)))
     for name, (check, default) in table.items():
         value = data.get(name)
         try:
@@ -622,7 +606,7 @@ is_secret_header = re.compile("(?i)authorization|cookie|token|secret|password|ap
 
 
 def _schedule(value: Any, now: int = 0) -> str:
-    expression: str = text(MAX_SCHEDULE_CHARS, lines=True)(value).strip(" \t")
+    expression: str = text(200, lines=True)(value).strip(" \t")
     schedule = parse_schedule(expression)
     if isinstance(schedule, AtSchedule) and schedule.at <= now:
         raise ValueError("is in the past")
@@ -721,11 +705,10 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     Where the URL has another origin or the header Host another value the masks stay, which
     validation refuses: else who may change a job could have its secrets sent to himself.
     """
-    webhook, kept = data.get("webhook"), stored["webhook"]
-    if not isinstance(webhook, dict):
-        return data
+    webhook: Any = data.get("webhook")
+    kept = stored["webhook"]
     with contextlib.suppress(ValueError):  # a wrong URL is all that there is to report then
-        if _receiver(webhook) != _receiver(kept):
+        if not isinstance(webhook, dict) or _receiver(webhook) != _receiver(kept):
             return data
     restored = dict(webhook)
     for part in ("headers", "auth"):
@@ -904,6 +887,7 @@ def split_address(address: str) -> tuple[str, int]:
 _ip_address = rule(lambda value: ipaddress.ip_address(text(100)(value)), "must be an IP address")
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
+_password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
 
 
 def _ca_bundle(value: Any) -> Any:
@@ -914,19 +898,15 @@ def _ca_bundle(value: Any) -> Any:
     return value
 
 
-_size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
-_password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
+def _size(value: Any) -> int:
+    size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')(value)
+    return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
 
 
 def hash_password(password: bytes, salt: bytes) -> str:
     """Return the scrypt hash (RFC 7914) of a password, as auth.users has it."""
     key = hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
     return f"scrypt:{salt.hex()}:{key.hex()}"
-
-
-def parse_size(size: str) -> int:
-    """Return the bytes of a size such as ``500MB`` or ``1GB``."""
-    return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
 
 
 # fmt: off
@@ -957,7 +937,7 @@ SETTINGS: dict[str, Field] = {
     "dispatcher.ca_bundle":           Field(_ca_bundle,                         None),
     "retention.executions_per_job":   Field(number(1, 100_000),                 1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
-    "retention.max_size":             Field(_size,                              "1GB"),
+    "retention.max_size":             Field(_size,                              10**9),
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
@@ -1003,10 +983,9 @@ def _plain(node: Any, path: str, environment: Mapping[str, str], lines: dict[str
         word = re.sub(r"\$\{([A-Za-z_]\w*)\}", lambda name: environment[name[1]], node.value)
     except KeyError as error:
         raise ValueError(f"{line}the environment variable {error.args[0]} is not set") from None
-    if node.style or word != node.value:
-        return word
     with contextlib.suppress(ValueError):
-        return json.loads("null" if word in ("", "~") else word, parse_constant=str)
+        if not node.style and word == node.value:
+            return json.loads("null" if word in ("", "~") else word, parse_constant=str)
     return word
 
 
@@ -1050,9 +1029,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StartError(EXIT_CONFIG, f"{place}: {reason}") from error
-    workers = settings["dispatcher.max_concurrent_jobs"]
-    per_host = settings["dispatcher.max_concurrent_per_host"] or max(1, workers * 3 // 4)
-    settings["dispatcher.max_concurrent_per_host"] = per_host
+    limit = "dispatcher.max_concurrent_per_host"
+    settings[limit] = settings[limit] or max(1, settings["dispatcher.max_concurrent_jobs"] * 3 // 4)
     base = (path or Path(__file__)).parent.resolve()
     settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
     return settings
@@ -1115,17 +1093,15 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
         spent=execution.spent + outcome.duration, reason=outcome.reason, error=error,
         status_code=outcome.status_code, response=outcome.response, attempt_log=attempt_log,
     )  # fmt: skip
-    may_help = outcome.reason in ("no_answer", "interrupted")  # never for a blocked target
-    if outcome.status_code is not None:
-        may_help = outcome.status_code == 429 or outcome.status_code >= 500
+    code = outcome.status_code or 0
+    may_help = code == 429 or code >= 500 or outcome.reason in ("no_answer", "interrupted")
     if outcome.success or not may_help or execution.attempts >= retry["max_attempts"]:
         return after
     wait = 0  # what the server broke off begins again at once
     if outcome.reason != "interrupted":
         wait = retry_wait(retry, execution.attempts, outcome.retry_after)
     if after.spent + wait >= timeout:
-        late = f"{error}; the next attempt would begin after the timeout"
-        return after._replace(reason="timeout", error=late)
+        return after._replace(reason="timeout", error=f"{error}; no time is left to try again")
     waiting = after._replace(status="pending", completed_at=None, reason=None)
     return waiting._replace(due_at=ended_at + wait, spent=after.spent + wait)
 
@@ -2322,7 +2298,7 @@ class Engine:
         self._missed_policy: str = settings["scheduler.missed_run_policy"]
         self._keep: int = settings["retention.executions_per_job"]
         self._max_age = parse_duration(settings["retention.max_age"])
-        self._max_size = parse_size(settings["retention.max_size"])
+        self._max_size: int = settings["retention.max_size"]
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()

@@ -1572,7 +1572,7 @@ def test_a_run_pushes_the_oldest_one_out_at_once(make_world, target):
 
 
 def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make_world, target):
-    world = make_world(retention__max_size="1MB", retention__executions_per_job=100_000)
+    world = make_world(retention__max_size=1_000_000, retention__executions_per_job=100_000)
     job = world.create(target.url, enabled=False)
     sizes, ids = [], []
 

@@ -103,22 +103,19 @@ MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
 MAX_BODY_BYTES, MAX_CONFIG_BYTES = 1 << 20, 256 << 10  # of a request to the API; of chronos.yaml
-MAX_FIRES_PER_PASS = 256
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
 MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
-MAX_LOOKUPS = 16  # names that are being resolved at once
-PRUNE_ROWS = 250  # of a job's history, that are looked at or removed; more than the 100 spared
-PRUNE_JOBS = 20  # that a pass looks at for history to remove
+MAX_LOOKUPS, LOOKUP_PATIENCE_S = 16, 0.4  # at once; how long one more waits for one to end
+PRUNE_ROWS, PRUNE_JOBS = 250, 20  # whose history a pass looks at; rows: over the 100 spared
 PRUNE_INTERVAL = 100_000  # while there is other work, µs
 MAX_ACTIVE = 1000  # executions of one job that have not ended
 QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean stop only
-PASS_TARGET = 50_000  # a pass hands the rest over to the next one after so long, in µs
+MAX_FIRES_PER_PASS, PASS_TARGET = 256, 50_000  # after so many, or µs, the next pass goes on
 CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monotonic one
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
-LOOKUP_PATIENCE_S = 0.4  # how long a look-up waits for one of the others to end
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
@@ -224,8 +221,7 @@ def parse_time(text: str) -> int:
 
 def parse_duration(text: str) -> int:
     """Return the µs of a duration in Go's form: ``500ms``, ``1h30m``. Raises ValueError."""
-    if text == "0":
-        return 0
+    text = "0s" if text == "0" else text
     parts = _DURATION_PART.findall(text) if isinstance(text, str) and len(text) <= 50 else []
     if not parts or "".join(n + unit for n, unit in parts) != text:
         raise ValueError('must be a duration such as "500ms", "30s" or "1h30m"')
@@ -249,10 +245,9 @@ def format_duration(us: int) -> str:
 # disagree about them. A strict gate turns each field into its plain list of numbers; croniter
 # finds the next matching time of day in them; days and the zone are applied here.
 #
-# A schedule is *repeating* if its second, minute or hour begins with "*", else *fixed-time*
-# (Vixie cron, Debian). Where the clock goes forward, a fixed-time schedule with times in the gap
-# runs once, right after it. Where the clock goes back, it runs in the first pass only, a
-# repeating one in both.
+# A schedule is *repeating* if its second, minute or hour begins with "*", else *fixed-time* (Vixie
+# cron, Debian). Where the clock goes forward, a fixed-time one with times in the gap runs once,
+# right after it. Where it goes back, it runs in the first pass only, a repeating one in both.
 
 CRON_FIELDS = (
     # name, lowest and highest number, and what the numbers from the lowest on are called
@@ -303,10 +298,9 @@ class Schedule:
 
     def fire_times(self, after: int, zone: str) -> Iterator[int]:
         """Yield the fire times later than ``after``, in order."""
-        at = self.next_after(after, zone)
-        while at is not None:
+        while (at := self.next_after(after, zone)) is not None:
             yield at
-            at = self.next_after(at, zone)
+            after = at
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
         """Return how many fire times lie in [first, last], and the newest ``most`` (up to 101).
@@ -892,10 +886,9 @@ _password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash
 
 def _ca_bundle(value: Any) -> Any:
     try:
-        ssl.create_default_context(cafile=text(4096)(value))
+        return ssl.create_default_context(cafile=text(4096)(value)) and value
     except OSError as error:
         raise ValueError(f"{value} cannot be read: {error.strerror or error}") from error
-    return value
 
 
 def _size(value: Any) -> int:

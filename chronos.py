@@ -391,14 +391,10 @@ class CronSchedule(Schedule):
                 return late
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        def since(after: int, most: int) -> list[int]:
+        def since(after: int, most: int | None) -> list[int]:
             times = takewhile(lambda at: at <= last, self.fire_times(after, zone))
             return list(islice(times, most))
 
-        found = [first, *since(first, 500)]
-        if len(found) <= 500:
-            return len(found), found[-most:]
-        # a year of seconds is 31 million: they are counted by days, and the newest searched for
         begin, end = (_wall(at, ZoneInfo(zone)) for at in (first, last))
         times = list(product(*self.numbers[2::-1]))  # hour, minute, second
         days = (begin + _ONE_DAY * n for n in range((end.date() - begin.date()).days))
@@ -406,8 +402,11 @@ class CronSchedule(Schedule):
         total += bisect_right(times, end.timetuple()[3:6]) * self._matches_day(end)
         total -= bisect_left(times, begin.timetuple()[3:6])
         instants = range(first, last, SECOND)
-        few = bisect_left(instants, True, key=lambda at: len(since(at, most)) < most)
-        return max(total, len(found)), since(instants[few - 1], most)
+        few = total > 500 and bisect_left(instants, True, key=lambda t: len(since(t, most)) < most)
+        if few:  # a year of seconds is 31 million: no walk then, but a search for the newest
+            return total, since(instants[few - 1], most)
+        found = [first, *since(first, None)]
+        return len(found), found[-most:]
 
 
 def _wall(at: int, zone: ZoneInfo) -> datetime:

@@ -1703,7 +1703,6 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
 _CHARSET = re.compile(  # not every codec of Python: some take quadratic time
     r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
 )
-_ONLY_ONE = ("content-length", "transfer-encoding")  # of the headers of an answer
 _network = functools.lru_cache(ipaddress.ip_network)
 
 
@@ -1904,12 +1903,9 @@ class Connection:
             heard = True
             status, headers = self._read_head()
             while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
-                if status[2] == "101":
-                    raise ValueError("it switches to a protocol that nobody asked for")
                 status, headers = self._read_head()
-            body, whole = b"", True
-            if method != "HEAD" and status[2] not in ("204", "304"):
-                body, whole = self._read_body(headers, limit)
+            bare = method == "HEAD" or status[2] in ("204", "304")
+            body = b"" if bare else self._read_body(headers, limit)
         except (OSError, EOFError) as error:
             kind = requests.ConnectionError if heard else NoAnswer
             when = "in the middle of its" if heard else "without an"
@@ -1919,48 +1915,47 @@ class Connection:
             raise requests.ConnectionError(said) from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
         clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
-        self.reusable = sent and whole and lasts and clear and not self._received
+        whole = len(body) <= limit and not self._received
+        self.reusable = sent and lasts and clear and whole
         return int(status[2]), status[3] or "", headers, body
 
     def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
-        """Return the status line and the headers; of one that is repeated the first."""
+        """Return the status line and the headers, different values of one joined by a comma."""
         headers: dict[str, str] = {}
         status = _STATUS_LINE.fullmatch(self._read_line())
         if not status:
             raise ValueError("a wrong status line")
-        while line := self._read_line():
-            name, colon, value = line.partition(":")
-            name, value = name.strip().lower(), value.strip()
+        for number, line in enumerate(iter(self._read_line, "")):
             if line[0] in " \t":
-                headers["connection"] = "close"  # goes on with the value before: obsolete
-                continue
-            if not colon or len(headers) == MAX_HEADERS:
+                line = "connection: close"  # it went on with the value before: obsolete
+            name, colon, value = line.partition(":")
+            if not colon or number == MAX_HEADERS:
                 raise ValueError("a wrong header or too many")
-            if name == "connection":
-                value = f"{headers.pop(name, '')},{value}"
-            if headers.setdefault(name, value) != value and name in _ONLY_ONE:
-                raise ValueError(f"two values of {name}")
+            name, value = name.strip().lower(), value.strip()
+            known = headers.setdefault(name, value)
+            headers[name] = value if known == value else f"{known}, {value}"
         return status, headers
 
-    def _read_body(self, headers: dict[str, str], limit: int) -> tuple[bytes, bool]:
-        """Return the body, at most one byte more than ``limit``, and whether that is all of it."""
+    def _read_body(self, headers: dict[str, str], limit: int) -> bytes:
+        """Return the body, at most one byte more than ``limit``."""
         if coding := headers.get("transfer-encoding"):
             if coding.lower() != "chunked":
                 raise ValueError("a Transfer-Encoding other than chunked")
             return self._read_chunks(limit)
         length = headers.get("content-length")
         if length is None:
+            headers["connection"] = "close"  # that is the end of the body
             with contextlib.suppress(EOFError):
                 self._receive(limit + 1)
-            return bytes(self._received[: limit + 1]), False
+            return self._read(min(len(self._received), limit + 1))
         if not re.fullmatch("[0-9]{1,18}", length):
             raise ValueError("a wrong Content-Length")
-        return self._read(min(int(length), limit + 1)), int(length) <= limit
+        return self._read(min(int(length), limit + 1))
 
-    def _read_chunks(self, limit: int) -> tuple[bytes, bool]:
-        body = bytearray()
+    def _read_chunks(self, limit: int) -> bytes:
+        body, size = bytearray(), 1
         self._line_bytes += 8 * limit  # chunks of a single byte
-        while len(body) <= limit:
+        while size and len(body) <= limit:
             digits = self._read_line().partition(";")[0].strip()
             if not re.fullmatch("[0-9A-Fa-f]{1,16}", digits):
                 raise ValueError("a wrong size of a chunk")
@@ -1969,9 +1964,7 @@ class Connection:
             while len(body) <= limit and self._read_line():
                 if size:
                     raise ValueError("a chunk longer than its size")  # else it is a trailer
-            if not size:
-                return bytes(body), True
-        return bytes(body), False
+        return bytes(body)
 
     def _read_line(self) -> str:
         while (end := self._received.find(b"\n")) < 0:

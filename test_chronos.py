@@ -3263,8 +3263,6 @@ SENTENCES = [  # server, scheme, reason, what is said
     (answers(HEAD, close=True), "http", "no_answer",
      CLOSED + "in the middle of its answer"),
     (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
-    (stalls(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"), "http", "no_answer",
-     NOT_HTTP + "it switches to a protocol that nobody asked for"),
     (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header or too many"),
     (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),
     (answers(HEAD + b"Content-Length: -1\r\n\r\n"), "http", "no_answer",

@@ -1700,14 +1700,11 @@ class Store:
 Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
 Answer = tuple[int, str, dict[str, str], bytes]  # status, phrase, headers in lower case, body
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
-_CHARSET = re.compile(  # not every codec of Python: some take quadratic time
-    r'charset="?((?:utf|us|iso|latin|windows|cp|koi8|euc|shift|gb|big5)[\w.:-]*)', re.IGNORECASE
+_CHARSET = re.compile(  # other codecs of Python take quadratic time, or let surrogates through
+    r'(?i)charset="?(utf-16(?:[lb]e)?|iso-8859-(?:1[0-13-6]|[1-9])|windows-125[0-8]|latin-?1|'
+    r"koi8-r|shift_jis|euc-(?:jp|kr)|gb(?:k|2312|18030)|big5)\b"
 )
 _network = functools.lru_cache(ipaddress.ip_network)
-
-
-class Aborted(requests.RequestException):
-    """The attempt was cut off; its ``reason`` says why."""
 
 
 class BlockedTarget(requests.RequestException):
@@ -1754,11 +1751,10 @@ class Webhook:
         own = {"User-Agent": f"chronos/{__version__}", "Accept-Encoding": "identity"}
         headers = requests.structures.CaseInsensitiveDict({"Accept": "*/*"} | own)
         if body:
-            try:
+            headers["Content-Type"] = "text/plain; charset=utf-8"
+            with contextlib.suppress(ValueError, RecursionError):
                 json.loads(body)
                 headers["Content-Type"] = "application/json"
-            except (ValueError, RecursionError):
-                headers["Content-Type"] = "text/plain; charset=utf-8"
         headers.update(config["headers"])
         if auth["type"] == "basic":
             pair = f"{auth['username']}:{auth['password']}".encode()
@@ -1781,7 +1777,6 @@ class Webhook:
         lines = [f"{name}: {value!s}\r\n" for name, value in headers.items()]
         if "Host" not in headers:
             lines.append(f"Host: {urlsplit(url).netloc}\r\n")
-        lines = [line for line in lines if not line.lower().startswith("x-chronos-")]
         head = f"{self.method} {self.request.path_url} HTTP/1.1\r\n{''.join(lines)}"
         return (target_of(url), self._config["verify_tls"]), head
 
@@ -1813,10 +1808,10 @@ class Attempt:
 
     @contextlib.contextmanager
     def blocking(self, cut: Callable[[], None]) -> Iterator[None]:
-        """While the worker blocks, ``cut`` ends it. Raises Aborted, also where it was late."""
+        """While the worker blocks, ``cut`` ends it; raises if it was aborted, also where late."""
         with self._lock:
             if self.reason:
-                raise Aborted
+                raise requests.RequestException
             self._cut = cut
         try:
             yield
@@ -1824,7 +1819,7 @@ class Attempt:
             with self._lock:
                 self._cut = None
         if self.reason:  # what has come may look whole and is not
-            raise Aborted
+            raise requests.RequestException
 
     def abort(self, reason: str) -> None:
         """End the attempt now; the first reason wins. Any thread."""
@@ -1889,10 +1884,7 @@ class Connection:
         return False
 
     def exchange(self, request: bytes, method: str, limit: int) -> Answer:
-        """Send a request, return its answer; of a body over ``limit`` bytes one byte more.
-
-        Raises NoAnswer or another RequestException.
-        """
+        """Send a request, return its answer with ``limit`` bytes of body, of more one more."""
         self.reusable = heard = sent = False
         self._line_bytes = MAX_HEAD_BYTES
         try:
@@ -1991,19 +1983,14 @@ class Connection:
             self._received += data
 
 
-def _no_connection(target: str, address: Any, error: OSError) -> str:
+def _no_connection(target: str, host: str, error: OSError) -> str:
     """Return a sentence for a connection that could not be made."""
+    reason = "it took too long" if isinstance(error, TimeoutError) else error.strerror or str(error)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate of {target} is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        reason = (error.reason or "no answer").replace("_", " ").lower()
-        return f"TLS with {target} failed: {reason}"
-    place = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-    if isinstance(error, ConnectionRefusedError):
-        return f"connection refused by {place}"
-    if isinstance(error, TimeoutError):
-        return f"no connection to {place} within the time for connecting"
-    return f"no connection to {place}: {error.strerror or error}"
+        reason = f"the certificate is not trusted: {error.verify_message}"
+    elif isinstance(error, ssl.SSLError):
+        reason = f"TLS failed: {(error.reason or 'no answer').replace('_', ' ').lower()}"
+    return f"no connection to {target} at {host}: {reason}"
 
 
 class Dispatcher:
@@ -2017,9 +2004,8 @@ class Dispatcher:
         self._blocked: list[str] = settings["dispatcher.blocked_networks"]
         self._allowed: list[str] = settings["dispatcher.allowed_networks"]
         self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
-        self._contexts: dict[bool, ssl.SSLContext] = {}
         self._idle: list[Connection] = []  # the oldest first
-        self._lock = threading.Lock()  # protects _idle and _contexts
+        self._lock = threading.Lock()  # protects _idle; one at a time reads certificates
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
         self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
         self._stopped = threading.Event()
@@ -2081,19 +2067,15 @@ class Dispatcher:
 
     def _text(self, headers: dict[str, str], body: bytes, webhook: Webhook) -> str:
         """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
-        cut = len(body) > self._max_bytes
         if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
             with contextlib.suppress(zlib.error):
                 body = zlib.decompressobj(47).decompress(body, self._max_bytes + 1)  # gzip or zlib
-        cut, body = cut or len(body) > self._max_bytes, body[: self._max_bytes]
         charset = _CHARSET.search(headers.get("content-type", ""))
-        try:
-            text = str(body, charset[1] if charset else "utf-8", "replace")
-        except (LookupError, ValueError):
-            text = str(body, "utf-8", "replace")
-        text = webhook.masked(text.rstrip("\ufffd") if cut else text, cut)
-        text += f"\n[cut off after {self._max_bytes} bytes]" if cut else ""
-        return text.encode("utf-8", "replace").decode()
+        text = str(body[: self._max_bytes], charset[1] if charset else "utf-8", "replace")
+        if len(body) <= self._max_bytes:
+            return webhook.masked(text)
+        text = webhook.masked(text.rstrip("\ufffd"), cut=True)
+        return f"{text}\n[cut off after {self._max_bytes} bytes]"
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
@@ -2110,10 +2092,7 @@ class Dispatcher:
     # ----------------------------------------------------------------------- connections
 
     def _exchange(self, attempt: Attempt) -> Answer:
-        """Send the request on an idle connection, or where there is none that lives, on a new one.
-
-        Raises Aborted, BlockedTarget or another RequestException with a sentence for people.
-        """
+        """Send the request on an idle connection, or on a new one. Raises RequestException."""
         if idle := self._take_idle(attempt.webhook.wired[0]):
             with contextlib.suppress(NoAnswer):  # it died while it was idle
                 return self._exchange_on(idle, attempt)
@@ -2158,6 +2137,8 @@ class Dispatcher:
         """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
         key = attempt.webhook.wired[0]
         parts = urlsplit(key[0])
+        with self._lock:  # so that only one of many reads the certificates
+            context = self._context(key[1]) if parts.scheme == "https" else None
         limit = self._clock.monotonic() + self._connect_timeout
 
         def left(shared_by: int = 1) -> float:
@@ -2172,59 +2153,52 @@ class Dispatcher:
                     connection.socket.settimeout(left(len(addresses) - tried))
                     connection.socket.connect(address)
                     connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if parts.scheme == "https":
+                    if context:
                         connection.socket.settimeout(left())  # of the whole handshake
-                        connection.socket = self._context(key[1]).wrap_socket(
+                        connection.socket = context.wrap_socket(
                             connection.socket, server_hostname=parts.hostname
                         )
                     connection.socket.settimeout(None)  # from here on the watchdog is the limit
                 return connection
             except OSError as error:
                 connection.close()
-                problem = requests.ConnectionError(_no_connection(key[0], address, error))
+                problem = requests.ConnectionError(_no_connection(key[0], address[0], error))
         raise problem
 
+    @functools.lru_cache  # noqa: B019 - there is one dispatcher
     def _context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        with self._lock:
-            if verify not in self._contexts:
-                context = ssl.create_default_context(cafile=self._ca_bundle)
-                context.check_hostname = verify
-                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
-                self._contexts[verify] = context
-            return self._contexts[verify]
+        context = ssl.create_default_context(cafile=self._ca_bundle)
+        context.check_hostname = verify
+        context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+        return context
 
     def _resolve(self, host: str, port: int, left: float, attempt: Attempt) -> list[Any]:
         """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
         look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         with contextlib.suppress(socket.gaierror, UnicodeError):
             return look_up(flags=socket.AI_NUMERICHOST)
-        if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
-            raise requests.ConnectionError(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
-        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()  # addresses, or what is wrong
 
         def run() -> None:
+            if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
+                found.put(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
+                return
             try:
                 found.put(look_up())
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or "it is not a possible name"
-                found.put(requests.ConnectionError(f"the name {host} cannot be resolved: {reason}"))
+                found.put(f"the name {host} cannot be resolved: {reason}")
             finally:
                 self._lookups.release()
 
-        try:
-            threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
-        except RuntimeError as error:
-            self._lookups.release()
-            raise requests.ConnectionError(f"DNS busy: {error}") from error
-        try:
-            with attempt.blocking(lambda: found.put(None)):
-                addresses = found.get(timeout=left)
-        except queue.Empty:
-            addresses = requests.ConnectionError(f"no address of {host} within connect_timeout")
-        if isinstance(addresses, Exception):
-            raise addresses
-        return list(addresses)
+        threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
+        addresses: list[Any] | str = f"no address of {host} within connect_timeout"
+        with attempt.blocking(lambda: found.put("")), contextlib.suppress(queue.Empty):
+            addresses = found.get(timeout=left)
+        if isinstance(addresses, str):
+            raise requests.ConnectionError(addresses)
+        return addresses
 
 
 # ======================================================================================

@@ -1167,21 +1167,14 @@ class Store:
     def __init__(self, path: Path, synchronous: str = "FULL") -> None:
         self.path = path
         self._synchronous = synchronous
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._lock = threading.Lock()  # protects _connections
+        self._connections: dict[int, sqlite3.Connection] = {}  # by the thread that uses it
         self._inode = 0
         self.changes = 0  # number of the newest commit; only the engine's thread writes it
 
     def open(self) -> None:
         """Create, check or migrate the file; one that is not ours stays. Raises StartError."""
         newest, is_new = len(MIGRATIONS) + 1, not self.path.exists()
-        try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            version = self._check()
-        except OSError as error:
-            message = f"{self.path} cannot be opened: {error.strerror}"
-            raise StartError(EXIT_CONFIG, message) from error
+        version = self._check()
         if not version and not is_new:
             log.warning("%s was empty: it begins anew", self.path)
         if 0 < version < newest:
@@ -1199,11 +1192,12 @@ class Store:
         self.changes += self._value("SELECT max(changed) FROM jobs") or 0
 
     def _check(self, wholly: bool = False) -> int:
-        """Return the version of the schema, 0: the file is empty. Raises StartError, OSError."""
+        """Return the version of the schema, 0: the file is empty or new. Raises StartError."""
         sql = """
             SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
               FROM pragma_user_version, pragma_application_id"""
         try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             broken_off = self.path.with_name(f"{self.path.name}-journal").exists()  # amid open()
             with contextlib.closing(self._connect_to("rw" if broken_off else "ro")) as connection:
                 version, application, tables = connection.execute(sql).fetchone()
@@ -1212,8 +1206,7 @@ class Store:
                 if application != APPLICATION_ID:
                     raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
                 if version > len(MIGRATIONS) + 1:
-                    message = f"{self.path} was written by a newer Chronos: start that"
-                    raise StartError(EXIT_CONFIG, message)
+                    raise StartError(EXIT_CONFIG, f"{self.path} is of a newer Chronos: start that")
                 sql = "SELECT count(*) FROM meta WHERE key = 'stopped' AND value = 1"
                 unclean = connection.execute(sql).fetchone() == (0,)
                 if wholly or unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
@@ -1221,8 +1214,9 @@ class Store:
                     if found != "ok":
                         raise sqlite3.DatabaseError(found.splitlines()[-1])
                 return int(version)
-        except sqlite3.OperationalError as error:
-            raise StartError(EXIT_CONFIG, f"{self.path} cannot be opened: {error}") from error
+        except (OSError, sqlite3.OperationalError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise StartError(EXIT_CONFIG, f"{self.path} cannot be opened: {reason}") from error
         except sqlite3.DatabaseError as error:
             message = f"{self.path} is damaged ({error}): see the README, Restore a backup"
             raise StartError(EXIT_CONFIG, message) from error
@@ -1232,10 +1226,7 @@ class Store:
         return sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False)
 
     def backup(self, target: Path) -> None:
-        """Write a consistent, checked copy to a new file, also of a file that a server works on.
-
-        Raises StartError.
-        """
+        """Write a checked copy to a new file, also while a server works. Raises StartError."""
         part = target.with_name(target.name + ".part")
         try:
             if target.exists():
@@ -1262,27 +1253,23 @@ class Store:
 
     def close(self) -> None:
         """Close the connections of all threads; none may be in use."""
-        with self._lock:
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
-            self._local = threading.local()
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
 
     def _connect(self) -> sqlite3.Connection:
         connection = self._connect_to("rw")
-        with self._lock:
-            self._connections.append(connection)
         connection.row_factory = sqlite3.Row
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         connection.execute("PRAGMA journal_size_limit = 16777216")
         connection.create_function("casefold", 1, lambda text: text and text.casefold())
+        self._connections[threading.get_ident()] = connection
         return connection
 
     def _run(self, statement: str, /, *row: Any, **values: Any) -> list[Any]:
         try:
-            if not hasattr(self._local, "connection"):
-                self._local.connection = self._connect()
-            return list(self._local.connection.execute(statement, row or values))
+            connection = self._connections.get(threading.get_ident()) or self._connect()
+            return list(connection.execute(statement, row or values))
         except sqlite3.Error as error:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
@@ -1293,26 +1280,24 @@ class Store:
     @property
     def in_transaction(self) -> bool:
         """Say whether the calling thread is inside one; a full disk ends it unasked."""
-        return bool(self._local.connection.in_transaction)
+        return self._connections[threading.get_ident()].in_transaction
 
     @contextlib.contextmanager
-    def _scope(self, begin: str, end: str, *undo: str) -> Iterator[None]:
+    def _scope(self, begin: str, end: str, undo: str) -> Iterator[None]:
         self._run(begin)
         try:
             yield
             self._run(end)
             self.changes += end == "COMMIT"
         except BaseException:
-            for statement in undo if self.in_transaction else ():
-                self._run(statement)
+            if self.in_transaction:
+                self._run(undo)
             raise
 
     # what happens inside is committed, or nothing of it
     transaction = functools.partialmethod(_scope, "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
     # what happened inside is undone if it raises, and nothing else of the transaction
-    savepoint = functools.partialmethod(
-        _scope, "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change", "RELEASE change"
-    )
+    savepoint = functools.partialmethod(_scope, "SAVEPOINT s", "RELEASE s", "ROLLBACK TO s")
 
     # -------------------------------------------------------------- numbers and instants
 
@@ -1403,7 +1388,7 @@ class Store:
         """Return the versions of a job, the newest first, or only that with this number."""
         sql = """
             SELECT * FROM versions
-             WHERE job_id = :id AND (:number IS NULL OR version = :number) ORDER BY version DESC"""
+             WHERE job_id = :id AND version = ifnull(:number, version) ORDER BY version DESC"""
         rows = self._run(sql, id=job_id, number=number)
         return [dict(row) | {"config": json.loads(row["config"])} for row in rows]
 
@@ -1414,9 +1399,8 @@ class Store:
 
     def config(self, job_id: str, version: int) -> Json:
         """Return the configuration of a version. Raises ApiError NOT_FOUND."""
-        sql = "SELECT config FROM versions WHERE job_id = :id AND version = :version"
-        if found := self._value(sql, id=job_id, version=version):
-            return dict(json.loads(found))
+        for found in self.versions(job_id, version):
+            return dict(found["config"])
         raise ApiError("NOT_FOUND", f"job {job_id} has no version {version}")
 
     def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
@@ -1522,10 +1506,8 @@ class Store:
 
     def count_executions(self, job_id: str, status: str | None = None) -> int:
         """Return how many executions a job has, with this status (None: any)."""
-        sql = """
-            SELECT count(*) FROM executions
-             WHERE job_id = :id AND (:status IS NULL OR status = :status)"""
-        return int(self._value(sql, id=job_id, status=status))
+        sql = "SELECT count(*) FROM executions WHERE job_id = :id AND status = ifnull(:of, status)"
+        return int(self._value(sql, id=job_id, of=status))
 
     def forget_ends(self, before: int) -> None:
         """Forget how many executions ended in the hours before an instant."""

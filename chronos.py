@@ -40,7 +40,6 @@ import argparse
 import base64
 import contextlib
 import difflib
-import errno
 import fcntl
 import functools
 import getpass
@@ -1114,9 +1113,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
-CREATE TABLE meta (                      -- a few numbers, such as last_seen
-    key TEXT PRIMARY KEY, value INTEGER NOT NULL
-);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
     seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
@@ -1126,11 +1123,9 @@ CREATE TABLE jobs (                      -- class Job says what each column is
     changed      INTEGER NOT NULL        -- by this commit, or its history was
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
-CREATE TABLE versions (
-    job_id TEXT NOT NULL, version INTEGER NOT NULL,
-    config       TEXT NOT NULL,          -- JSON, in the form of the API
-    created_at INTEGER NOT NULL, created_by TEXT NOT NULL,
-    PRIMARY KEY (job_id, version)
+CREATE TABLE versions (                  -- config: JSON, in the form of the API
+    job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
+    created_at INTEGER NOT NULL, created_by TEXT NOT NULL, PRIMARY KEY (job_id, version)
 );
 CREATE VIEW configured_jobs AS
     SELECT jobs.*, config FROM jobs
@@ -1140,12 +1135,13 @@ CREATE TABLE executions (                -- class Execution says what each colum
     id           TEXT NOT NULL UNIQUE,   -- one per fire time, whatever crashes or restarts
     job_id TEXT NOT NULL, job_version INTEGER NOT NULL, trigger TEXT NOT NULL,
     status TEXT NOT NULL, scheduled_at INTEGER NOT NULL, target TEXT NOT NULL, due_at INTEGER,
-    attempts INTEGER NOT NULL, spent INTEGER NOT NULL,
-    started_at INTEGER, attempt_at INTEGER, completed_at INTEGER,
-    reason TEXT, error TEXT, status_code INTEGER, node_id TEXT, replay_of TEXT,
-    missed_count INTEGER, missed_from INTEGER, missed_to INTEGER,
+    attempts INTEGER NOT NULL, spent INTEGER NOT NULL, started_at INTEGER, attempt_at INTEGER,
+    completed_at INTEGER, reason TEXT, error TEXT, status_code INTEGER, node_id TEXT,
+    replay_of TEXT, missed_count INTEGER, missed_from INTEGER, missed_to INTEGER,
     attempt_log TEXT NOT NULL, response TEXT
 );
+CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
+CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
 CREATE INDEX executions_of_job ON executions (job_id, seq);
 CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
@@ -1230,7 +1226,7 @@ class Store:
         part = target.with_name(target.name + ".part")
         try:
             if target.exists():
-                raise FileExistsError(errno.EEXIST, "it is there already")
+                raise OSError("it is there already")
             part.unlink(missing_ok=True)  # of a backup that was broken off
             with open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
                 with contextlib.closing(self._connect_to("ro")) as connection:
@@ -1302,7 +1298,7 @@ class Store:
     # -------------------------------------------------------------- numbers and instants
 
     def number(self, key: str) -> Any:
-        """Return one of the numbers in meta, None without it."""
+        """Return a number of meta, such as last_seen; None without it."""
         return self._value("SELECT value FROM meta WHERE key = :key", key=key)
 
     def set_number(self, key: str, value: int) -> None:
@@ -1313,8 +1309,7 @@ class Store:
         """Return the earliest cursor, and the earliest due_at later than now."""
         sql = """
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
-                   (SELECT min(due_at) FROM executions
-                     WHERE status = 'pending' AND due_at > :now)"""
+                   (SELECT min(due_at) FROM pending WHERE due_at > :now)"""
         cursor, due_at = self._run(sql, now=now)[0]
         return cursor, due_at
 
@@ -1516,14 +1511,14 @@ class Store:
     def active(self, most: int) -> list[tuple[Execution, str]]:
         """Return what runs, and then what is due soonest, each with the name of its job."""
         sql = """
-            WITH active (number, at) AS (
+            WITH shown (number, at) AS (
                 SELECT * FROM (SELECT seq, 0 FROM executions WHERE status = 'running' LIMIT :most)
                  UNION ALL
                 SELECT * FROM (SELECT seq, due_at FROM executions
                                 WHERE status = 'pending' AND due_at > 0
                                 ORDER BY due_at, seq LIMIT :most))
             SELECT executions.*, json_extract(config, '$.name') AS job_name
-              FROM active JOIN executions ON executions.seq = number
+              FROM shown JOIN executions ON executions.seq = number
               JOIN configured_jobs AS job ON job.id = executions.job_id
              ORDER BY at, number LIMIT :most"""
         rows = self._run(sql, most=most)
@@ -1531,47 +1526,34 @@ class Store:
 
     def count_active(self) -> dict[str, int]:
         """Return how many executions are pending and how many are running."""
-        sql = """
-            SELECT status, count(*) FROM executions
-             WHERE status IN ('pending', 'running') GROUP BY status"""
+        sql = "SELECT status, count(*) FROM active GROUP BY status"
         return {"pending": 0, "running": 0} | {row[0]: row[1] for row in self._run(sql)}
 
     def active_executions(self, job_id: str, nth: int, most: int) -> list[Execution]:
         """Return pending and running executions of a job, the oldest first, from the nth on."""
-        sql = """
-            SELECT * FROM executions
-             WHERE job_id = :id AND status IN ('pending', 'running')
-             ORDER BY seq LIMIT :most OFFSET :nth - 1"""
+        sql = "SELECT * FROM active WHERE job_id = :id ORDER BY seq LIMIT :most OFFSET :nth - 1"
         return self._executions(sql, id=job_id, nth=nth, most=most)
 
     def running_executions(self) -> list[Execution]:
         """Return what runs; at a start, what ran when the last process ended."""
-        sql = """
-            SELECT * FROM executions
-             WHERE status = 'running' ORDER BY seq"""
-        return self._executions(sql)
+        return self._executions("SELECT * FROM active WHERE status = 'running' ORDER BY seq")
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
-        """Return executions that may start, the oldest due_at first, but for some targets.
-
-        Then the index goes from target to target: 50,000 rows of a dead host cost nothing.
-        """
+        """Return executions that may start, the oldest due_at first, but for some targets."""
         if not passed_over:
-            sql = """
-                SELECT * FROM executions WHERE status = 'pending' AND due_at <= :now
-                 ORDER BY due_at, seq LIMIT :most"""
+            sql = "SELECT * FROM pending WHERE due_at <= :now ORDER BY due_at, seq LIMIT :most"
             return self._executions(sql, now=now, most=most)
+        # from target to target: 50,000 rows of a dead host cost nothing
         sql = """
             WITH RECURSIVE targets (target) AS (
-                SELECT min(target) FROM executions WHERE status = 'pending'
+                SELECT min(target) FROM pending
                  UNION ALL
-                SELECT (SELECT min(target) FROM executions
-                         WHERE status = 'pending' AND target > targets.target)
+                SELECT (SELECT min(target) FROM pending WHERE target > targets.target)
                   FROM targets WHERE targets.target IS NOT NULL
             )
             SELECT executions.* FROM targets JOIN executions ON executions.seq IN (
-                SELECT seq FROM executions AS due
-                 WHERE status = 'pending' AND due.target = targets.target AND due_at <= :now
+                SELECT seq FROM pending AS due
+                 WHERE due.target = targets.target AND due_at <= :now
                  ORDER BY due_at, seq LIMIT :most)
              WHERE targets.target NOT IN (SELECT value FROM json_each(:passed_over))
              ORDER BY due_at, executions.seq LIMIT :most"""
@@ -1612,8 +1594,7 @@ class Store:
         sql = """
             UPDATE executions SET due_at = :now
              WHERE due_at IS NULL AND status = 'pending' AND seq IN (
-                SELECT (SELECT min(seq) FROM executions
-                         WHERE job_id = job.value AND status IN ('pending', 'running'))
+                SELECT (SELECT min(seq) FROM active WHERE job_id = job.value)
                   FROM json_each(:job_ids) AS job)"""
         self._run(sql, job_ids=json.dumps(list(job_ids)), now=now)
 
@@ -1750,17 +1731,15 @@ class Webhook:
         prepared.prepare_url(config["url"], None)
         prepared.prepare_headers(headers)
         prepared.prepare_body(body.encode(), None)
+        prepared.headers.setdefault("Host", urlsplit(prepared.url).netloc)
         return prepared
 
     @functools.cached_property
     def wired(self) -> tuple[Key, str]:
         """Which connections can carry it; and the head, as far as all attempts have it."""
-        headers, url = self.request.headers, str(self.request.url)
-        lines = [f"{name}: {value!s}\r\n" for name, value in headers.items()]
-        if "Host" not in headers:
-            lines.append(f"Host: {urlsplit(url).netloc}\r\n")
+        lines = [f"{name}: {value!s}\r\n" for name, value in self.request.headers.items()]
         head = f"{self.method} {self.request.path_url} HTTP/1.1\r\n{''.join(lines)}"
-        return (target_of(url), self._config["verify_tls"]), head
+        return (target_of(str(self.request.url)), self._config["verify_tls"]), head
 
     def to_bytes(self, execution: Execution) -> bytes:
         """Return the request of the attempt that ``execution`` is in."""
@@ -1821,8 +1800,7 @@ def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
             inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
         spellings += [inner] if inner else []
     if spellings[-1].is_unspecified:  # who connects to it reaches loopback
-        loopback = "127.0.0.1" if spellings[-1].version == 4 else "::1"
-        spellings.append(ipaddress.ip_address(loopback))
+        spellings.append(ipaddress.ip_address({4: "127.0.0.1", 6: "::1"}[spellings[-1].version]))
     for network in blocked:
         if any(address in _network(network) for address in spellings):
             raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
@@ -1880,13 +1858,14 @@ class Connection:
                 status, headers = self._read_head()
             bare = method == "HEAD" or status[2] in ("204", "304")
             body = b"" if bare else self._read_body(headers, limit)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError) as error:
+            did = (
+                f"closed the connection {'in the middle of its' if heard else 'without an'} answer"
+            )
+            if isinstance(error, ValueError):
+                did = f"sent what is not a proper HTTP answer: {error}"
             kind = requests.ConnectionError if heard else NoAnswer
-            when = "in the middle of its" if heard else "without an"
-            raise kind(f"{self.key[0]} closed the connection {when} answer") from error
-        except ValueError as error:
-            said = f"{self.key[0]} sent what is not a proper HTTP answer: {error}"
-            raise requests.ConnectionError(said) from error
+            raise kind(f"{self.key[0]} {did}") from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
         clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
         whole = len(body) <= limit and not self._received
@@ -1900,10 +1879,8 @@ class Connection:
         if not status:
             raise ValueError("a wrong status line")
         for number, line in enumerate(iter(self._read_line, "")):
-            if line[0] in " \t":
-                line = "connection: close"  # it went on with the value before: obsolete
             name, colon, value = line.partition(":")
-            if not colon or number == MAX_HEADERS:
+            if not colon or line[0] in " \t" or number == MAX_HEADERS:
                 raise ValueError("a wrong header or too many")
             name, value = name.strip().lower(), value.strip()
             known = headers.setdefault(name, value)
@@ -1963,16 +1940,6 @@ class Connection:
             if not data:
                 raise EOFError
             self._received += data
-
-
-def _no_connection(target: str, host: str, error: OSError) -> str:
-    """Return a sentence for a connection that could not be made."""
-    reason = "it took too long" if isinstance(error, TimeoutError) else error.strerror or str(error)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        reason = f"the certificate is not trusted: {error.verify_message}"
-    elif isinstance(error, ssl.SSLError):
-        reason = f"TLS failed: {(error.reason or 'no answer').replace('_', ' ').lower()}"
-    return f"no connection to {target} at {host}: {reason}"
 
 
 class Dispatcher:
@@ -2036,16 +2003,13 @@ class Dispatcher:
     def _judge(self, webhook: Webhook, answer: Answer) -> Json:
         """Return what an answer means, as fields of an Outcome."""
         code, phrase, headers, body = answer
-        success, asked = code in webhook.success_codes, headers.get("retry-after")
+        result = {"status_code": code, "response": self._text(headers, body, webhook)}
+        if code in webhook.success_codes:
+            return result | {"success": True}
         error = webhook.masked(f"the server answered {code} {phrase}".strip())[:200]
-        if 200 <= code < 300:
-            error += ", which is not among success_codes"
-        text = self._text(headers, body, webhook)
-        return {
-            "status_code": code, "response": text, "success": success,
-            "reason": None if success else "http_status", "error": None if success else error,
-            "retry_after": parse_retry_after(asked, self._clock.now()) if asked else None,
-        }  # fmt: skip
+        error += ", which is not among success_codes" if 200 <= code < 300 else ""
+        wait = parse_retry_after(headers.get("retry-after"), self._clock.now())
+        return result | {"reason": "http_status", "error": error, "retry_after": wait}
 
     def _text(self, headers: dict[str, str], body: bytes, webhook: Webhook) -> str:
         """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
@@ -2061,11 +2025,9 @@ class Dispatcher:
 
     def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
         """Return reason and sentence for the lack of an answer."""
-        if attempt.reason == attempt.allowed_reason:
-            reason = "timeout" if attempt.reason == "timeout" else "no_answer"
+        if attempt.reason:  # of any other abort than a timeout nobody sees the sentence
+            reason = "no_answer" if attempt.reason == "attempt_timeout" else attempt.reason
             return reason, f"there was no whole answer within the {attempt.reason}"
-        if attempt.reason:
-            return attempt.reason, "the request was aborted"
         if isinstance(error, requests.RequestException):
             return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
         log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
@@ -2075,25 +2037,24 @@ class Dispatcher:
 
     def _exchange(self, attempt: Attempt) -> Answer:
         """Send the request on an idle connection, or on a new one. Raises RequestException."""
-        if idle := self._take_idle(attempt.webhook.wired[0]):
-            with contextlib.suppress(NoAnswer):  # it died while it was idle
-                return self._exchange_on(idle, attempt)
-        return self._exchange_on(self._connect(attempt), attempt)
-
-    def _exchange_on(self, connection: Connection, attempt: Attempt) -> Answer:
-        """Send the request on this connection, which is idle or closed afterwards."""
         webhook = attempt.webhook
-        try:
-            request = webhook.to_bytes(attempt.execution)
-            with attempt.blocking(connection.cut):
-                return connection.exchange(request, webhook.method, self._max_bytes)
-        finally:
-            if connection.reusable and not attempt.reason:
-                connection.idle_since = self._clock.monotonic()
-                with self._lock:
-                    self._idle.append(connection)
-            else:
-                connection.close()
+        request, idle = webhook.to_bytes(attempt.execution), self._take_idle(webhook.wired[0])
+        while True:
+            connection = idle or self._connect(attempt)
+            try:
+                with attempt.blocking(connection.cut):
+                    return connection.exchange(request, webhook.method, self._max_bytes)
+            except NoAnswer:
+                if not idle:
+                    raise
+                idle = None  # it died while it was idle: a new one is tried
+            finally:
+                if connection.reusable and not attempt.reason:
+                    connection.idle_since = self._clock.monotonic()
+                    with self._lock:
+                        self._idle.append(connection)
+                else:
+                    connection.close()
 
     def _take_idle(self, key: Key) -> Connection | None:
         while True:
@@ -2144,8 +2105,12 @@ class Dispatcher:
                 return connection
             except OSError as error:
                 connection.close()
-                problem = requests.ConnectionError(_no_connection(key[0], address[0], error))
-        raise problem
+                reason = "it took too long" if isinstance(error, TimeoutError) else error.strerror
+                if isinstance(error, ssl.SSLError):
+                    reason = (error.reason or "no answer").replace("_", " ").lower()
+                    reason = f"TLS failed: {getattr(error, 'verify_message', reason)}"
+                problem = f"no connection to {key[0]} at {address[0]}: {reason or error}"
+        raise requests.ConnectionError(problem)
 
     @functools.lru_cache  # noqa: B019 - there is one dispatcher
     def _context(self, verify: bool) -> ssl.SSLContext:

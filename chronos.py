@@ -1108,8 +1108,8 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 # ======================================================================================
 #
 # Methods take and return records, never rows. Each thread has a connection of its own; only the
-# engine thread writes, inside transaction(), so that a pass is one commit however much happened.
-# API threads read; the write-ahead log keeps readers and the writer out of each other's way.
+# engine's writes, inside transaction(): a pass is one commit however much happened. The write-ahead
+# log keeps it and those who read out of each other's way.
 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
@@ -1164,7 +1164,6 @@ class Store:
         self.path = path
         self._synchronous = synchronous
         self._connections: dict[int, sqlite3.Connection] = {}  # by the thread that uses it
-        self._inode = 0
         self.changes = 0  # number of the newest commit; only the engine's thread writes it
 
     def open(self) -> None:
@@ -1189,15 +1188,13 @@ class Store:
 
     def _check(self, wholly: bool = False) -> int:
         """Return the version of the schema, 0: the file is empty or new. Raises StartError."""
-        sql = """
-            SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
-              FROM pragma_user_version, pragma_application_id"""
+        sql = "SELECT * FROM pragma_user_version, pragma_application_id, pragma_schema_version"
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             broken_off = self.path.with_name(f"{self.path.name}-journal").exists()  # amid open()
             with contextlib.closing(self._connect_to("rw" if broken_off else "ro")) as connection:
-                version, application, tables = connection.execute(sql).fetchone()
-                if not tables:
+                version, application, changes = connection.execute(sql).fetchone()
+                if not changes:
                     return 0
                 if application != APPLICATION_ID:
                     raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
@@ -1536,7 +1533,8 @@ class Store:
 
     def running_executions(self) -> list[Execution]:
         """Return what runs; at a start, what ran when the last process ended."""
-        return self._executions("SELECT * FROM active WHERE status = 'running' ORDER BY seq")
+        sql = "SELECT * FROM active WHERE status = 'running' ORDER BY job_id, seq"
+        return self._executions(sql)
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
         """Return executions that may start, the oldest due_at first, but for some targets."""
@@ -1605,25 +1603,21 @@ class Store:
         the newest 10, and what is not among the newest ``keep``, but for the newest 100 failed.
         """
         sql = """
-            WITH beyond (seq) AS (
-                SELECT seq FROM executions WHERE job_id = :job_id
-                 ORDER BY seq DESC LIMIT 1 OFFSET :keep),
+            WITH mine AS NOT MATERIALIZED (SELECT * FROM executions WHERE job_id = :id),
+            beyond (seq) AS (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET :keep),
             spared (seq) AS (
-                SELECT seq FROM executions
-                 WHERE job_id = :job_id AND status = 'failed' AND seq <= (SELECT seq FROM beyond)
-                 ORDER BY seq DESC LIMIT 100)
+                SELECT seq FROM mine WHERE status = 'failed' AND seq <= (SELECT seq FROM beyond)
+                 ORDER BY seq DESC LIMIT 100),
+            oldest AS (
+                SELECT seq, completed_at, EXISTS (SELECT 1 FROM jobs WHERE id = :id) AS lives
+                  FROM mine WHERE completed_at IS NOT NULL OR NOT lives ORDER BY seq LIMIT :most)
             DELETE FROM executions WHERE seq IN (
-                SELECT seq FROM (SELECT seq, completed_at FROM executions
-                                  WHERE job_id = :job_id AND (completed_at IS NOT NULL
-                                     OR NOT EXISTS (SELECT 1 FROM jobs WHERE id = :job_id))
-                                  ORDER BY seq LIMIT :most)
-                 WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE id = :job_id)
-                    OR (completed_at < :before AND seq <= (
-                            SELECT seq FROM executions WHERE job_id = :job_id
-                             ORDER BY seq DESC LIMIT 1 OFFSET 10))
-                    OR (seq <= (SELECT seq FROM beyond) AND seq NOT IN spared))
+                SELECT seq FROM oldest
+                 WHERE NOT lives OR (seq <= (SELECT seq FROM beyond) AND seq NOT IN spared)
+                    OR (completed_at < :before
+                        AND seq <= (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET 10)))
             RETURNING seq"""
-        return len(self._run(sql, job_id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
+        return len(self._run(sql, id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
 
     def prune_oldest(self, max_size: int) -> bool:
         """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
@@ -1659,7 +1653,6 @@ class Store:
 # shutdown() on a duplicate of the socket's descriptor, made before connect(): close() leaves the
 # call blocked, and TLS detaches the socket it wraps.
 
-
 Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
 Answer = tuple[int, str, dict[str, str], bytes]  # status, phrase, headers in lower case, body
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
@@ -1672,10 +1665,6 @@ _network = functools.lru_cache(ipaddress.ip_network)
 
 class BlockedTarget(requests.RequestException):
     """The address that would be dialled is closed by the settings."""
-
-
-class NoAnswer(requests.ConnectionError):
-    """The connection ended before a byte of the answer came."""
 
 
 class Webhook:
@@ -1822,7 +1811,6 @@ class Connection:
         self.reusable = False  # the last answer has been read to its end
         self._handle = self.socket.dup()
         self._received = bytearray()  # and not read yet
-        self._line_bytes = 0  # that the lines of this answer may still have
 
     def cut(self) -> None:
         """Shut the connection down: blocked calls on it return at once."""
@@ -1836,36 +1824,33 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Say whether an idle connection is still open and nothing unasked has come on it."""
-        with contextlib.suppress(OSError):
-            try:
-                self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending())
-        return False
+        try:
+            self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return False
+        except OSError as error:
+            read_ahead = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
+            return isinstance(error, BlockingIOError) and not read_ahead
 
     def exchange(self, request: bytes, method: str, limit: int) -> Answer:
         """Send a request, return its answer with ``limit`` bytes of body, of more one more."""
-        self.reusable = heard = sent = False
-        self._line_bytes = MAX_HEAD_BYTES
+        self.reusable = self.heard = sent = False
+        self._line_bytes = MAX_HEAD_BYTES  # that the lines of this answer may still have
         try:
             with contextlib.suppress(OSError):  # it stopped reading: its answer may be there
                 self.socket.sendall(request)
                 sent = True
             self._receive(1)
-            heard = True
+            self.heard = True
             status, headers = self._read_head()
             while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
                 status, headers = self._read_head()
             bare = method == "HEAD" or status[2] in ("204", "304")
             body = b"" if bare else self._read_body(headers, limit)
         except (OSError, EOFError, ValueError) as error:
-            did = (
-                f"closed the connection {'in the middle of its' if heard else 'without an'} answer"
-            )
+            did = f"closed the connection {'amid its' if self.heard else 'without an'} answer"
             if isinstance(error, ValueError):
                 did = f"sent what is not a proper HTTP answer: {error}"
-            kind = requests.ConnectionError if heard else NoAnswer
-            raise kind(f"{self.key[0]} {did}") from error
+            raise requests.ConnectionError(f"{self.key[0]} {did}") from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
         clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
         whole = len(body) <= limit and not self._received
@@ -2044,8 +2029,8 @@ class Dispatcher:
             try:
                 with attempt.blocking(connection.cut):
                     return connection.exchange(request, webhook.method, self._max_bytes)
-            except NoAnswer:
-                if not idle:
+            except requests.ConnectionError:
+                if not idle or idle.heard:
                     raise
                 idle = None  # it died while it was idle: a new one is tried
             finally:
@@ -2071,10 +2056,9 @@ class Dispatcher:
         """Close the connections that have been idle for so many µs, or are too many."""
         limit = self._clock.monotonic() - older_than
         with self._lock:
-            surplus = len(self._idle) - self._max_idle
-            while self._idle and (surplus > 0 or self._idle[0].idle_since <= limit):
-                self._idle.pop(0).close()
-                surplus -= 1
+            idle = self._idle
+            while idle and (len(idle) > self._max_idle or idle[0].idle_since <= limit):
+                idle.pop(0).close()
 
     def _connect(self, attempt: Attempt) -> Connection:
         """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""

@@ -2781,7 +2781,7 @@ def test_a_name_without_an_address_is_named(send, name_server):
 @pytest.mark.parametrize(
     "start, sentence",
     [
-        (b"HTTP/1.1 200 OK\r\nX: ", "closed the connection in the middle of its answer"),
+        (b"HTTP/1.1 200 OK\r\nX: ", "closed the connection amid its answer"),
         (b"SSH-2.0-OpenSSH\r\n", "sent what is not a proper HTTP answer"),
     ],
 )
@@ -3255,7 +3255,7 @@ SENTENCES = [  # server, scheme, reason, what is said
     (answers(b"", close=True), "http", "no_answer", CLOSED + "without an answer"),
     (resets, "http", "no_answer", CLOSED + "without an answer"),
     (answers(HEAD, close=True), "http", "no_answer",
-     CLOSED + "in the middle of its answer"),
+     CLOSED + "amid its answer"),
     (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
     (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header or too many"),
     (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),

@@ -1108,8 +1108,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 # ======================================================================================
 #
 # Methods take and return records, never rows. Each thread has a connection of its own; only the
-# engine's writes, inside transaction(): a pass is one commit however much happened. The write-ahead
-# log keeps it and those who read out of each other's way.
+# engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
@@ -1161,8 +1160,7 @@ class Store:
     """The database file. See the head of this section for who may call what."""
 
     def __init__(self, path: Path, synchronous: str = "FULL") -> None:
-        self.path = path
-        self._synchronous = synchronous
+        self.path, self._synchronous = path, synchronous
         self._connections: dict[int, sqlite3.Connection] = {}  # by the thread that uses it
         self.changes = 0  # number of the newest commit; only the engine's thread writes it
 
@@ -1555,8 +1553,7 @@ class Store:
                  ORDER BY due_at, seq LIMIT :most)
              WHERE targets.target NOT IN (SELECT value FROM json_each(:passed_over))
              ORDER BY due_at, executions.seq LIMIT :most"""
-        names = json.dumps(list(passed_over))
-        return self._executions(sql, now=now, most=most, passed_over=names)
+        return self._executions(sql, now=now, most=most, passed_over=json.dumps(list(passed_over)))
 
     def save_execution(self, execution: Execution, only_running: bool = False) -> bool:
         """Write an execution, ``only_running``: where it still runs in this attempt; say if so."""
@@ -1668,10 +1665,9 @@ class BlockedTarget(requests.RequestException):
 
 
 class Webhook:
-    """A webhook made ready once per job version; an attempt only adds its own headers."""
+    """A valid ``webhook`` made ready once per job version; an attempt only adds its own headers."""
 
     def __init__(self, config: Json) -> None:
-        """``config`` is a validated ``webhook``."""
         self.target = target_of(config["url"])
         self.success_codes = config["success_codes"] or range(200, 300)
         self.method: str = config["method"]
@@ -1800,8 +1796,7 @@ def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
 class Connection:
     """A connection to a target, and HTTP/1.1 on it (RFC 9112): strict and bounded.
 
-    One worker at a time uses it; only cut() is for others. What reads raises OSError or EOFError
-    where the connection ends, ValueError where it carries no HTTP.
+    One worker uses it, others only cut(). Reading raises OSError, EOFError, or ValueError: no HTTP.
     """
 
     def __init__(self, key: Key, family: int) -> None:
@@ -1853,8 +1848,7 @@ class Connection:
             raise requests.ConnectionError(f"{self.key[0]} {did}") from error
         lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
         clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
-        whole = len(body) <= limit and not self._received
-        self.reusable = sent and lasts and clear and whole
+        self.reusable = sent and lasts and clear and len(body) <= limit and not self._received
         return int(status[2]), status[3] or "", headers, body
 
     def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
@@ -2045,10 +2039,9 @@ class Dispatcher:
         while True:
             with self._lock:
                 connection = next((c for c in reversed(self._idle) if c.key == key), None)
-                if connection is None:
-                    return None
-                self._idle.remove(connection)
-            if connection.is_quiet():
+                if connection:
+                    self._idle.remove(connection)
+            if connection is None or connection.is_quiet():
                 return connection
             connection.close()
 
@@ -2064,14 +2057,15 @@ class Dispatcher:
         """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
         key = attempt.webhook.wired[0]
         parts = urlsplit(key[0])
+        host = str(parts.hostname)
         with self._lock:  # so that only one of many reads the certificates
-            context = self._context(key[1]) if parts.scheme == "https" else None
+            tls = self._context(key[1]) if parts.scheme == "https" else None
         limit = self._clock.monotonic() + self._connect_timeout
 
         def left(shared_by: int = 1) -> float:
             return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
 
-        addresses = self._resolve(str(parts.hostname), parts.port or 0, left(), attempt)
+        addresses = self._resolve(host, parts.port or 0, left(), attempt)
         for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
             check_address(str(address[0]), self._blocked, self._allowed)
             connection = Connection(key, family)
@@ -2080,11 +2074,9 @@ class Dispatcher:
                     connection.socket.settimeout(left(len(addresses) - tried))
                     connection.socket.connect(address)
                     connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if context:
+                    if tls:
                         connection.socket.settimeout(left())  # of the whole handshake
-                        connection.socket = context.wrap_socket(
-                            connection.socket, server_hostname=parts.hostname
-                        )
+                        connection.socket = tls.wrap_socket(connection.socket, server_hostname=host)
                     connection.socket.settimeout(None)  # from here on the watchdog is the limit
                 return connection
             except OSError as error:

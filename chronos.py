@@ -1244,9 +1244,8 @@ class Store:
 
     def close(self) -> None:
         """Close the connections of all threads; none may be in use."""
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
+        while self._connections:
+            self._connections.popitem()[1].close()
 
     def _connect(self) -> sqlite3.Connection:
         connection = self._connect_to("rw")

@@ -1495,6 +1495,7 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     world.do(world.engine.delete_job, job, False)
     with world.store.transaction():
         assert world.store.prune_oldest(0)
+    world.engine.recover()
     engine_connection(world).set_trace_callback(None)
 
     kinds = ("SELECT", "WITH", "UPDATE", "DELETE", "INSERT")
@@ -1504,9 +1505,9 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
         if statement.split()[0] in kinds
     }
     for mark in ("next_run_at <=", "due_at <=", "RECURSIVE", "min(due_at)", "FROM active",
-                 "SET due_at", "ORDER BY seq DESC", "DELETE FROM executions"):  # fmt: skip
+                 "'running' ORDER", "SET due_at", "seq DESC", "DELETE FROM ex"):  # fmt: skip
         assert any(mark in statement for statement in plans), mark
-    walks = r"SCAN (TABLE )?(jobs|versions|executions|due)\b"
+    walks = r"SCAN (TABLE )?(jobs|versions|executions|due)\b(?! USING INDEX executions_active)"
     assert not [plan for plan in plans.items() if re.search(walks, plan[1])]
     active = [plan for text, plan in plans.items() if "FROM active" in text]
     assert all("executions_active" in plan for plan in active)
@@ -3389,6 +3390,8 @@ def test_what_surrounds_a_body_has_a_bound(send, hostile, start, piece):
 # ------------------------------------------------------------------- aborts at any time
 
 
+# CPython leaves a TLS socket whose peer is gone before it is wrapped to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @SCHEMES
 def test_an_abort_at_any_step_ends_the_attempt_and_leaves_nothing(
     tmp_path, make_dispatcher, hostile, tls, scheme

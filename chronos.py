@@ -118,6 +118,11 @@ WATCHDOG_TICK_S = 0.1
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
+DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declares
+DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
+ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
+ALERT_GATHER = 10 * SECOND  # what turns within it goes into one alert
+ALERT_JOBS = 100  # that one alert shows with their executions; the others are counted
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
@@ -652,6 +657,8 @@ RETRY_FIELDS: dict[str, Field] = {
     "multiplier":        Field(number(1, 100, whole=False),                 2.0),
     "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
 }
+ALERT_FIELDS = WEBHOOK_FIELDS | {"method": WEBHOOK_FIELDS["method"]._replace(default="POST")}
+del ALERT_FIELDS["body"]  # Chronos writes it
 EXECUTION_STATUSES = ("pending", "running", "success", "failed", "skipped")
 MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 JOB_FIELDS: dict[str, Field] = {
@@ -754,6 +761,7 @@ class Job(NamedTuple):
     strip: str = ""  # the letters of its last 30 executions that ended, the newest last
     failures: int = 0  # failed or missed, in a row
     failing_since: int | None = None
+    declared: str | None = None  # digest of its last declaration in chronos.yaml; None: not there
 
     def next_after(self, after: int) -> int | None:
         """Return the first fire time later than ``after``, or None."""
@@ -765,7 +773,8 @@ class Job(NamedTuple):
             "id": self.id, **masked_config(self.config), "enabled": self.enabled,
             "version": self.version, "created_at": format_time(self.created_at),
             "updated_at": format_time(self.updated_at), "next_run": format_time(self.next_run_at),
-            "last_execution": last and last.to_summary(), "managed_by": None,
+            "last_execution": last and last.to_summary(),
+            "managed_by": DECLARED_BY if self.declared else None,
         }  # fmt: skip
 
     def to_card(self, last: Execution | None) -> Json:
@@ -932,8 +941,14 @@ SETTINGS: dict[str, Field] = {
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
+    "alerts.webhook":                 Field(functools.partial(validate, ALERT_FIELDS), None),
+    "alerts.after":                   Field(number(1, 100),                     1),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
+    "jobs":                           Field(rule(
+        lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
+        "must be a list of jobs, each an object"),                              []),
 }
+RELOADED = ("jobs", "auth.", "alerts.", "logging.")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -959,7 +974,8 @@ def _plain(node: Any, path: str, environment: Mapping[str, str], lines: dict[str
     line = f"line {node.start_mark.line + 1}: "
     lines.setdefault(path, line)
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, path, environment, lines) for item in node.value]
+        items = enumerate(node.value, 1)
+        return [_plain(item, f"{path}.{n}", environment, lines) for n, item in items]
     if isinstance(node, yaml.MappingNode):
         entries: Json = {}
         for key, value in node.value:
@@ -1010,7 +1026,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
                 values[key] = read_yaml(environment[place], environment, {})
                 lines[f".{key}"] = f"{place}: "
         settings = validate(SETTINGS, values)
-        _check_door(settings)
+        settings["jobs"] = _declared_jobs(settings)
+        check_door(settings)
     except Problems as error:
         told = []
         for key, message in error.problems[:3]:
@@ -1027,7 +1044,26 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     return settings
 
 
-def _check_door(settings: Json) -> None:
+def _declared_jobs(settings: Json) -> dict[str, tuple[Json, bool, str]]:
+    """Return configuration, state and digest of each declared job by its id. Raises Problems."""
+    found: dict[str, tuple[Json, bool, str]] = {}
+    retry = settings["scheduler.default_retry_policy"]
+
+    def declare(data: Json) -> None:
+        given = data | {"enabled": True} if data.get("enabled") is None else data
+        config, enabled = validate_job(given, retry, now=0)  # it stays declared after its @at
+        job_id = str(uuid.uuid5(DECLARED_IDS, config["name"]))
+        if job_id in found:
+            raise Problems([("name", f"{config['name']!r} is there twice")])
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        found[job_id] = (config, enabled, digest)
+
+    numbered = {str(n): job for n, job in enumerate(settings["jobs"], 1)}
+    validate({"jobs": Field(mapping(str, declare, 10_000))}, {"jobs": numbered})
+    return found
+
+
+def check_door(settings: Json) -> None:
     """Raise Problems where nobody could come in, or everybody without being meant to."""
     users, address = settings["auth.users"], settings["server.http.address"]
     is_local = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", split_address(address)[0])
@@ -1103,6 +1139,25 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
     return execution._replace(reason=reason, error=error)
 
 
+def alert_config(webhook: Json, node_id: str, jobs: list[Json], total: int) -> Json:
+    """Return the built-in job's configuration for an alert about the jobs that have turned."""
+    lines = [f"Chronos on {node_id}:"]
+    for job in jobs[:10]:
+        fails = f"fails: {job['executions'][0]['error']}" if job["executions"] else "fails"
+        lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
+    lines += [f"and {total - 10} more"] if total > 10 else []
+    event = min(job["event"] for job in jobs)  # "failed" where there are both
+    body = {"text": "\n".join(lines), "event": event, "jobs_total": total, "jobs": jobs}
+    retry = {"max_attempts": 10, "initial_interval": "5s", "max_interval": "10m"}
+    return {name: field.default for name, field in JOB_FIELDS.items() if name != "enabled"} | {
+        "name": "alerts",
+        "schedule": "@at 2000-01-01T00:00:00Z",  # never by itself
+        "webhook": webhook | {"body": json.dumps(body)},
+        "retry_policy": validate(RETRY_FIELDS, retry | {"attempt_timeout": "10s"}),
+        "timeout": "1h",
+    }
+
+
 # ======================================================================================
 # 9. Store: every SQL statement of Chronos is in this section
 # ======================================================================================
@@ -1114,14 +1169,16 @@ APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
-    seq          INTEGER PRIMARY KEY,    -- order of creation
+    seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
     id           TEXT NOT NULL UNIQUE,   -- a UUID
     version INTEGER NOT NULL, enabled INTEGER NOT NULL,
     created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
-    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER,
-    changed      INTEGER NOT NULL        -- by this commit, or its history was
+    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
+    changed      INTEGER NOT NULL,       -- by this commit, or its history was
+    is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
+CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE TABLE versions (                  -- config: JSON, in the form of the API
     job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
     created_at INTEGER NOT NULL, created_by TEXT NOT NULL, PRIMARY KEY (job_id, version)
@@ -1299,21 +1356,20 @@ class Store:
         """Keep a number in meta."""
         self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
-    def next_instants(self, now: int) -> tuple[int | None, int | None]:
-        """Return the earliest cursor, and the earliest due_at later than now."""
+    def next_instants(self, now: int) -> tuple[int | None, int | None, int | None]:
+        """Return the earliest cursor, and later than now: a due_at, and when an alert is due."""
         sql = """
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
-                   (SELECT min(due_at) FROM pending WHERE due_at > :now)"""
-        cursor, due_at = self._run(sql, now=now)[0]
-        return cursor, due_at
+                   (SELECT min(due_at) FROM pending WHERE due_at > :now),
+                   (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
+        cursor, due_at, alert_at = self._run(sql, now=now, gather=ALERT_GATHER)[0]
+        return cursor, due_at, alert_at
 
     # ----------------------------------------------------------------------------- jobs
 
     def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
         return [
-            Job._make(
-                [*row[1:3], bool(row["enabled"]), *row[4:7], json.loads(row["config"]), *row[7:10]]
-            )
+            Job._make([*row[1:3], bool(row[3]), *row[4:7], json.loads(row["config"]), *row[7:11]])
             for row in self._run(statement, **values)
         ]
 
@@ -1331,7 +1387,7 @@ class Store:
         """
         matching = """
              FROM configured_jobs
-            WHERE (:enabled IS NULL OR enabled = :enabled)
+            WHERE seq > 0 AND (:enabled IS NULL OR enabled = :enabled)
               AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
                    OR instr(casefold(json_extract(config, '$.description')), casefold(:q)))
               AND (:status IS NULL OR :status = (
@@ -1343,7 +1399,7 @@ class Store:
                             WHERE own.key = json_extract(tag.value, '$[0]')
                               AND own.value = json_extract(tag.value, '$[1]')))"""
         if all(value in (None, []) for value in filters.values()):
-            matching = " FROM jobs"  # an offset passes over 50,000 of these quickly
+            matching = " FROM jobs WHERE seq > 0"  # an offset passes over 50,000 of these quickly
         values = filters | {"tags": json.dumps(filters["tags"])}
         page = f"""
             SELECT * FROM configured_jobs WHERE seq IN (
@@ -1354,9 +1410,18 @@ class Store:
 
     def count_jobs(self) -> tuple[int, int, int]:
         """Return how many jobs there are, how many are enabled, and how many of these fail."""
-        sql = "SELECT count(*), total(enabled), total(enabled AND failures) FROM jobs"
+        sql = """
+            SELECT count(*), total(enabled), total(enabled AND failures) FROM jobs WHERE seq > 0"""
         jobs, enabled, failing = map(int, self._run(sql)[0])
         return jobs, enabled, failing
+
+    def declared_jobs(self, ids: list[str]) -> set[str]:
+        """Return the ids of the jobs that are declared, or are among ``ids``."""
+        sql = """
+            SELECT id FROM jobs
+             WHERE seq > 0 AND declared IS NOT NULL
+                OR id IN (SELECT value FROM json_each(:ids))"""
+        return {row[0] for row in self._run(sql, ids=json.dumps(ids))}
 
     def save_job(self, job: Job, created_by: str | None) -> None:
         """Add or change a job; ``created_by``: its version is a new one, by this user."""
@@ -1364,10 +1429,10 @@ class Store:
         sql = """
             INSERT INTO jobs
             VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
-                    :strip, :failures, :failing_since, :change)
+                    :strip, :failures, :failing_since, :declared, :change, FALSE, NULL)
             ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
-                   next_run_at = :next_run_at, changed = :change"""
+                   next_run_at = :next_run_at, declared = :declared, changed = :change"""
         self._run(sql, **values, change=self.changes + 1)
         if created_by is not None:
             sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
@@ -1408,11 +1473,11 @@ class Store:
 
     def oldest_jobs(self, most: int, since: int) -> tuple[list[str], list[Job]]:
         """Return the ids of the oldest jobs, and those of them that changed since a commit."""
-        ids = [row[0] for row in self._run("SELECT id FROM jobs ORDER BY seq LIMIT :n", n=most)]
-        sql = """
-            SELECT * FROM configured_jobs WHERE changed > :since
-               AND seq <= (SELECT max(seq) FROM (SELECT seq FROM jobs ORDER BY seq LIMIT :most))"""
-        return ids, self._jobs(sql, since=since, most=most)
+        oldest = "SELECT id, seq FROM jobs WHERE seq > 0 ORDER BY seq LIMIT :most"
+        rows = self._run(oldest, most=most)
+        sql = "SELECT * FROM configured_jobs WHERE changed > :since AND seq BETWEEN 1 AND :newest"
+        changed = self._jobs(sql, since=since, newest=rows[-1]["seq"] if rows else 0)
+        return [row["id"] for row in rows], changed
 
     def last_executions(self, jobs: list[Job], has_ended: bool = False) -> dict[str, Execution]:
         """Return the newest execution, or the newest that has ended, of each job that has one."""
@@ -1427,6 +1492,8 @@ class Store:
 
     def _count_end(self, execution: Execution) -> None:
         """Note in the job, and in the count of the hour, how an execution has ended."""
+        if execution.job_id == ALERTS_ID:
+            return
         letter, at = execution.letter, execution.completed_at or 0
         values = {"id": execution.job_id, "letter": letter, "at": at, "change": self.changes + 1}
         sql = """
@@ -1636,8 +1703,55 @@ class Store:
         """Move every due_at with the wall clock; ``reset``: each cursor is to be computed anew."""
         sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
         self._run(sql, step=step)
+        self._run("UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL", step=step)
         if reset:  # 0 can't be true
             self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
+
+    # --------------------------------------------------------------------------- alerts
+
+    def note_news(self, job_ids: set[str], after: int, now: int) -> None:
+        """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
+        sql = """
+            UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
+             WHERE id IN (SELECT value FROM json_each(:job_ids))
+               AND CASE is_bad WHEN 0 THEN failures >= :after ELSE failures = 0 END"""
+        self._run(sql, job_ids=json.dumps(list(job_ids)), after=after, now=now)
+
+    def news(self, before: int) -> list[Json]:
+        """Return all jobs that have turned, if the first of them has ``before``."""
+        sql = """
+            SELECT id, json_extract(config, '$.name') AS name, failures,
+                   CASE is_bad WHEN 0 THEN 'recovered' ELSE 'failed' END AS event
+              FROM configured_jobs
+             WHERE news_at IS NOT NULL
+               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
+             ORDER BY news_at, seq"""
+        return list(map(dict, self._run(sql, before=before)))
+
+    def verdicts(self, job_id: str, most: int) -> list[Execution]:
+        """Return the newest executions that say whether a job is well."""
+        sql = """
+            SELECT * FROM executions
+             WHERE job_id = :id AND completed_at IS NOT NULL
+               AND coalesce(reason, '') NOT IN ('cancelled', 'replaced', 'overlap')
+             ORDER BY seq DESC LIMIT :most"""
+        return self._executions(sql, id=job_id, most=most)
+
+    def save_alert(self, config: Json, now: int) -> int:
+        """Mark all news as told, by a new version of the built-in job; return its number."""
+        self._run("UPDATE jobs SET news_at = NULL WHERE news_at IS NOT NULL")
+        sql = """
+            INSERT INTO jobs VALUES (0, :id, 1, 0, :now, :now, NULL, '', 0, NULL, :by, 0, 0, NULL)
+            ON CONFLICT (id) DO UPDATE SET version = version + 1, updated_at = :now
+            RETURNING version"""
+        version = int(self._value(sql, id=ALERTS_ID, now=now, by=DECLARED_BY))
+        row = (ALERTS_ID, version, json.dumps(config), now, DECLARED_BY)
+        self._run("INSERT INTO versions VALUES (?, ?, ?, ?, ?)", *row)
+        sql = """
+            DELETE FROM versions WHERE job_id = :id AND version < :version
+               AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)"""
+        self._run(sql, id=ALERTS_ID, version=version)
+        return version
 
 
 # ======================================================================================
@@ -2164,22 +2278,20 @@ Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside 
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
-    Workers and API threads put into _inbox; _lock guards _waiters; stop() sets the flags stopping
-    and _stopped once; /health reads problem and last_pass. The engine's thread owns the rest.
+    Workers and API threads put into _inbox; an API thread adds and removes its own in _waiters;
+    stop() sets the flags stopping and _stopped once; a reload replaces settings; /health reads
+    problem and last_pass. The engine's thread owns the rest.
     """
 
     def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
         self.store, self.dispatcher, self.clock = store, dispatcher, clock
+        self.settings = settings  # a reload replaces it
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
         self.last_pass = self._worked_at = clock.monotonic()
         self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
-        self._missed_policy: str = settings["scheduler.missed_run_policy"]
-        self._keep: int = settings["retention.executions_per_job"]
-        self._max_age = parse_duration(settings["retention.max_age"])
-        self._max_size: int = settings["retention.max_size"]
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
@@ -2192,7 +2304,6 @@ class Engine:
         self._changes: deque[tuple[Future[Any], Change]] = deque()
         self._in_flight: dict[str, Attempt] = {}
         self._waiters: dict[str, threading.Event] = {}
-        self._lock = threading.Lock()
         self._offset = clock.now() - clock.monotonic()  # a change of it is a step of the clock
         self._wake_at = 0  # nothing is due before this instant
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
@@ -2231,10 +2342,9 @@ class Engine:
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
-        with self._lock:
-            self.stopping = True
-            for ended in self._waiters.values():
-                ended.set()
+        self.stopping = True
+        for ended in list(self._waiters.values()):
+            ended.set()
         with contextlib.suppress(ApiError):
             self.make(lambda _turn: None)  # after it no pass is under way that starts something
         deadline = self.clock.monotonic() + grace
@@ -2274,26 +2384,41 @@ class Engine:
     @contextlib.contextmanager
     def waiter(self, execution_id: str) -> Iterator[threading.Event]:
         """Return an event that is set when the execution has ended or the engine stops."""
-        ended = threading.Event()
-        with self._lock:
-            self._waiters[execution_id] = ended
-            if self.stopping:
-                ended.set()
+        ended = self._waiters[execution_id] = threading.Event()
+        if self.stopping:  # looked at after the event is where stop() finds it
+            ended.set()
         try:
             yield ended
         finally:
-            with self._lock:
-                del self._waiters[execution_id]
+            del self._waiters[execution_id]
 
     # ---------------------------------------------- changes: call them through make(), any thread
 
     def create_job(self, turn: Pass, config: Json, enabled: bool, user: str) -> Job:
         """Add a job; where enabled, its schedule counts from now."""
         job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
-        if enabled:
-            job = job._replace(next_run_at=job.next_after(turn.now))
-        self.store.save_job(job, user)
-        return job
+        return self._update(turn, job._replace(version=0, enabled=False), job, user)
+
+    def declare_jobs(self, turn: Pass, declared: dict[str, tuple[Json, bool, str]]) -> list[Job]:
+        """Make jobs as chronos.yaml has them; return those that this has changed.
+
+        A state applies only where the declaration is another than before: so what somebody has
+        disabled stays so. Jobs that are gone from the file are disabled, and managed no more.
+        """
+        changed: list[Job] = []
+        known = self.store.declared_jobs(list(declared))
+        for job_id in dict.fromkeys([*declared, *sorted(known)]):
+            new = Job(job_id, 0, False, turn.now, turn.now, None, {})
+            job = self._settled_job(turn, job_id) if job_id in known else new
+            config, enabled, digest = declared.get(job_id, (job.config, False, None))
+            version = job.version + (config != job.config)
+            wanted = job._replace(version=version, config=config, declared=digest)
+            if digest != job.declared:
+                spent = enabled and wanted.next_after(turn.now) is None
+                wanted = wanted._replace(enabled=enabled and not spent)
+            if self._update(turn, job, wanted, DECLARED_BY) != job:
+                changed.append(wanted)
+        return changed
 
     def set_enabled(self, turn: Pass, job_id: str, enabled: bool) -> Job:
         """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
@@ -2320,7 +2445,9 @@ class Engine:
 
     def _update(self, turn: Pass, job: Job, changed: Job, user: str | None) -> Job:
         """Write a changed job. Its cursor moves only where state, schedule or zone do."""
-        when = [(j.enabled, j.config["schedule"], j.config["timezone"]) for j in (job, changed)]
+        if changed.version != job.version and user != DECLARED_BY:
+            self._refuse_declared(job)
+        when = [(j.enabled, *map(j.config.get, ("schedule", "timezone"))) for j in (job, changed)]
         if not changed.enabled:
             changed = changed._replace(next_run_at=None)
         elif when[0] != when[1]:
@@ -2332,18 +2459,22 @@ class Engine:
             self.store.save_job(changed, user if changed.version != job.version else None)
         return changed
 
+    @staticmethod
+    def _refuse_declared(job: Job) -> None:
+        if job.declared:
+            raise ApiError("CONFLICT", f"the job is declared in {DECLARED_BY}: change it there")
+
     def delete_job(self, turn: Pass, base: Job, unchanged: bool) -> None:
         """Remove a job, ``unchanged``: only one still as ``base``. Its history goes in batches."""
-        job_id = base.id
-        if self.store.job(job_id).version != base.version and unchanged:
+        job = self.store.job(base.id)
+        if job.version != base.version and unchanged:
             raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
-        self.store.delete_job(job_id)
+        self._refuse_declared(job)
+        self.store.delete_job(job.id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
-        self._untidy.add(job_id)
-        with self._lock:
-            known = {*self._in_flight, *self._waiters}
-        found = [e for e in map(self.store.execution, known) if e and e.job_id == job_id]
-        turn.ended |= {execution.id: "deleted" for execution in found}
+        self._untidy.add(job.id)
+        active = self.store.active_executions(job.id, 1, sys.maxsize)
+        turn.ended |= dict.fromkeys((execution.id for execution in active), "deleted")
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
@@ -2378,7 +2509,7 @@ class Engine:
             for execution in self.store.running_executions():
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
-            self.store.release_oldest(turn.freed, turn.now)
+            self._free(turn)
             self.store.set_number("last_seen", turn.now)
             self.store.set_number("stopped", 0)
 
@@ -2440,12 +2571,14 @@ class Engine:
         for job_id, number, fire_time in due:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
+        if not self.paused and self.store.news(turn.now - ALERT_GATHER):
+            self._changes.append((Future(), self._alert))  # so that a bug in it stops nothing else
         self._make_changes(turn)
-        self.store.release_oldest(turn.freed, turn.now)
+        self._free(turn)
         if not (self.stopping or self.paused):
             self._take(turn)
-        cursor, due_at = self.store.next_instants(turn.now)
-        instants = (self._saved_at + HEARTBEAT, due_at, cursor if self._fires() else None)
+        cursor, *others = self.store.next_instants(turn.now)
+        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, *others)
         self._wake_at = min(instant for instant in instants if instant is not None)
         if cursor is None or cursor > turn.now:
             self._seen_at = None
@@ -2460,9 +2593,10 @@ class Engine:
     def _tidy(self, turn: Pass) -> bool:
         """Remove a batch of history that is not to be kept; return whether there may be more."""
         self._tidied_at = self.clock.monotonic()
-        if self.store.prune_oldest(self._max_size):
+        if self.store.prune_oldest(self.settings["retention.max_size"]):
             return True
-        rows = 0
+        before, rows = turn.now - parse_duration(self.settings["retention.max_age"]), 0
+        keep = self.settings["retention.executions_per_job"]
         for look in range(PRUNE_JOBS):
             if self._walk is not None and (look % 2 or not self._untidy):
                 job_id = self._walk = self.store.next_with_history(self._walk)
@@ -2471,7 +2605,7 @@ class Engine:
             if job_id is None:
                 if not self._untidy:
                     return False
-            elif found := self.store.prune(job_id, turn.now - self._max_age, self._keep):
+            elif found := self.store.prune(job_id, before, keep):
                 self._untidy.add(job_id)
                 rows += found
             if rows >= PRUNE_ROWS:
@@ -2487,9 +2621,8 @@ class Engine:
         for future, result in turn.made:
             self._answer(future, result)
         for execution_id, reason in turn.ended.items():
-            with self._lock:
-                if waiter := self._waiters.get(execution_id):
-                    waiter.set()
+            if waiter := self._waiters.get(execution_id):
+                waiter.set()
             if reason and (attempt := self._in_flight.get(execution_id)):
                 attempt.abort(reason)
 
@@ -2591,7 +2724,8 @@ class Engine:
 
     def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
         """Deal with missed fire times as the policy says; return the newest of them."""
-        policy = version.config["missed_run_policy"] or self._missed_policy
+        policy = version.config["missed_run_policy"]
+        policy = policy or self.settings["scheduler.missed_run_policy"]
         most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
         zone = version.config["timezone"]
         count, newest = version.schedule.backlog(first, turn.now, zone, most + 1)
@@ -2628,6 +2762,26 @@ class Engine:
                     log.exception("a change failed")
                 result = error
             turn.made[-1] = (future, result)
+
+    def _free(self, turn: Pass) -> None:
+        """What has ended makes room for the next in order, and may be news for an alert."""
+        self.store.release_oldest(turn.freed, turn.now)
+        if self.settings["alerts.webhook"]:
+            self.store.note_news(turn.freed, self.settings["alerts.after"], turn.now)
+
+    def _alert(self, turn: Pass) -> None:
+        """Tell of all jobs that have turned: one alert at a time, so that none is overtaken."""
+        news = self.store.news(turn.now - ALERT_GATHER)
+        webhook = self.settings["alerts.webhook"]
+        if not news or not webhook or self.store.active_executions(ALERTS_ID, 1, 1):
+            return
+        shown = news[:ALERT_JOBS]
+        for job in shown:
+            last = [e._replace(response=None) for e in self.store.verdicts(job["id"], 3)]
+            job["executions"] = [execution.to_json(job["name"]) for execution in last]
+        config = alert_config(webhook, self._node_id, shown, len(news))
+        version = Version(ALERTS_ID, self.store.save_alert(config, turn.now), config)
+        self.store.add_execution(self._new(version, "alert", turn.now, turn.now))
 
     def _take(self, turn: Pass) -> None:
         """Start due executions, as many as workers are free and their targets may hold."""
@@ -2872,7 +3026,7 @@ class Api:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
         self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
-        self._sign_in = SignIn(settings, clock) if settings["auth.type"] == "basic" else None
+        self.sign_in: SignIn | None = None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
         self._cards: dict[str, str] = {}  # job id -> JSON, as of the commit _cards_at
@@ -2914,7 +3068,8 @@ class Api:
         host = environ.get("HTTP_HOST", "").lower()
         name = re.sub(":[0-9]*$", "", host)
         is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
-        if not self._sign_in and not is_own:  # a page may have rebound its name
+        sign_in = self.sign_in  # a reload may replace it
+        if not sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
             origin = environ.get("HTTP_ORIGIN", f"http://{host}").lower()
@@ -2924,9 +3079,9 @@ class Api:
             if not same or environ.get("HTTP_SEC_FETCH_SITE", "none") not in OWN_PAGES:
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
-        if self._sign_in:
+        if sign_in:
             header, address = environ.get("HTTP_AUTHORIZATION", ""), environ.get("REMOTE_ADDR", "")
-            environ["chronos.user"] = self._sign_in.user(header, address, reads)
+            environ["chronos.user"] = sign_in.user(header, address, reads)
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
@@ -3148,6 +3303,7 @@ class Api:
     def stats(self) -> bytes:
         """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
         changes, problem, user = self.store.changes, self._problem(), self._user()
+        viewers = sign_in.viewers if (sign_in := self.sign_in) else ()
         if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
             return b""
         now, (total, enabled, failing) = self.clock.now(), self.store.count_jobs()
@@ -3161,7 +3317,7 @@ class Api:
         body = self._answer({
             "node_id": self._node_id, "version": __version__, "now": format_time(now),
             "started_at": format_time(now - self.clock.monotonic() + self._started),
-            "user": user, "may_write": not self._sign_in or user not in self._sign_in.viewers,
+            "user": user, "may_write": user not in viewers,
             "paused": self.engine.paused, "problem": problem, "jobs_total": total,
             "enabled": enabled, "failing": failing, **self.store.count_active(),
             "last_24h": day, "active": active, "jobs": [],
@@ -3312,8 +3468,23 @@ class Service:
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
         self.engine.start()
+        self.reload(self.settings)
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
+
+    def reload(self, settings: Json) -> None:
+        """Apply jobs, users and alerts anew. Raises ChronosError: nothing has changed."""
+        kept = {k: v for k, v in self.settings.items() if not k.startswith(RELOADED)}
+        applied = settings | kept
+        check_door(applied)
+        for job in self.engine.make(self.engine.declare_jobs, applied["jobs"]):
+            state = "as it declares" if job.declared else "disabled: it is not there any more"
+            log.info("%s: job %s (%s) is %s", DECLARED_BY, job.id, job.config["name"], state)
+        basic = applied["auth.type"] == "basic"
+        self.api.sign_in = SignIn(applied, self.engine.clock) if basic else None
+        self.settings = self.engine.settings = applied
+        if stale := [key for key in kept if settings[key] != kept[key]]:
+            log.warning("a restart is needed for %s", ", ".join(stale))
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
@@ -3350,40 +3521,57 @@ class LogFormatter(logging.Formatter):
 
 
 def read_settings(asked: argparse.Namespace) -> Json:
-    """Return the settings, and log to stderr as they say. Raises StartError."""
+    """Return the settings that the command line asks for. Raises StartError."""
     beside = Path(__file__).with_name("chronos.yaml")
-    path = getattr(asked, "config", beside if beside.exists() else None)
-    settings = load_settings(path, os.environ)
+    asked.config = getattr(asked, "config", None) or (beside if beside.exists() else None)
+    settings = load_settings(asked.config, os.environ)
+    settings["scheduler.paused"] |= hasattr(asked, "paused")
+    return settings
+
+
+def start_logging(level: str) -> None:
+    """Log to stderr what is at least of this level."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
-    log.setLevel(settings["logging.level"].upper())
-    return settings
+    log.setLevel(level.upper())
 
 
 def run_serve(asked: argparse.Namespace) -> None:
-    """Run the service until SIGTERM or SIGINT (this is the default)."""
+    """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    settings["scheduler.paused"] |= hasattr(asked, "paused")
+    start_logging(settings["logging.level"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())  # the handler only sets the event
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may interrupt itself
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: signals.put(number))
     service = Service(settings)
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        stop.wait()
+        while signals.get() == signal.SIGHUP:
+            reload(service, asked)
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
     log.info("stopped")
+
+
+def reload(service: Service, asked: argparse.Namespace) -> None:
+    """Read the configuration again; one that is wrong changes nothing."""
+    try:
+        settings = read_settings(asked)
+        service.reload(settings)
+        log.setLevel(settings["logging.level"].upper())
+        log.info("the configuration was read again")
+    except ChronosError as error:
+        log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
 
 
 def run_check_config(asked: argparse.Namespace) -> None:

@@ -4241,8 +4241,8 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     job, other = [world.create(target.url + "/hang", concurrency="allow") for _ in range(2)]
     running = hang(world, target, job)
     add_executions(world, other, 10, "success")
-    add_executions(world, job, 5000, status)
     waiting = trigger(world, job)
+    add_executions(world, job, 5000, status)
     left = [5002]
 
     with world.engine.waiter(running) as first, world.engine.waiter(waiting) as second:
@@ -5619,7 +5619,7 @@ def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_no
     guarded, monkeypatch
 ):
     clock = ManualClock()
-    monkeypatch.setattr(guarded.service.api._sign_in, "_clock", clock)
+    monkeypatch.setattr(guarded.service.api.sign_in, "_clock", clock)
     known, new = credentials("ada"), credentials("vera")
     guarded.expect(200, "GET", "/jobs", headers=known)
 
@@ -5646,7 +5646,7 @@ def test_while_others_sign_in_for_long_nobody_holds_a_thread(guarded):
     known = credentials("ada")
     guarded.expect(200, "GET", "/jobs", headers=known)
 
-    with guarded.service.api._sign_in._lock:  # as hashing does
+    with guarded.service.api.sign_in._lock:  # as hashing does
         error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
         guarded.expect(200, "GET", "/jobs", headers=known)
 
@@ -6290,6 +6290,675 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
     check_refused(result, result.returncode or "an error", str(directory))
     assert len(result.stderr.splitlines()) == 1
+
+
+# ======================================================================================
+# 11. Engine: alerts
+# ======================================================================================
+
+ALERTS = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.fixture
+def bell():
+    """The target of the alerts."""
+    server = Target()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def make_watched(make_world, bell):
+    """Makes a world that sends its alerts to the bell."""
+
+    def make(after=1, path="", **overrides):
+        webhook = chronos.validate(chronos.ALERT_FIELDS, {"url": bell.url + path})
+        return make_world(alerts__webhook=webhook, alerts__after=after, **overrides)
+
+    return make
+
+
+@pytest.fixture
+def watched(make_watched):
+    return make_watched()
+
+
+def run(world, target, job, *statuses):
+    """Trigger a job once for each of these answers."""
+    world.dispatcher.close_idle(0)  # on a new connection the script holds
+    script(target, *(f"/status/{status}" for status in statuses))
+    for _ in statuses:
+        trigger(world, job)
+        world.settle()
+
+
+def rings(bell):
+    """Return the body of each alert that has come."""
+    return [json.loads(bell.take()[3]) for _ in range(bell.received.qsize())]
+
+
+def test_a_job_that_turns_bad_is_told_once_and_once_when_it_is_well_again(watched, target, bell):
+    job = watched.create(target.url)
+
+    run(watched, target, job, 200, 404, 404)
+    watched.advance(9.9)
+    assert rings(bell) == []
+    watched.advance(0.1)
+    [bad] = rings(bell)
+    run(watched, target, job, 404, 404)
+    watched.advance(60)
+    assert rings(bell) == []
+    run(watched, target, job, 200, 200)
+    watched.advance(10)
+    [well] = rings(bell)
+
+    node = platform.node()
+    assert bad["text"] == f"Chronos on {node}:\nreport fails: the server answered 404 Not Found"
+    assert well["text"] == f"Chronos on {node}:\nreport is well again"
+    assert (bad["event"], well["event"]) == ("failed", "recovered")
+    assert (bad["jobs"][0]["id"], bad["jobs"][0]["failures"]) == (job.id, 2)
+    assert [e["status"] for e in bad["jobs"][0]["executions"]] == ["failed", "failed", "success"]
+    assert [e["status"] for e in well["jobs"][0]["executions"]] == ["success", "success", "failed"]
+    assert rings(bell) == []
+
+
+def test_an_alert_is_an_execution_of_a_built_in_job(watched, target, bell):
+    run(watched, target, watched.create(target.url), 404)
+    watched.advance(10)
+
+    method, _path, headers, _body, _at = bell.take()
+    [(alert, name)] = watched.store.executions(ALERTS, 10)
+
+    assert (alert.trigger, alert.status, name) == ("alert", "success", "alerts")
+    assert (method, headers["Content-Type"]) == ("POST", "application/json")
+    assert headers["X-Chronos-Execution-ID"] == alert.id
+
+
+def test_only_so_many_failures_in_a_row_are_an_alert(make_watched, target, bell):
+    world = make_watched(after=3)
+    job = world.create(target.url)
+
+    run(world, target, job, 404, 404, 200, 404, 404)
+    world.advance(60)
+    assert rings(bell) == []
+    run(world, target, job, 404)
+    world.advance(10)
+
+    assert [body["jobs"][0]["failures"] for body in rings(bell)] == [3]
+
+
+def test_fifty_jobs_that_fail_at_once_are_one_alert(watched, target, bell):
+    jobs = [watched.create(target.url + "/status/404", name=f"job {n}") for n in range(50)]
+    for job in jobs[:49]:
+        trigger(watched, job)
+    watched.settle()
+    watched.advance(9)
+    trigger(watched, jobs[49])
+    watched.settle()
+    watched.advance(1)
+
+    [body] = rings(bell)
+    assert [job["id"] for job in body["jobs"]] == [job.id for job in jobs]
+    lines = body["text"].splitlines()
+    assert (len(lines), lines[1][:12], lines[-1]) == (12, "job 0 fails:", "and 40 more")
+    watched.advance(600)
+    assert rings(bell) == []
+
+
+def test_an_alert_about_very_many_jobs_counts_those_that_it_does_not_show(watched, bell):
+    add_jobs(watched, 1000, NOBODY)
+    by_hand(watched, "UPDATE jobs SET failures = 1 WHERE seq > 0")
+    with watched.store.transaction():
+        watched.store.note_news({job.id for job in watched.all_jobs()}, 1, watched.clock.now())
+    watched.advance(10)
+
+    [body] = rings(bell)
+    assert (body["jobs_total"], len(body["jobs"])) == (1000, 100)
+    assert body["text"].endswith("and 990 more")
+
+
+def test_a_job_that_fails_and_is_well_again_within_ten_seconds_is_in_one_alert(
+    watched, target, bell
+):
+    job, other = watched.create(target.url), watched.create(target.url, name="other")
+
+    run(watched, target, job, 404)
+    watched.advance(5)
+    run(watched, target, job, 200)
+    run(watched, target, other, 404)
+    watched.advance(5)
+
+    [body] = rings(bell)
+    events = [(told["name"], told["event"]) for told in body["jobs"]]
+    assert (body["event"], events) == ("failed", [("report", "recovered"), ("other", "failed")])
+    assert [e["status"] for e in body["jobs"][0]["executions"]] == ["success", "failed"]
+
+
+def test_what_was_cancelled_replaced_or_in_the_way_neither_breaks_nor_mends(
+    make_watched, target, bell
+):
+    world = make_watched()
+    forbids, replaces, broken = [
+        world.create(target.url + "/hang", name=name, concurrency=concurrency)
+        for name, concurrency in (("a", "forbid"), ("b", "replace"), ("c", "forbid"))
+    ]
+    run(world, target, broken, 404)
+    world.advance(10)
+    assert len(rings(bell)) == 1
+
+    for job in (forbids, replaces, broken):
+        hang(world, target, job)
+        trigger(world, job)  # skipped, or replaces the one before
+    for job in (forbids, replaces, broken):
+        for execution in world.executions(job):
+            if execution.completed_at is None:
+                world.do(world.engine.cancel, job.id, execution.id, "ada")
+    world.settle()
+    world.advance(60)
+
+    ends = [reason for job in (forbids, replaces) for reason in states(world, job, "reason")]
+    assert {reason for (reason,) in ends} == {"cancelled", "replaced", "overlap"}
+    assert rings(bell) == []
+
+
+def test_an_alert_says_why_a_job_fails_whatever_ended_otherwise_since(watched, target, bell):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    watched.dispatcher.close_idle(0)
+    script(target, "/hang")
+    execution_id = hang(watched, target, job)
+    trigger(watched, job)  # skipped
+    watched.do(watched.engine.cancel, job.id, execution_id, "ada")
+    watched.settle()
+    watched.advance(10)
+
+    assert states(watched, job, "reason") == [("http_status",), ("cancelled",), ("overlap",)]
+    assert rings(bell)[0]["text"].endswith("report fails: the server answered 404 Not Found")
+
+
+def test_missed_fire_times_are_an_alert_as_failures_are(make_watched, target, bell):
+    world = make_watched()
+    world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    world.advance(300)
+    world.advance(10)
+
+    [body] = rings(bell)
+    assert body["jobs"][0]["executions"][0]["missed_count"] == 5
+    assert "report fails: 5 fire times from " in body["text"]
+
+
+def test_an_alert_that_fails_is_tried_again_and_raises_none(make_watched, target, bell):
+    world = make_watched(path="/status/503")
+    run(world, target, world.create(target.url), 404)
+
+    for _ in range(60):
+        world.advance(60)
+
+    [(alert, _name)] = world.store.executions(ALERTS, 10)
+    assert (alert.status, alert.reason) == ("failed", "http_status")
+    assert (alert.attempts, bell.received.qsize()) == (10, 10)
+    assert {json.dumps(body) for body in rings(bell)} == {alert_body(world, alert)}
+
+
+def alert_body(world, alert):
+    config = world.store.config(ALERTS, alert.job_version)
+    return json.dumps(json.loads(config["webhook"]["body"]))
+
+
+def test_what_turns_while_an_alert_is_under_way_is_told_after_it(watched, target, bell):
+    script(bell, "/status/503", "/status/503", "/status/503")  # it waits for 5, 10 and 20 s
+    first, second = [watched.create(target.url, name=name) for name in "ab"]
+    run(watched, target, first, 404)
+    watched.advance(10)
+    run(watched, target, second, 404)
+
+    for seconds in (5, 10, 10):
+        watched.advance(seconds)
+    assert watched.engine.run_pass() > 0  # what is due and has to wait keeps nobody busy
+    assert len(watched.store.executions(ALERTS, 10)) == 1
+    watched.advance(10)
+
+    assert [[job["name"] for job in body["jobs"]] for body in rings(bell)] == [["a"]] * 4 + [["b"]]
+
+
+def test_a_bug_in_alerts_is_in_the_way_of_nothing_else(watched, target, bell, monkeypatch, caplog):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    with monkeypatch.context() as patch:
+        patch.setattr(chronos, "alert_config", None)
+        watched.advance(10)
+        run(watched, target, job, 200, 404)
+        assert "TypeError" in caplog.text
+        assert watched.engine.problem is None
+    watched.advance(60)
+
+    assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
+def test_the_built_in_job_is_in_no_list_and_no_total(watched, target, bell):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    watched.advance(10)
+
+    assert [job.id for job in watched.all_jobs()] == [job.id]
+    assert watched.store.count_jobs() == (1, 1, 1)
+    assert watched.store.job(ALERTS).config["name"] == "alerts"
+
+
+def test_alerts_that_are_off_are_not_made_up_for(make_world, target, bell):
+    world = make_world()
+    job = world.create(target.url)
+    run(world, target, job, 404)
+    world.advance(60)
+
+    webhook = chronos.validate(chronos.ALERT_FIELDS, {"url": bell.url})
+    world.engine.settings |= {"alerts.webhook": webhook}
+    world.advance(60)
+    assert rings(bell) == []
+    run(world, target, job, 404)
+    world.advance(10)
+
+    assert [body["jobs"][0]["failures"] for body in rings(bell)] == [2]
+
+
+def test_old_alerts_leave_no_versions_behind(make_watched, target, bell):
+    world = make_watched(retention__executions_per_job=3)
+    job = world.create(target.url)
+
+    for _ in range(5):
+        run(world, target, job, 404, 200)
+        world.advance(10)
+
+    kept = [alert.job_version for alert, _name in world.store.executions(ALERTS, 10)]
+    assert kept == [5, 4, 3]
+    assert {version["version"] for version in world.store.versions(ALERTS)} <= {5, 4, 3, 2}
+
+
+def test_the_clock_may_step_between_the_turn_and_its_alert(watched, target, bell):
+    run(watched, target, watched.create(target.url), 404)
+
+    watched.clock.step(-7200)
+    watched.advance(9)
+    assert rings(bell) == []
+    watched.advance(1)
+
+    assert len(rings(bell)) == 1
+
+
+def test_a_crash_between_the_turn_and_its_alert_loses_nothing(make_watched, target, bell):
+    before = make_watched()
+    run(before, target, before.create(target.url), 404)
+
+    world = make_watched()
+    world.advance(10)
+
+    assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
+def test_a_job_whose_last_attempt_a_crash_interrupted_is_told(make_watched, target, bell):
+    before = make_watched()
+    job = before.create(target.url + "/hang", retry_policy={"max_attempts": 1})
+    hang(before, target, job)
+
+    world = make_watched()
+    world.advance(10)
+
+    assert "report fails: the server ended during the attempt" in rings(bell)[0]["text"]
+
+
+def test_alerts_are_found_in_the_history_and_their_job_is_nobodys_to_change(
+    make_service, target, bell, monkeypatch
+):
+    monkeypatch.setattr(chronos, "ALERT_GATHER", 1000)
+    webhook = {"url": bell.url, "headers": {"Authorization": "Bearer secret"}}
+    client = make_service(alerts__webhook=chronos.validate(chronos.ALERT_FIELDS, webhook))
+    job = client.create(target.url + "/status/404", enabled=True)
+    assert client.error(404, "GET", f"/jobs/{ALERTS}/executions")["code"] == "NOT_FOUND"
+    client.post(trigger_path(job))
+    assert bell.take()[2]["Authorization"] == "Bearer secret"
+
+    [alert, failed] = client.get("/executions")["executions"]
+    assert (alert["trigger"], alert["job_name"], failed["job_id"]) == ("alert", "alerts", job["id"])
+    request = client.get(f"/jobs/{ALERTS}/executions/{alert['id']}")["request"]
+    assert json.loads(request["body"])["jobs"][0]["executions"][0]["id"] == failed["id"]
+    assert request["headers"]["Authorization"] == "********"
+    assert client.get("/jobs")["total"] == client.get("/cluster/status")["jobs_total"] == 1
+    assert client.get("/stats")["jobs_total"] == len(client.get("/stats")["jobs"]) == 1
+    assert client.get("/stats")["last_24h"]["success"] == 0
+    for path in ("/jobs?q=alerts", "/jobs?enabled=false", "/jobs?status=success"):
+        assert client.get(path)["jobs"] == [], path
+    for method, rest, body in (("PATCH", "", {"timeout": "9s"}), ("DELETE", "", None),
+                               ("POST", "/enable", None)):  # fmt: skip
+        assert client.error(409, method, f"/jobs/{ALERTS}{rest}", body)["code"] == "CONFLICT"
+
+
+def test_killed_before_its_alert_or_during_it_a_process_tells_it_after_the_next_start(
+    make_process, target, bell
+):
+    script(bell, "/hang", "/ok")
+    config = f"alerts: {{webhook: {{url: '{bell.url}'}}}}"
+    process = make_process(config)
+    process.call("POST", trigger_path(process.create(target.url + "/status/404")))
+    process.end(signal.SIGKILL)
+
+    process = make_process(config)
+    assert bell.hanging.acquire(timeout=20)
+    process.end(signal.SIGKILL)
+    process = make_process(config)
+
+    calls = [bell.received.get(timeout=20) for _ in range(2)]
+    assert len({call[2]["X-Chronos-Execution-ID"] for call in calls}) == 1
+    assert [call[2]["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
+    assert len({call[3] for call in calls}) == 1
+    bell.let_go.set()
+
+
+# ======================================================================================
+# 13. Service: jobs as configuration, and SIGHUP
+# ======================================================================================
+
+
+def declared(*jobs, rest=""):
+    """Return a chronos.yaml that declares these jobs; JSON is YAML."""
+    return f"{rest}\njobs:\n" + "".join(f"  - {json.dumps(job)}\n" for job in jobs)
+
+
+def declare(world, *jobs, rest=""):
+    """Let the engine have the jobs of such a file; return those that this has changed."""
+    path = world.store.path.parent / "chronos.yaml"
+    path.write_text(declared(*jobs, rest=rest))
+    return world.do(world.engine.declare_jobs, chronos.load_settings(path, {})["jobs"])
+
+
+def test_a_declared_job_is_made_enabled_under_the_id_that_follows_from_its_name(world, target):
+    body = job_body(target.url, schedule="@every 1m", timezone="Europe/Madrid")
+
+    [job] = declare(world, body)
+
+    namespace = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")
+    assert job.id == str(uuid.uuid5(namespace, "report"))
+    [version] = world.store.versions(job.id)
+    assert (version["version"], version["created_by"]) == (1, "chronos.yaml")
+    world.advance(60)
+    assert states(world, job) == ["success"]
+    assert declare(world, body) == []
+
+
+def test_a_changed_declaration_is_a_version_and_moves_no_cursor_that_it_does_not_name(world):
+    body = job_body(NOBODY, schedule="@every 1m")
+    declare(world, body, job_body(NOBODY, name="other"))
+    world.clock.advance(30)
+
+    changed = declare(world, body | {"timeout": "9s"}, job_body(NOBODY, name="other"))
+
+    assert [(job.config["timeout"], job.version) for job in changed] == [("9s", 2)]
+    assert changed[0].next_run_at == at("12:01:00")
+    assert len(world.store.versions(changed[0].id)) == 2
+
+
+def test_what_somebody_disabled_stays_so_until_its_declaration_is_another(world):
+    body = job_body(NOBODY)
+    [job] = declare(world, body)
+    world.do(world.engine.set_enabled, job.id, False)
+
+    retry_policy = "scheduler: {default_retry_policy: {max_attempts: 9}}"
+    assert declare(world, body) == []
+    [other_default] = declare(world, body, rest=retry_policy)
+    [other] = declare(world, body | {"timeout": "9s"})
+
+    assert (other_default.config["retry_policy"]["max_attempts"], other_default.enabled) == (9, 0)
+    assert other.enabled
+    [off] = declare(world, body | {"enabled": False})
+    assert not off.enabled
+
+
+def test_a_job_that_is_gone_from_the_file_is_disabled_and_may_be_changed_then(world):
+    [job] = declare(world, job_body(NOBODY))
+
+    [gone] = declare(world)
+
+    assert (gone.enabled, gone.declared, gone.version) == (False, None, 1)
+    world.do(world.engine.roll_back, job.id, 1, "ada")
+    [back] = declare(world, job_body(NOBODY))
+    assert (back.id, back.enabled) == (job.id, True)
+
+
+def test_a_fire_time_that_was_due_before_the_file_changed_is_not_lost(world, target):
+    [job] = declare(world, job_body(target.url, schedule="@every 1m"))
+    world.clock.advance(61)
+
+    declare(world)
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_a_declared_instant_that_has_passed_is_no_mistake_and_does_not_run_again(world, target):
+    once = job_body(target.url, schedule="@at 2027-03-01T12:01:00Z")
+    [job] = declare(world, once)
+    world.advance(60)
+
+    assert declare(world, once) == []
+    [changed] = declare(world, once | {"timeout": "9s"})
+
+    assert states(world, job) == ["success"]
+    assert not changed.enabled
+
+
+def test_declared_jobs_are_listed_in_the_order_of_the_file(world):
+    names = [f"job {n}" for n in range(20)]
+
+    declare(world, *(job_body(NOBODY, name=name) for name in names))
+
+    assert [job.config["name"] for job in world.all_jobs()] == names
+
+
+def test_a_secret_of_a_declared_job_may_come_from_the_environment(load):
+    body = job_body(NOBODY, webhook={"auth": {"type": "bearer", "token": "${TOKEN}"}})
+
+    [(config, enabled, _digest)] = load(declared(body), TOKEN="s3cret!")["jobs"].values()
+
+    assert config["webhook"]["auth"]["token"] == "s3cret!"
+    assert enabled
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "said"),
+    [
+        ("- {}", 3, "jobs.1.name is required"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a'}\n- 5", 3, "each an ob"),
+        ("- name: a\n  schedule: 1 2 3\n  webhook: {url: 'http://a'}", 4, "jobs.1.schedule '1 2"),
+        ("- name: a\n  shedule: x", 4, "jobs.1.shedule is not a known name (did you mean 'sch"),
+        ("- name: a\n  schedule: '@daily'\n  webhook:\n    url: ftp://a", 6, "jobs.1.webhook.url"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {}", 5, "jobs.1.webhook.url is required"),
+        ("- name: a\n  timeout: 1x", 4, "jobs.1.timeout must be a duration"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a', auth: {type: bearer, "
+         "token: '********'}}", 5, "jobs.1.webhook.auth.token is ********"),
+        ("- &a {name: a}\n- *a", 4, "aliases are not supported"),
+        ("- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}\n"
+         "- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}", 4,
+         "jobs.2.name 'a' is there twice"),
+        ("{a: {schedule: '@daily'}}", 3, "must be a list of jobs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_declaration_is_refused_with_its_line_and_the_words_of_the_api(
+    refusal, wrong, line, said
+):
+    indented = "".join(f"  {text}\n" for text in wrong.splitlines())
+    message = refusal(f"# declared\njobs:\n{indented}")
+
+    assert said in message
+    assert f"chronos.yaml: line {line}: " in message
+
+
+def test_check_config_looks_at_every_declared_job(configure):
+    good = run_chronos("check-config", "--config", configure(declared(job_body(NOBODY))))
+    bad = run_chronos("check-config", "--config", configure(declared(job_body("gopher://x"))))
+
+    assert (good.returncode, good.stdout) == (0, "the configuration is correct\n")
+    check_refused(bad, 78, "line 3: jobs.1.webhook.url")
+
+
+def test_the_jobs_and_alerts_of_the_readme_are_correct(load):
+    examples = re.findall("```yaml\n(.*?)```", CHRONOS.with_name("README.md").read_text(), re.S)
+
+    for example in examples:
+        if example.startswith(("jobs:", "alerts:")):
+            settings = load(example, TOKEN="t0ken!", CHAT_KEY="k")
+            assert len(settings["jobs"]) == 3 or settings["alerts.webhook"]["method"] == "POST"
+
+
+@pytest.fixture
+def managed(make_service, target, load):
+    """A service with one declared job, which is ``managed.job``."""
+    client = make_service(jobs=load(declared(job_body(target.url)))["jobs"])
+    [client.job] = client.get("/jobs")["jobs"]
+    return client
+
+
+def test_the_configuration_of_a_declared_job_is_changed_in_the_file_only(managed):
+    job = managed.job
+
+    assert job["managed_by"] == "chronos.yaml"
+    for method, rest, body in (
+        ("PUT", "", job_body(NOBODY)), ("PATCH", "", {"timeout": "9s"}), ("DELETE", "", None),
+        ("POST", "/rollback/1", None),
+    ):  # fmt: skip
+        error = managed.error(409, method, path_of(job, rest), body)
+        assert error["code"] == "CONFLICT"
+        assert "chronos.yaml" in error["message"]
+    assert managed.get("/jobs")["jobs"] == [job]
+
+
+def test_a_declared_job_is_triggered_replayed_cancelled_and_disabled_as_any_other(managed, target):
+    path = path_of(managed.job)
+
+    execution = managed.post(f"{path}/trigger")
+    managed.expect(202, "POST", f"{path}/executions/{execution['id']}/replay")
+    assert not managed.post(f"{path}/disable")["enabled"]
+    assert managed.post(f"{path}/enable")["enabled"]
+    assert not managed.expect(200, "PATCH", path, {"enabled": False})["enabled"]
+    wait_until(lambda: target.received.qsize() == 2)
+    error = managed.error(409, "POST", f"{path}/executions/{execution['id']}/cancel")
+    assert "has ended" in error["message"]
+
+
+class Reloaded:
+    """A process whose configuration the test changes."""
+
+    def __init__(self, process, directory):
+        self.process, self.path = process, directory / "home" / "chronos.yaml"
+
+    def hang_up(self, config):
+        """Write a configuration, send SIGHUP, and return the line that says what came of it."""
+        told, before = re.compile("was read again|nothing was changed"), len(self.process.log)
+        self.path.write_text(config)
+        self.process.process.send_signal(signal.SIGHUP)
+        return wait_until(lambda: next(filter(told.search, self.process.log[before:]), None))
+
+
+def test_a_hang_up_signal_applies_the_jobs_of_the_file(make_process, tmp_path):
+    process = make_process(declared(job_body(NOBODY), job_body(NOBODY, name="b")))
+    reloaded = Reloaded(process, tmp_path)
+    before = process.get("/jobs")["jobs"]
+    process.expect(200, "POST", path_of(before[0], "/disable"))
+
+    reloaded.hang_up(declared(job_body(NOBODY), job_body(NOBODY, name="c", timeout="9s")))
+
+    assert [job["name"] for job in before] == ["report", "b"]
+    shown = ("name", "enabled", "managed_by", "timeout")
+    assert [tuple(job[name] for name in shown) for job in process.get("/jobs")["jobs"]] == [
+        ("report", False, "chronos.yaml", "5m"),
+        ("b", False, None, "5m"),
+        ("c", True, "chronos.yaml", "9s"),
+    ]
+    assert process.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("jobs: [", "line 1: "),
+        (declared(job_body(NOBODY, name="new"), {"name": "x"}), "jobs.2.schedule is required; "),
+        ("auth: {type: basic}", "auth.users must name somebody"),
+        ("a: 1\nb: 1\nc: 1\nd: 1", "; "),
+        (None, "No such file"),
+    ],
+)
+def test_a_broken_file_changes_nothing_and_says_so_in_one_line(
+    make_process, tmp_path, broken, said
+):
+    process = make_process(declared(job_body(NOBODY)))
+    reloaded, before = Reloaded(process, tmp_path), process.get("/jobs")
+
+    if broken is None:
+        reloaded.path.unlink()
+        process.process.send_signal(signal.SIGHUP)
+        line = wait_until(lambda: next((x for x in process.log if "nothing was" in x), None))
+    else:
+        line = reloaded.hang_up(broken)
+
+    assert "ERROR nothing was changed: " in line
+    assert str(reloaded.path) in line
+    assert said in line
+    assert process.get("/jobs") == before
+    assert process.log[-1] == line
+
+
+def test_a_hang_up_signal_lets_users_in_and_out_at_once(make_process, tmp_path):
+    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
+    users = "auth: {type: basic, users: {%s: '" + hashed + "'}, viewers: [%s]}"
+    process = make_process(users % ("ada", ""))
+    reloaded, ada = Reloaded(process, tmp_path), {"headers": credentials("ada")}
+    process.expect(200, "GET", "/jobs", **ada)
+
+    reloaded.hang_up(users % ("ada", "ada"))
+    process.expect(403, "POST", "/jobs", job_body(NOBODY), **ada)
+    reloaded.hang_up(users % ("bob", ""))
+    process.expect(401, "GET", "/jobs", **ada)
+    reloaded.hang_up("")
+
+    process.expect(200, "GET", "/jobs")
+
+
+def test_a_hang_up_signal_sets_the_log_level_and_names_what_takes_a_restart(make_process, tmp_path):
+    process = make_process("server: {shutdown_grace: 2s}")
+    reloaded = Reloaded(process, tmp_path)
+
+    reloaded.path.write_text("logging: {level: warning}\nserver: {shutdown_grace: 3s}\nstore: {}")
+    process.process.send_signal(signal.SIGHUP)
+    line = wait_until(lambda: next((x for x in process.log if "restart" in x), None))
+    process.create(NOBODY)
+    reloaded.hang_up("alerts: {webhook: {url: 'http://127.0.0.1:1'}, after: 5}")
+    process.create(NOBODY)
+
+    assert "WARNING a restart is needed for server.shutdown_grace\n" in line
+    wait_until(lambda: [line for line in process.log if "was created by" in line])
+    assert sum("was created by" in line for line in process.log) == 1
+
+
+def test_a_hang_up_signal_sets_where_alerts_go(make_process, tmp_path, target, bell):
+    process = make_process("alerts: {webhook: {url: 'http://127.0.0.1:1'}, after: 5}")
+
+    Reloaded(process, tmp_path).hang_up(f"alerts: {{webhook: {{url: '{bell.url}/new'}}}}")
+    process.call("POST", trigger_path(process.create(target.url + "/status/404")))
+
+    assert bell.received.get(timeout=20)[1] == "/new"
+
+
+def test_a_reload_opens_no_door_to_everybody(make_service, caplog):
+    hashed = chronos.hash_password(b"x", bytes(16))
+    users = {"auth__type": "basic", "auth__users": {"ada": hashed}}
+    client = make_service(server__http__address="0.0.0.0:0", **users)
+    service = client.service
+
+    without = service.settings | {"auth.type": "none", "auth.users": {}}
+    with pytest.raises(chronos.ChronosError, match="lets everybody in"):
+        service.reload(without | {"server.http.address": "127.0.0.1:0"})
+
+    url = f"http://127.0.0.1:{service._server.effective_port}/api/v1/jobs"
+    assert requests.get(url, timeout=5).status_code == 401
 
 
 # ======================================================================================

@@ -2254,7 +2254,7 @@ class Version:
         self.schedule = parse_schedule(config["schedule"])
         self.timeout = parse_duration(config["timeout"])
         own_limit = config["retry_policy"]["attempt_timeout"]
-        self.attempt_timeout = parse_duration(own_limit) if own_limit else self.timeout
+        self.attempt_timeout = parse_duration(own_limit or config["timeout"])
         self.webhook = Webhook(config["webhook"])
         if not config["webhook"]["verify_tls"]:
             log.warning("job %s takes any certificate: its verify_tls is false", job_id)

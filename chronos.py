@@ -3409,11 +3409,16 @@ class LogFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(trace)}" if trace else line
 
 
+def config_file(asked: argparse.Namespace) -> Path | None:
+    """Return the file that --config names, or the one beside the program, or None."""
+    beside = Path(__file__).with_name("chronos.yaml")
+    path: Path | None = getattr(asked, "config", beside if beside.exists() else None)
+    return path
+
+
 def read_settings(asked: argparse.Namespace) -> Json:
     """Return the settings, and log to stderr as they say. Raises StartError."""
-    beside = Path(__file__).with_name("chronos.yaml")
-    path = getattr(asked, "config", beside if beside.exists() else None)
-    settings = load_settings(path, os.environ)
+    settings = load_settings(config_file(asked), os.environ)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -3472,7 +3477,109 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup)
+# fmt: off
+UNIT = """\
+# Printed by: chronos.py systemd-unit. Where its paths or shutdown_grace change, print it anew.
+[Unit]
+Description=Chronos, a cron service that fires HTTP webhooks
+# Jobs fire by the right time, and the network goes down after their last requests.
+After=time-sync.target network.target
+# Whatever it is (a port that is still taken): never give up.
+StartLimitIntervalSec=0
+
+[Service]
+# It says itself when it listens, how it is, and that it lives.
+Type=notify
+# -I: neither variables nor directories of a user decide what Python loads.
+ExecStart={python} -I {program}{config}
+ExecReload=/bin/kill -HUP $MAINPID
+# Static, not DynamicUser: so a configuration with secrets can be root:chronos 0640.
+User=chronos
+Group=chronos
+UMask=0077
+# The only place that it writes to.
+{data}
+ProtectSystem=strict
+Restart=on-failure
+RestartSec=5
+# 75: it runs already, 78: configuration or database are wrong. Another start would not help.
+RestartPreventExitStatus=75 78
+# Only threads that hang stop its signs of life; a full disk does not, which no restart mends.
+WatchdogSec=60
+# A large database is checked after a power cut, and copied before an upgrade changes it.
+TimeoutStartSec=15min
+# server.shutdown_grace and a little. mixed: what is left then gets SIGKILL.
+TimeoutStopSec={grace}
+KillMode=mixed
+# Two descriptors a connection; threads: at most 1000 workers, 256 of the API, 16 look-ups.
+LimitNOFILE=8192
+TasksMax=1400
+# About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
+MemoryMax=512M
+# A core dump would hold the secrets of the jobs.
+LimitCORE=0
+
+# From here on: what it never needs, nor who would break in.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+LockPersonality=yes
+# CPython and the packages make no code at run time; a Python with a JIT compiler does.
+MemoryDenyWriteExecute=yes
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+ProcSubset=pid
+ProtectClock=yes
+ProtectControlGroups=yes
+# Nothing of Chronos can be in /home or /root, therefore.
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RemoveIPC=yes
+# UNIX: systemd and the journal; NETLINK: resolving a name. Webhooks may be anywhere, so there
+# is no IPAddressDeny: see dispatcher.allowed_networks.
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+# Without this a call that is forbidden would end the process.
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+# fmt: on
+
+
+def run_systemd_unit(asked: argparse.Namespace) -> None:
+    """Print a unit for systemd, with the paths of this program, Python and configuration."""
+    settings, config = read_settings(asked), config_file(asked)
+    program, python = Path(__file__), Path(sys.executable)
+    data = Path(os.path.abspath(settings["cluster.data_dir"]))
+    for path in (program, python, python.resolve(), config or program, data):
+        if re.match("/(home|root|run/user|tmp|var/tmp)/", os.path.abspath(path)):
+            print(f"chronos: the service can't see {path}: move it to /opt", file=sys.stderr)
+
+    def word(path: Path) -> str:  # as systemd.syntax(7) quotes it
+        return json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
+
+    place = f"ReadWritePaths={word(data)}"
+    if data.parent == Path("/var/lib"):
+        place = f"StateDirectory={data.name}\nStateDirectoryMode=0700"
+    print(UNIT.format(
+        python=word(python), program=word(program), data=place,
+        config=f" --config {word(config)}" if config else "",
+        grace=parse_duration(settings["server.shutdown_grace"]) // SECOND + 15,
+    ), end="")  # fmt: skip
+
+
+COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -6287,6 +6288,98 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
     check_refused(result, result.returncode or "an error", str(directory))
     assert len(result.stderr.splitlines()) == 1
+
+
+# ======================================================================================
+# 13. Service: systemd
+# ======================================================================================
+
+
+NEEDS_SYSTEMD = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt-get install -y systemd"
+)
+
+
+def print_unit(config, program=CHRONOS):
+    """Return what systemd-unit prints, and its settings; of one that is there twice the last."""
+    result = run_chronos("systemd-unit", "--config", config, program=program)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if re.match("[A-Z][A-Za-z]*=", line)]
+    return result, dict(line.split("=", 1) for line in lines)
+
+
+@NEEDS_SYSTEMD
+def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(configure, tmp_path):
+    result, _settings = print_unit(configure(""))
+    path = tmp_path / "chronos.service"
+    path.write_text(result.stdout)
+
+    def analyze(*arguments):
+        command = ["systemd-analyze", *arguments, path]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    verified = analyze("verify")
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+    exposed = analyze("security", "--offline=true", "--no-pager").stdout
+    assert float(re.search(r"exposure level for \S+: ([0-9.]+)", exposed)[1]) < 2.0
+
+
+def test_the_unit_starts_this_program_with_this_interpreter_and_configuration(tmp_path):
+    home = tmp_path / 'a "b" 100% é'
+    home.mkdir()
+    program = shutil.copy(CHRONOS, home)
+    (home / "own.yaml").write_text("cluster: {data_dir: ../state}")
+
+    _result, settings = print_unit(home / "own.yaml", program=program)
+
+    command = shlex.split(settings["ExecStart"].replace("%%", "%"))
+    assert command == [sys.executable, "-I", program, "--config", str(home / "own.yaml")]
+    assert "%%" in settings["ExecStart"]
+    assert settings["ReadWritePaths"] == f'"{tmp_path}/state"'
+    started = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True)
+    assert started.stdout.startswith(b"chronos ")
+
+
+def test_the_unit_without_a_configuration_names_none(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+
+    result = run_chronos("systemd-unit", program=program)
+
+    assert f'-I "{program}"\n' in result.stdout
+    assert f'\nReadWritePaths="{tmp_path}/data"\n' in result.stdout
+
+
+def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(configure):
+    _result, settings = print_unit(configure(
+        "{cluster: {data_dir: /var/lib/chronos}, server: {shutdown_grace: 2m}}"
+    ))  # fmt: skip
+
+    expected = {
+        "Type": "notify", "User": "chronos", "Restart": "on-failure", "WatchdogSec": "60",
+        "RestartPreventExitStatus": "75 78", "StateDirectory": "chronos", "TimeoutStopSec": "135",
+        "ExecReload": "/bin/kill -HUP $MAINPID", "StateDirectoryMode": "0700",
+    }  # fmt: skip
+    assert settings | expected == settings
+    assert "ReadWritePaths" not in settings
+    most = {"dispatcher.max_concurrent_jobs": 1000, "server.http.threads": 256}
+    for name, threads in most.items():
+        with pytest.raises(ValueError, match=f"to {threads}"):
+            chronos.SETTINGS[name].check(threads + 1)
+    assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
+
+
+def test_a_path_that_the_unit_hides_is_told(configure, tmp_path):
+    result, _settings = print_unit(configure("cluster: {data_dir: /var/lib/chronos}"))
+
+    assert f"can't see {tmp_path}/chronos.yaml" in result.stderr
+    assert "/var/lib" not in result.stderr
+
+
+def test_a_wrong_configuration_makes_no_unit(configure):
+    result = run_chronos("systemd-unit", "--config", configure("nonsense: 1"))
+
+    check_refused(result, 78, "nonsense")
+    assert result.stdout == ""
 
 
 # ======================================================================================

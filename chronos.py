@@ -65,7 +65,7 @@ import uuid
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -116,6 +116,7 @@ CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monoto
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
+SILENCE_LIMIT = 30 * SECOND  # of engine and watchdog: a thread that is silent longer hangs
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
@@ -2331,6 +2332,10 @@ class Engine:
                 raise StoreError(f"nothing was changed within {WRITE_PATIENCE_S:g} s") from None
             return future.result()
 
+    def silence(self) -> int:
+        """Return how long ago the engine or the watchdog last went round, in µs."""
+        return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
+
     @contextlib.contextmanager
     def waiter(self, execution_id: str) -> Iterator[threading.Event]:
         """Return an event that is set when the execution has ended or the engine stops."""
@@ -3017,11 +3022,9 @@ class Api:
         return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
 
     def _problem(self) -> str | None:
-        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
-        silent = (self.clock.monotonic() - last) // SECOND
-        return self.engine.problem or (
-            f"a thread has been silent for {silent} s" if silent > 30 else None
-        )
+        silence = self.engine.silence()
+        silent = f"a thread has been silent for {silence // SECOND} s"
+        return self.engine.problem or (silent if silence > SILENCE_LIMIT else None)
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3375,6 +3378,15 @@ class Service:
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
 
+    def signs_of_life(self) -> list[str]:
+        """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
+        try:
+            status = "{running} running, {pending} pending".format(**self.store.count_active())
+        except StoreError as error:
+            status = str(error)
+        alive = self.engine.silence() <= SILENCE_LIMIT
+        return [f"STATUS={self.engine.problem or status}", *["WATCHDOG=1"] * alive]
+
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
         if self._thread:
@@ -3391,6 +3403,35 @@ class Service:
         self.store.close()
         if self._lock:
             self._lock.close()
+
+
+class Systemd:
+    """Tells systemd how the service is (sd_notify(3)); where systemd did not start us, nobody."""
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        address, limit, pid = (environment.pop(name, "") for name in names)  # not for children
+        self._address = re.sub("^@", "\0", address)  # an abstract one: unix(7)
+        is_ours = re.fullmatch("[0-9]{1,18}", limit) and pid in ("", str(os.getpid()))
+        self.interval_s = min(int(limit) / 2 / SECOND if is_ours else 30, 30) or 30
+
+    def tell(self, *variables: str) -> None:
+        """Send variables such as ``READY=1``. That nobody takes them is no error of ours."""
+        if self._address:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to,
+            ):
+                to.settimeout(1)
+                lines = (" ".join(variable.split()) for variable in variables)
+                to.sendto("\n".join(lines).encode(errors="replace"), self._address)
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Say that the configuration is read anew, and then that all is ready."""
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+        yield
+        self.tell("READY=1")
 
 
 _UNPRINTABLE = re.compile(
@@ -3438,13 +3479,16 @@ def run_serve(asked: argparse.Namespace) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())  # the handler only sets the event
-    service = Service(settings)
+    service, systemd = Service(settings), Systemd(os.environ)
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        stop.wait()
+        systemd.tell("READY=1", *service.signs_of_life())
+        while not stop.wait(systemd.interval_s):
+            systemd.tell(*service.signs_of_life())
+        systemd.tell("STOPPING=1", "STATUS=stopping")
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()

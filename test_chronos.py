@@ -6268,6 +6268,7 @@ def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypa
         clock.advance(seconds)
         wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
         shown = client.expect(status, "GET", "/health")
+        assert ("WATCHDOG=1" in client.service.signs_of_life()) == (status == 200)
     let_go.set()
     wait_until(lambda: client.call("GET", "/health")[0] == 200)
 
@@ -6366,6 +6367,121 @@ def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(confi
         with pytest.raises(ValueError, match=f"to {threads}"):
             chronos.SETTINGS[name].check(threads + 1)
     assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
+
+
+class Manager:
+    """What systemd is to a service: a datagram socket, and the variables that name it."""
+
+    def __init__(self, address, **variables):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(re.sub("^@", "\0", str(address)))
+        self.socket.settimeout(10)
+        self.environment = {"NOTIFY_SOCKET": str(address)} | variables
+
+    def take(self):
+        """Return the next message: its variables."""
+        lines = self.socket.recv(4096).decode().split("\n")
+        return dict(line.split("=", 1) for line in lines)
+
+    def await_variables(self, **expected):
+        """Take messages until one has these variables; return it."""
+        while not expected.items() <= (message := self.take()).items():
+            assert message.get("WATCHDOG") == "1", message
+        return message
+
+
+@pytest.fixture
+def make_manager(tmp_path):
+    with contextlib.ExitStack() as managers:
+
+        def make(address=tmp_path / "notify", **variables):
+            manager = Manager(address, **variables)
+            managers.enter_context(manager.socket)
+            return manager
+
+        yield make
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_is_told_of_readiness_life_and_stopping(
+    make_manager, make_process, target, tmp_path, is_abstract
+):
+    address = f"@chronos-{uuid.uuid4()}" if is_abstract else tmp_path / "notify"
+    manager = make_manager(address, WATCHDOG_USEC="600000")
+    process = make_process(environment=manager.environment)
+
+    first = manager.take()
+    begun = time.monotonic()
+    assert first["READY"] == "1" and first["STATUS"] == "0 running, 0 pending"
+    assert process.get("/health")
+    start_hanging(process, target)
+    assert manager.await_variables(WATCHDOG="1", STATUS="1 running, 0 pending").keys() == {
+        "WATCHDOG", "STATUS",
+    }  # fmt: skip
+    for _ in range(3):
+        manager.await_variables(WATCHDOG="1")
+    assert 1.1 <= time.monotonic() - begun < 5
+    target.let_go.set()
+    assert process.end(signal.SIGTERM) == 0
+    manager.await_variables(STOPPING="1")
+
+
+def test_a_store_that_fails_is_the_status_and_no_reason_to_be_killed(make_manager, make_process):
+    manager = make_manager(WATCHDOG_USEC="400000")
+    process = make_process(environment=manager.environment)
+    assert manager.take()["READY"] == "1"
+
+    with disk_error(process, None):
+        process.error(500, "POST", "/jobs", job_body(NOBODY))
+        while "disk I/O error" not in manager.await_variables(WATCHDOG="1")["STATUS"]:
+            pass
+        for _ in range(5):
+            assert "disk I/O error" in manager.await_variables(WATCHDOG="1")["STATUS"]
+
+    process.create(NOBODY)
+
+
+def test_what_is_meant_for_another_process_is_not_taken_and_nothing_is_passed_on(make_manager):
+    pid = str(os.getpid())
+    variables = {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid, "OTHER": "1"}
+
+    for change, interval in (
+        ({}, 1.5), ({"WATCHDOG_PID": "1"}, 30), ({"WATCHDOG_USEC": ""}, 30),
+        ({"WATCHDOG_USEC": "x"}, 30), ({"WATCHDOG_USEC": "0"}, 30), ({"WATCHDOG_PID": ""}, 1.5),
+        ({"WATCHDOG_USEC": "9" * 18}, 30),
+    ):  # fmt: skip
+        environment = {"NOTIFY_SOCKET": "/dev/null"} | variables | change
+        assert chronos.Systemd(environment).interval_s == interval
+        assert environment == {"OTHER": "1"}
+
+
+def test_reading_the_configuration_anew_is_told_with_its_instant(make_manager):
+    manager = make_manager()
+    systemd = chronos.Systemd(manager.environment)
+
+    before = time.monotonic_ns() // 1000
+    with systemd.reloading():
+        message = manager.take()
+
+    assert message["RELOADING"] == "1"
+    assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assert manager.take() == {"READY": "1"}
+
+
+@pytest.mark.parametrize("how", ["gone", "full", "none"])
+def test_a_manager_that_does_not_listen_is_no_problem(make_manager, make_process, how):
+    manager = make_manager(WATCHDOG_USEC="200000")
+    if how == "full":
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sender, contextlib.suppress(BlockingIOError):
+            while True:
+                sender.sendto(b"X=1", socket.MSG_DONTWAIT, manager.environment["NOTIFY_SOCKET"])
+    elif how == "gone":
+        manager.socket.close()
+    process = make_process(environment=manager.environment if how != "none" else {})
+
+    assert process.get("/health")
+    assert process.end(signal.SIGTERM) == 0
 
 
 def test_a_path_that_the_unit_hides_is_told(configure, tmp_path):

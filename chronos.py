@@ -70,7 +70,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from itertools import islice, product, takewhile
+from itertools import accumulate, islice, product, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -934,6 +934,7 @@ SETTINGS: dict[str, Field] = {
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
+    "metrics.public":                 Field(boolean,                            False),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
 }
 # fmt: on
@@ -2193,6 +2194,86 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
+# fmt: off
+FAILURES = (
+    "cancelled", "replaced", "timeout", "blocked", "no_answer", "http_status", "interrupted",
+)
+ENDS = [("success", ""), ("skipped", "overlap"), ("skipped", "missed"),
+        *(("failed", reason) for reason in FAILURES)]
+METRICS: dict[str, tuple[str, str, list[str]]] = {
+    # name: kind, meaning, the series that a counter has from the start: without the 0 that it
+    #       begins with, nobody sees the first increase
+    "chronos_build_info": ("gauge", "What runs.", []),
+    "chronos_is_leader": ("gauge", "Whether this node turns fire times into executions.", []),
+    "chronos_last_pass_age_seconds": ("gauge", "How long the engine is silent.", []),
+    "chronos_jobs": ("gauge", "Jobs, by whether their schedule fires.", []),
+    "chronos_executions": ("gauge", "Executions that have not ended, by status.", []),
+    "chronos_executions_ended_total": ("counter", "Ended executions, by status and reason.",
+        [f'{{status="{status}",reason="{reason}"}}' for status, reason in ENDS]),
+    "chronos_attempts_total": ("counter", "Requests that were made, by result.",
+        [f'{{result="{result}"}}' for result in ("success", *FAILURES)]),
+    "chronos_missed_fire_times_total": ("counter", "Fire times that were passed over.", [""]),
+    "chronos_engine_passes_total": ("counter", "Passes of the engine.", [""]),
+    "chronos_store_errors_total": ("counter", "Passes that the database did not let end.", [""]),
+    "chronos_lateness_seconds": ("histogram", "From fire times to their first requests.", []),
+    "chronos_execution_duration_seconds": ("histogram", "Attempts and waits between them.", []),
+    "process_start_time_seconds": ("gauge", "When Chronos was started, since the epoch.", []),
+    "process_resident_memory_bytes": ("gauge", "Memory in use.", []),
+    "process_open_fds": ("gauge", "Open file descriptors.", []),
+}
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # s, of a histogram
+# fmt: on
+
+
+class Metrics:
+    """What is counted for /metrics since the start, by the engine's thread alone."""
+
+    def __init__(self) -> None:
+        self._counts = {name: dict.fromkeys(about[2], 0) for name, about in METRICS.items()}
+        # name -> how many are in each bucket, how many beyond, and the sum in µs
+        self._histograms = {name: [0] * (len(BUCKETS) + 2) for name in METRICS}
+
+    def count(self, name: str, labels: str = "", by: int = 1) -> None:
+        """Count an event."""
+        self._counts[name][labels] = self._counts[name].get(labels, 0) + by
+
+    def _observe(self, name: str, us: int) -> None:
+        histogram = self._histograms[name]
+        histogram[bisect_left(BUCKETS, us / SECOND)] += 1
+        histogram[-1] += us
+
+    def add_attempt(self, outcome: Outcome) -> None:
+        """Count an attempt, and the lateness of one that is the first for a fire time."""
+        execution = outcome.execution
+        self.count("chronos_attempts_total", f'{{result="{outcome.reason or "success"}"}}')
+        if execution.trigger == "schedule" and execution.attempts == 1:
+            lateness = max(0, outcome.started_at - execution.scheduled_at)
+            self._observe("chronos_lateness_seconds", lateness)
+
+    def add_end(self, execution: Execution) -> None:
+        """Count an execution that has ended."""
+        labels = f'{{status="{execution.status}",reason="{execution.reason or ""}"}}'
+        self.count("chronos_executions_ended_total", labels)
+        self.count("chronos_missed_fire_times_total", by=execution.missed_count or 0)
+        if execution.attempts:
+            self._observe("chronos_execution_duration_seconds", execution.spent)
+
+    def to_text(self, gauges: dict[str, dict[str, float]]) -> str:
+        """Return everything in Prometheus' text format; ``gauges``: name -> labels -> value."""
+        lines = []
+        for name, (kind, meaning, _series) in METRICS.items():
+            lines += [f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"]
+            samples: dict[str, float] = {**self._counts[name], **gauges.get(name, {})}
+            if kind == "histogram":
+                *buckets, total = self._histograms[name].copy()
+                sums = list(accumulate(buckets))
+                bounds = (f'_bucket{{le="{bound}"}}' for bound in (*BUCKETS, "+Inf"))
+                samples = dict(zip(bounds, sums, strict=True))
+                samples |= {"_sum": total / SECOND, "_count": sums[-1]}
+            lines += [f"{name}{labels} {value}\n" for labels, value in samples.items()]
+        return "".join(lines)
+
+
 class Version:
     """A job version, parsed once; shared by the engine and the workers, never changed."""
 
@@ -2213,7 +2294,7 @@ class Pass:
 
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
-    ended: dict[str, str | None] = field(default_factory=dict)  # execution -> why to abort it
+    ended: dict[str, Execution] = field(default_factory=dict)  # also what is deleted
     freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
@@ -2234,6 +2315,7 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
+        self.metrics = Metrics()
         self.last_pass = self._worked_at = clock.monotonic()
         self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
@@ -2407,8 +2489,9 @@ class Engine:
         self._untidy.add(job_id)
         with self._lock:
             known = {*self._in_flight, *self._waiters}
-        found = [e for e in map(self.store.execution, known) if e and e.job_id == job_id]
-        turn.ended |= {execution.id: "deleted" for execution in found}
+        for execution in filter(None, map(self.store.execution, known)):
+            if execution.job_id == job_id and execution.completed_at is None:
+                turn.ended[execution.id] = execution._replace(reason="deleted")
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
@@ -2442,10 +2525,13 @@ class Engine:
                 self._clock_moved(turn.now - last_seen)
             for execution in self.store.running_executions():
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
-                self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
+                outcome = Outcome(execution, at, 0, now, reason="interrupted", error=lost)
+                self._outcomes.append(outcome)
+                self._record(turn, outcome)
             self.store.release_oldest(turn.freed, turn.now)
             self.store.set_number("last_seen", turn.now)
             self.store.set_number("stopped", 0)
+        self._settle(turn)
 
     def _loop(self) -> None:
         wait = 0
@@ -2488,6 +2574,7 @@ class Engine:
         else:
             self._offset += step
             self._settle(turn)
+        self.metrics.count("chronos_engine_passes_total")
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
 
@@ -2545,18 +2632,22 @@ class Engine:
 
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
+        for outcome in self._outcomes:
+            self.metrics.add_attempt(outcome)
         self._outcomes.clear()
         for taken in turn.taken:
             self._in_flight[taken.execution.id] = taken
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
-        for execution_id, reason in turn.ended.items():
+        for execution in turn.ended.values():
             with self._lock:
-                if waiter := self._waiters.get(execution_id):
+                if waiter := self._waiters.get(execution.id):
                     waiter.set()
-            if reason and (attempt := self._in_flight.get(execution_id)):
-                attempt.abort(reason)
+            if execution.reason and (attempt := self._in_flight.get(execution.id)):
+                attempt.abort(execution.reason)
+            if execution.completed_at is not None:  # else it was deleted
+                self.metrics.add_end(execution)
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2568,6 +2659,7 @@ class Engine:
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
         self.problem = str(error) or repr(error)
+        self.metrics.count("chronos_store_errors_total", by=isinstance(error, StoreError))
         kind, now = type(error).__name__, self.clock.monotonic()
         if now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
@@ -2618,7 +2710,7 @@ class Engine:
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
         if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended[after.id] = None
+            turn.ended[after.id] = after
             turn.freed.add(after.job_id)
             if after.status == "failed":
                 log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
@@ -2666,7 +2758,9 @@ class Engine:
             reason = f"{count} fire times {period} passed while no server was there"
             new = self._new(version, "schedule", last, None)
             new = new._replace(missed_count=count, missed_from=first, missed_to=last)
-            if self.store.add_execution(ended(new, "skipped", "missed", reason, turn.now)):
+            new = ended(new, "skipped", "missed", reason, turn.now)
+            if self.store.add_execution(new):
+                turn.ended[new.id] = new
                 log.warning("job %s: %s", version.job_id, reason)
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
@@ -2757,9 +2851,10 @@ class Engine:
             error = f"{others[0].id} was still {others[0].status}"
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
-            turn.ended[execution.id] = None
         if not self.store.add_execution(execution):
             return  # this fire time is in the ledger
+        if execution.completed_at is not None:
+            turn.ended[execution.id] = execution
         for other in others if concurrency == "replace" else ():
             self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
@@ -2768,7 +2863,7 @@ class Engine:
         execution = ended(execution, "failed", reason, error, turn.now)
         self.store.save_execution(execution)
         turn.freed.add(execution.job_id)
-        turn.ended[execution.id] = reason
+        turn.ended[execution.id] = execution
         return execution
 
 
@@ -2888,6 +2983,7 @@ class SignIn:
         return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
 
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
 OWN_PAGES = ("none", "same-origin")  # of Sec-Fetch-Site
 SECURITY_HEADERS = {
@@ -2909,6 +3005,7 @@ class Api:
         # method    path                                                handler
         ("GET",    "/",                                                 "page"),
         ("GET",    "/health",                                           "health"),
+        ("GET",    "/metrics",                                          "metrics"),
         ("GET",    "/api/v1/jobs",                                      "list_jobs"),
         ("POST",   "/api/v1/jobs",                                      "create_job"),
         ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
@@ -2937,6 +3034,7 @@ class Api:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
         self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
+        self._started_at, self._public = clock.now(), settings["metrics.public"]
         self._sign_in = SignIn(settings, clock) if settings["auth.type"] == "basic" else None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
@@ -2957,7 +3055,7 @@ class Api:
             if raw_path.endswith("\n"):  # Bottle's routes let that pass
                 raise ApiError("NOT_FOUND", "there is nothing")
             if handler != self.health:
-                self._check_sender(environ, bottle.request.method in SAFE_METHODS)
+                self._check_sender(environ, handler == self.metrics and self._public)
             result = handler(**path)
             if isinstance(result, bytes):  # not in the envelope
                 return result
@@ -2974,12 +3072,14 @@ class Api:
             bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
             return self._answer(None, bug)
 
-    def _check_sender(self, environ: Json, reads: bool) -> None:
+    def _check_sender(self, environ: Json, is_public: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
+        sign_in = None if is_public else self._sign_in
+        reads = bottle.request.method in SAFE_METHODS
         host = environ.get("HTTP_HOST", "").lower()
         name = re.sub(":[0-9]*$", "", host)
         is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
-        if not self._sign_in and not is_own:  # a page may have rebound its name
+        if not sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
             origin = environ.get("HTTP_ORIGIN", f"http://{host}").lower()
@@ -2989,9 +3089,9 @@ class Api:
             if not same or environ.get("HTTP_SEC_FETCH_SITE", "none") not in OWN_PAGES:
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
-        if self._sign_in:
+        if sign_in:
             header, address = environ.get("HTTP_AUTHORIZATION", ""), environ.get("REMOTE_ADDR", "")
-            environ["chronos.user"] = self._sign_in.user(header, address, reads)
+            environ["chronos.user"] = sign_in.user(header, address, reads)
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
@@ -3005,9 +3105,10 @@ class Api:
     @staticmethod
     def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
         bottle.response.status = STATUS[error.code] if error else status
-        bottle.response.content_type = "application/json"
+        is_text = isinstance(data, str)  # of /metrics
+        bottle.response.content_type = METRICS_TYPE if is_text else "application/json"
         bottle.response.headers.update(SECURITY_HEADERS)
-        return envelope(data, error)
+        return data.encode() if is_text else envelope(data, error)
 
     @staticmethod
     def _user() -> str:
@@ -3025,6 +3126,26 @@ class Api:
         silence = self.engine.silence()
         silent = f"a thread has been silent for {silence // SECOND} s"
         return self.engine.problem or (silent if silence > SILENCE_LIMIT else None)
+
+    def metrics(self) -> str:
+        """Return what Prometheus scrapes."""
+        engine, (jobs, enabled, _failing) = self.engine, self.store.count_jobs()
+        runtime = f'version="{__version__}",python="{platform.python_version()}"'
+        gauges: dict[str, dict[str, float]] = {
+            "chronos_build_info": {f'{{{runtime},sqlite="{sqlite3.sqlite_version}"}}': 1},
+            "chronos_is_leader": {"": 1},
+            "chronos_last_pass_age_seconds": {"": engine.silence() / SECOND},
+            "chronos_jobs": {'{state="enabled"}': enabled, '{state="disabled"}': jobs - enabled},
+            "chronos_executions": {
+                f'{{status="{status}"}}': n for status, n in self.store.count_active().items()
+            },
+            "process_start_time_seconds": {"": self._started_at / SECOND},
+        }
+        with contextlib.suppress(OSError):  # only Linux has it
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            gauges["process_resident_memory_bytes"] = {"": pages * resource.getpagesize()}
+            gauges["process_open_fds"] = {"": len(os.listdir("/proc/self/fd"))}
+        return engine.metrics.to_text(gauges)
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3564,31 +3685,15 @@ MemoryMax=512M
 LimitCORE=0
 
 # From here on: what it never needs, nor who would break in.
+# ProtectHome: so nothing of Chronos can be in /home or /root. MemoryDenyWriteExecute: CPython
+# makes no code at run time, an interpreter with a JIT compiler does.
+{hardening}
 CapabilityBoundingSet=
-NoNewPrivileges=yes
-LockPersonality=yes
-# CPython and the packages make no code at run time; a Python with a JIT compiler does.
-MemoryDenyWriteExecute=yes
-PrivateDevices=yes
-PrivateTmp=yes
-PrivateUsers=yes
 ProcSubset=pid
-ProtectClock=yes
-ProtectControlGroups=yes
-# Nothing of Chronos can be in /home or /root, therefore.
-ProtectHome=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
-RemoveIPC=yes
 # UNIX: systemd and the journal; NETLINK: resolving a name. Webhooks may be anywhere, so there
 # is no IPAddressDeny: see dispatcher.allowed_networks.
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -3598,6 +3703,11 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
+HARDENING = """
+    LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp PrivateUsers
+    ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs
+    ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces RestrictRealtime
+    RestrictSUIDSGID"""
 # fmt: on
 
 
@@ -3619,6 +3729,7 @@ def run_systemd_unit(asked: argparse.Namespace) -> None:
     print(UNIT.format(
         python=word(python), program=word(program), data=place,
         config=f" --config {word(config)}" if config else "",
+        hardening="\n".join(f"{switch}=yes" for switch in HARDENING.split()),
         grace=parse_duration(settings["server.shutdown_grace"]) // SECOND + 15,
     ), end="")  # fmt: skip
 

@@ -59,6 +59,7 @@ import requests
 import chronos
 
 CHRONOS = Path(chronos.__file__)
+JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/metrics"]
 SECOND = chronos.SECOND
 JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/"]
 NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tests begins
@@ -5577,9 +5578,9 @@ def credentials(name, password="pässwörd"):
 
 def test_every_route_but_health_asks_who_it_is(guarded):
     for method, path, _name in chronos.Api.ROUTES:
-        place = re.sub("<.*?>", "1", path.removeprefix("/api/v1"))
-        status = guarded.call(method, place)[0]
+        status, answer = send_as_is(guarded, method, re.sub("<.*?>", "1", path))
         assert status == (200 if path == "/health" else 401), path
+        assert json.loads(answer.text)["success"] == (status == 200)
     for path in ("//api/v1/jobs", "/%61pi/v1/jobs", "/api/v1/jobs?x"):
         answer = requests.get(guarded.url + path, timeout=5)
         assert answer.status_code == 401
@@ -5790,6 +5791,232 @@ def test_answers_are_not_kept_framed_or_sniffed(service):
             chronos.SECURITY_HEADERS
         )
         assert not [name for name in headers if name.startswith("Access-Control-")]
+
+
+# ======================================================================================
+# 12. API: metrics
+# ======================================================================================
+
+
+NEEDS_PROMTOOL = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="no promtool: Debian has it in the package prometheus"
+)
+SAMPLE = re.compile(
+    r'(?P<name>[a-z_]+)(?:\{(?P<labels>[a-z_]+="[^"\\\n]*"(?:,[a-z_]+="[^"\\\n]*")*)\})? '
+    r"(?P<value>[0-9.e+-]+)"
+)
+
+
+def scrape(client, **options):
+    """Return the samples of /metrics by name and labels, and check that its format is right."""
+    answer = requests.get(f"{client.url}/metrics", timeout=10, **options)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (
+        200, "text/plain; version=0.0.4; charset=utf-8",
+    )  # fmt: skip
+    return parse_metrics(answer.text)
+
+
+def parse_metrics(text):
+    """Return name and labels -> value. It is stricter than Prometheus about order and names."""
+    samples, families, lines = {}, {}, text.split("\n")
+    assert lines.pop() == ""
+    while lines:
+        _hash, word, family, meaning = lines.pop(0).split(" ", 3)
+        assert (_hash, word) == ("#", "HELP") and meaning and family not in families
+        kind = families[family] = lines.pop(0).removeprefix(f"# TYPE {family} ")
+        assert kind in ("counter", "gauge", "histogram")
+        assert family.endswith("_total") == (kind == "counter")
+        own = {"histogram": ["_bucket", "_sum", "_count"]}.get(kind, [""])
+        while lines and not lines[0].startswith("#"):
+            sample = SAMPLE.fullmatch(lines[0])
+            assert sample and sample["name"].removeprefix(family) in own, lines[0]
+            key, _blank, value = lines.pop(0).rpartition(" ")
+            assert key not in samples
+            samples[key] = float(value)
+        if kind == "histogram":
+            buckets = [n for key, n in samples.items() if key.startswith(f"{family}_bucket")]
+            assert buckets == sorted(buckets) and buckets[-1] == samples[f"{family}_count"]
+    assert families.keys() == chronos.METRICS.keys()
+    return samples
+
+
+def ends(samples, **expected):
+    """Check how many executions have ended for each reason; all others are 0."""
+    prefix = "chronos_executions_ended_total"
+    counts = {key: n for key, n in samples.items() if key.startswith(prefix) and n}
+    assert counts == {
+        f'{prefix}{{status="{status}",reason="{reason.removeprefix("success")}"}}': n
+        for reason, (status, n) in expected.items()
+    }
+
+
+@NEEDS_PROMTOOL
+def test_promtool_has_nothing_to_say_about_the_metrics(service, target):
+    service.post(trigger_path(service.create(target.url)))
+    text = requests.get(f"{service.url}/metrics", timeout=10).text
+
+    command = ["promtool", "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_metrics_show_what_there_is_and_what_the_process_uses(service, target):
+    before = time.time()
+    for enabled in (True, True, False):
+        service.create(target.url + "/hang", enabled=enabled)
+    start_hanging(service, target)
+
+    samples = scrape(service)
+
+    assert samples['chronos_jobs{state="enabled"}'] == 2
+    assert samples['chronos_jobs{state="disabled"}'] == 2
+    assert samples['chronos_executions{status="running"}'] == 1
+    assert samples['chronos_executions{status="pending"}'] == samples["chronos_is_leader"] - 1 == 0
+    assert 0 <= samples["chronos_last_pass_age_seconds"] < 10
+    assert before - 60 < samples["process_start_time_seconds"] < time.time()
+    assert 10e6 < samples["process_resident_memory_bytes"] < 1e9
+    open_files = len(os.listdir("/proc/self/fd"))
+    assert abs(samples["process_open_fds"] - open_files) < 10
+    (build,) = (key for key in samples if key.startswith("chronos_build_info"))
+    assert f'version="{chronos.__version__}"' in build
+    target.let_go.set()
+
+
+def test_every_end_is_counted_by_its_reason_and_every_attempt_by_its_result(service, target):
+    job = service.create(target.url, retry_policy=ONCE)
+    failing = service.create(f"{target.url}/status/404")
+    zeros = scrape(service)
+    ends(zeros)
+    assert zeros['chronos_executions_ended_total{status="failed",reason="timeout"}'] == 0
+
+    for _ in range(3):
+        service.post(trigger_path(job))
+    service.post(trigger_path(failing))
+    hanging = start_hanging(service, target)
+    assert service.post(f"{hanging.partition('/exec')[0]}/trigger")["reason"] == "overlap"
+    service.post(f"{hanging}/cancel")
+    service.error(500, "POST", trigger_path(service.create(NOBODY, retry_policy=ONCE)))
+    attempts = 'chronos_attempts_total{result="cancelled"}'
+    samples = wait_until(lambda: (now := scrape(service))[attempts] and now)
+
+    ends(samples, success=("success", 3), http_status=("failed", 1), overlap=("skipped", 1),
+         cancelled=("failed", 1), no_answer=("failed", 1))  # fmt: skip
+    made = {"success": 3, "http_status": 1, "no_answer": 1, "cancelled": 1}
+    for result, count in made.items():
+        assert samples[f'chronos_attempts_total{{result="{result}"}}'] == count
+    assert samples["chronos_execution_duration_seconds_count"] == 6  # the skipped one had none
+    assert samples["chronos_engine_passes_total"] > zeros["chronos_engine_passes_total"]
+    target.let_go.set()
+
+
+def text_of(world):
+    return parse_metrics(world.engine.metrics.to_text({}))
+
+
+def test_lateness_is_from_the_fire_time_to_the_first_attempt_of_a_scheduled_run(world, target):
+    script(target, "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(60.2)
+    world.settle()
+    world.advance(1)
+    world.do(world.engine.trigger, job.id, "exec-1")
+    world.settle()
+
+    samples = text_of(world)
+
+    assert samples["chronos_lateness_seconds_count"] == 1
+    assert samples["chronos_lateness_seconds_sum"] == pytest.approx(0.2)
+    name = "chronos_lateness_seconds_bucket"
+    assert [samples[f'{name}{{le="{le}"}}'] for le in (0.1, 0.25, "+Inf")] == [0, 1, 1]
+    assert samples["chronos_execution_duration_seconds_sum"] == pytest.approx(1.0)  # the wait
+    assert samples['chronos_attempts_total{result="http_status"}'] == 1
+
+
+def test_missed_fire_times_are_counted_each_and_made_up_runs_are_not_late(world, target):
+    world.create(target.url, schedule="* * * * *", missed_run_policy="execute_one")
+
+    world.advance(10 * 60)
+
+    samples = text_of(world)
+    assert samples["chronos_missed_fire_times_total"] == 9
+    assert samples["chronos_lateness_seconds_count"] == 0
+    ends(samples, success=("success", 1), missed=("skipped", 1))
+
+
+def test_what_the_store_did_not_take_is_no_end_and_an_error(world, target):
+    job = world.create(target.url)
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    world.engine.run_pass()
+    target.take()
+    wait_until(world.engine._inbox.qsize)
+    before = text_of(world)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine_connection(world).execute("PRAGMA busy_timeout = 1")
+        world.engine.run_pass()
+        during = text_of(world)
+    world.advance(2)
+
+    assert before["chronos_store_errors_total"] == 0
+    assert during["chronos_store_errors_total"] == 1
+    ends(during)
+    ends(text_of(world), success=("success", 1))
+    assert text_of(world)['chronos_attempts_total{result="success"}'] == 1
+
+
+def test_a_run_that_the_last_process_left_without_an_end_counts_as_interrupted(make_world, target):
+    world = make_world()
+    job = world.create(target.url + "/hang", retry_policy=ONCE)
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    world.engine.run_pass()
+    world.store.close()
+
+    samples = text_of(make_world())
+
+    ends(samples, interrupted=("failed", 1))
+    assert samples['chronos_attempts_total{result="interrupted"}'] == 1
+    target.let_go.set()
+
+
+def test_the_metrics_ask_who_it_is_unless_they_are_public(make_service):
+    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
+    guard = {"auth__type": "basic", "auth__users": {"ada": hashed}}
+    closed = make_service(**guard)
+
+    answer = requests.get(f"{closed.url}/metrics", timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "UNAUTHORIZED")
+    assert scrape(closed, headers=credentials("ada"))
+    closed.service.stop()
+    public = make_service(**guard, metrics__public=True)
+
+    assert scrape(public)
+    assert public.call("GET", "/jobs")[0] == 401
+    foreign = requests.get(f"{public.url}/metrics", headers={"Host": "evil.test"}, timeout=10)
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "FORBIDDEN")
+
+
+def test_errors_of_the_metrics_are_json_as_all_others(service):
+    foreign = requests.get(f"{service.url}/metrics", headers={"Host": "evil.test"}, timeout=10)
+    wrong = requests.post(f"{service.url}/metrics", timeout=10)
+
+    assert [a.status_code for a in (foreign, wrong)] == [403, 405]
+    assert all(a.json()["success"] is False for a in (foreign, wrong))
+
+
+def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
+    api = chronos.Api(world.engine, world.store, world.settings, world.clock)
+    run, plans = world.store._run, []
+
+    def explain(statement, /, *row, **values):
+        plans.extend(row[3] for row in run(f"EXPLAIN QUERY PLAN {statement}", *row, **values))
+        return run(statement, *row, **values)
+
+    monkeypatch.setattr(world.store, "_run", explain)
+    api.metrics()
+
+    looked = [plan for plan in plans if "executions" in plan]
+    assert looked and all("executions_active" in plan for plan in looked), plans
 
 
 # ======================================================================================

@@ -936,6 +936,7 @@ SETTINGS: dict[str, Field] = {
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
     "metrics.public":                 Field(boolean,                            False),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
+    "logging.format":                 Field(one_of("text", "json"),             "text"),
 }
 # fmt: on
 
@@ -2198,6 +2199,7 @@ class Dispatcher:
 FAILURES = (
     "cancelled", "replaced", "timeout", "blocked", "no_answer", "http_status", "interrupted",
 )
+QUIET_REASONS = (None, "cancelled", "replaced", "overlap")  # of ends that need nobody
 ENDS = [("success", ""), ("skipped", "overlap"), ("skipped", "missed"),
         *(("failed", reason) for reason in FAILURES)]
 METRICS: dict[str, tuple[str, str, list[str]]] = {
@@ -2295,6 +2297,7 @@ class Pass:
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
     ended: dict[str, Execution] = field(default_factory=dict)  # also what is deleted
+    retried: list[Execution] = field(default_factory=list)
     freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
@@ -2489,9 +2492,10 @@ class Engine:
         self._untidy.add(job_id)
         with self._lock:
             known = {*self._in_flight, *self._waiters}
-        for execution in filter(None, map(self.store.execution, known)):
-            if execution.job_id == job_id and execution.completed_at is None:
-                turn.ended[execution.id] = execution._replace(reason="deleted")
+        found = [e for e in map(self.store.execution, known) if e and e.job_id == job_id]
+        for execution in found:
+            gone = execution._replace(completed_at=None, reason="deleted")
+            turn.ended.setdefault(gone.id, gone)
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
@@ -2640,6 +2644,9 @@ class Engine:
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
+        for waits in turn.retried:
+            again = format_time(waits.due_at)
+            log.info("job %s: %s tries again at %s: %s", waits.job_id, waits.id, again, waits.error)
         for execution in turn.ended.values():
             with self._lock:
                 if waiter := self._waiters.get(execution.id):
@@ -2648,6 +2655,10 @@ class Engine:
                 attempt.abort(execution.reason)
             if execution.completed_at is not None:  # else it was deleted
                 self.metrics.add_end(execution)
+                level = logging.INFO if execution.reason in QUIET_REASONS else logging.WARNING
+                why = f": {execution.error}" if execution.error else ""
+                names = (execution.job_id, execution.id, execution.status)
+                log.log(level, "job %s: %s %s%s", *names, why)
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2709,11 +2720,12 @@ class Engine:
             return
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
-        if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended[after.id] = after
-            turn.freed.add(after.job_id)
-            if after.status == "failed":
-                log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
+        if self.store.save_execution(after, only_running=True):
+            if after.completed_at is None:
+                turn.retried.append(after)
+            else:
+                turn.ended[after.id] = after
+                turn.freed.add(after.job_id)
 
     def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
         """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
@@ -2730,6 +2742,8 @@ class Engine:
                 self._enqueue(turn, execution, version.config["concurrency"])
             cursor = version.schedule.next_after(newest, version.config["timezone"])
             self.store.move_cursor(job_id, cursor)
+            if cursor is None:
+                log.info("job %s is disabled: its schedule is spent", job_id)
         except StoreError:
             raise
         except Exception:
@@ -2761,7 +2775,6 @@ class Engine:
             new = ended(new, "skipped", "missed", reason, turn.now)
             if self.store.add_execution(new):
                 turn.ended[new.id] = new
-                log.warning("job %s: %s", version.job_id, reason)
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
         turn.freed.add(version.job_id)
@@ -3049,6 +3062,7 @@ class Api:
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
         environ = bottle.request.environ
+        environ["chronos.begun"] = self.clock.monotonic()
         try:
             raw_path = environ["bottle.raw_path"]
             raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
@@ -3102,9 +3116,12 @@ class Api:
             log.error("%s failed", place, exc_info=error.exception)
         return self._answer(None, ApiError(code, f"{place}: {error.body}"))
 
-    @staticmethod
-    def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
-        bottle.response.status = STATUS[error.code] if error else status
+    def _answer(self, data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
+        request, now = bottle.request, self.clock.monotonic()
+        bottle.response.status = status = STATUS[error.code] if error else status
+        took = format_duration(now - request.environ.get("chronos.begun", now))
+        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
+        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
         is_text = isinstance(data, str)  # of /metrics
         bottle.response.content_type = METRICS_TYPE if is_text else "application/json"
         bottle.response.headers.update(SECURITY_HEADERS)
@@ -3560,15 +3577,35 @@ _UNPRINTABLE = re.compile(
 )
 
 
+_IDS = {"job_id": re.compile("[0-9a-f-]{36}"), "execution_id": re.compile("exec-[0-9a-f-]{36}")}
+_PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
+
+
 class LogFormatter(logging.Formatter):
     """One line an event: control characters of names and errors can't forge a line."""
 
+    def __init__(self, kind: str) -> None:
+        """``kind``: text, json, or journal, which adds the time itself and reads <priority>."""
+        super().__init__("%(asctime)s %(levelname)s %(message)s" if kind == "text" else None)
+        self._kind = kind
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; only a traceback of our own has more than one."""
+        """Return the line; as text only a traceback of our own has more than one."""
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
-        line = super().format(record)
+        line, more = super().format(record), self.formatException(trace) if trace else None
+        if self._kind == "json":
+            at, level = format_time(int(record.created * SECOND)), record.levelname.lower()
+            event = {"time": at, "level": level, "message": line, "traceback": more}
+            is_about_one = str(record.msg).startswith(("job %s", "execution %s"))
+            for word in map(str, (record.args or ()) if is_about_one else ()):
+                for name in (name for name, form in _IDS.items() if form.fullmatch(word)):
+                    event.setdefault(name, word)
+            return json.dumps({name: value for name, value in event.items() if value})
         line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
-        return f"{line}\n{self.formatException(trace)}" if trace else line
+        line = f"{line}\n{more}" if more else line
+        if self._kind == "journal":
+            line = re.sub("(?m)^", f"<{_PRIORITIES.get(record.levelname, 6)}>", line)
+        return line
 
 
 def config_file(asked: argparse.Namespace) -> Path | None:
@@ -3581,8 +3618,12 @@ def config_file(asked: argparse.Namespace) -> Path | None:
 def read_settings(asked: argparse.Namespace) -> Json:
     """Return the settings, and log to stderr as they say. Raises StartError."""
     settings = load_settings(config_file(asked), os.environ)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler, style = logging.StreamHandler(), settings["logging.format"]
+    with contextlib.suppress(OSError):  # stderr is closed
+        where = os.fstat(2)
+        is_journal = os.environ.get("JOURNAL_STREAM") == f"{where.st_dev}:{where.st_ino}"
+        style = "journal" if is_journal and style == "text" else style
+    handler.setFormatter(LogFormatter(style))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service

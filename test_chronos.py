@@ -6519,6 +6519,164 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
 
 # ======================================================================================
+# 13. Service: logs
+# ======================================================================================
+
+
+def logged(caplog, text):
+    """Return the levels of the events whose message has this text."""
+    return [r.levelname for r in caplog.records if text in r.getMessage()]
+
+
+def test_json_logs_are_one_object_a_line_with_the_ids_of_what_they_are_about(make_process, target):
+    process = make_process("logging: {format: json, level: debug}")
+    job = process.create(target.url + "/status/404", name='"a\u2028b')
+    run = process.post(trigger_path(job))
+    assert process.end(signal.SIGTERM) == 0
+
+    events = [json.loads(line) for line in "".join(process.log).splitlines()]
+    assert all({"time", "level", "message"} <= event.keys() for event in events)
+    assert all(abs(chronos.parse_time(e["time"]) / SECOND - time.time()) < 60 for e in events)
+    created, triggered, failed = [e for e in events if e.get("job_id") == job["id"]]
+    assert (created["level"], created.get("execution_id")) == ("info", None)
+    assert '("a\u2028b) was created' in created["message"]
+    assert triggered["execution_id"] == failed["execution_id"] == run["id"]
+    assert failed["level"] == "warning" and run["error"] in failed["message"]
+    assert {event["level"] for event in events} == {"debug", "info", "warning"}
+
+
+@pytest.mark.parametrize("kind", ["json", "journal"])
+def test_a_traceback_is_part_of_its_event(kind):
+    try:
+        raise RuntimeError("a bug\nof ours")
+    except RuntimeError:
+        record = chronos.log.makeRecord("chronos", 40, "f", 1, "it %s", ("failed",), sys.exc_info())
+
+    told = chronos.LogFormatter(kind).format(record)
+
+    if kind == "json":
+        event = json.loads(told)
+        assert "\n" not in told and event["message"] == "it failed"
+        assert event["traceback"].startswith("Traceback") and "bug\nof" in event["traceback"]
+    else:
+        assert told.startswith("<3>it failed\n<3>Traceback")
+        assert all(line.startswith("<3>") for line in told.splitlines())
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_journal_gets_priorities_and_no_times_of_ours(configure, is_journal, style):
+    read_end, write_end = os.pipe()
+    about = os.fstat(write_end)
+    stream = f"{about.st_dev}:{about.st_ino + (not is_journal)}"
+    environment = {"JOURNAL_STREAM": stream, "CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
+    config = configure(f"logging: {{format: {style}}}")
+    command = [sys.executable, CHRONOS, "--paused", "--config", config]
+    with subprocess.Popen(command, stderr=write_end, env=os.environ | environment) as process:
+        os.close(write_end)
+        with open(read_end, encoding="utf-8") as log:
+            lines = [log.readline(), log.readline()]
+            process.terminate()
+            lines += log.read().splitlines(keepends=True)
+
+    first, paused = lines[:2]
+    if style == "json":
+        assert all(json.loads(line)["time"] for line in lines)
+    elif is_journal:
+        assert first.startswith("<6>Chronos ") and paused == "<4>paused: nothing fires\n"
+        assert all(re.match("<[46]>[A-Za-z]", line) for line in lines)
+    else:
+        assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+
+
+def test_each_request_is_logged_at_debug_and_what_it_asks_is_not(guarded, caplog):
+    caplog.set_level("DEBUG", "chronos")
+    guarded.expect(200, "GET", "/jobs?q=canary", headers=credentials("vera"))
+    guarded.expect(401, "POST", "/jobs", job_body(NOBODY), headers=credentials("eve", "canary"))
+    guarded.expect(404, "GET", "/nothing", headers=credentials("vera"))
+
+    told = [
+        r.getMessage() for r in caplog.records if r.levelname == "DEBUG" and r.name == "chronos"
+    ]
+    assert "canary" not in "".join(told)
+    for message, start, end in zip(
+        told,
+        (
+            "GET /api/v1/jobs: 200 after ",
+            "POST /api/v1/jobs: 401 after ",
+            "GET /api/v1/nothing: 404 ",
+        ),
+        ("s, vera at 127.0.0.1", "s, anonymous at 127.0.0.1", "s, anonymous at 127.0.0.1"),
+        strict=True,
+    ):
+        assert message.startswith(start) and message.endswith(end), message
+
+
+def test_what_a_run_becomes_is_logged_and_only_what_needs_somebody_as_a_warning(
+    world, target, caplog
+):
+    caplog.set_level("INFO", "chronos")
+    script(target, "/ok", "/status/503", "/ok", "/status/404")
+    job = world.create(target.url)
+    trigger(world, job)
+    world.settle()
+    trigger(world, job)
+    world.settle()
+    world.advance(1)
+    trigger(world, job)
+    world.settle()
+
+    assert logged(caplog, " success") == ["INFO", "INFO"]
+    assert logged(caplog, "tries again at 2027-03-01T12:00:01") == ["INFO"]
+    assert logged(caplog, "failed: the server answered 404") == ["WARNING"]
+    assert len(logged(caplog, f"job {job.id}: exec-")) == 4
+
+
+def test_a_skipped_replaced_or_cancelled_run_needs_nobody(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/hang")
+    other = world.create(target.url + "/hang", concurrency="replace")
+    first = hang(world, target, job)
+    trigger(world, job)
+    world.do(world.engine.cancel, job.id, first, "ada")
+    hang(world, target, other)
+    hang(world, target, other)
+
+    for text in ("was still running", "failed: cancelled by ada", "failed: replaced by exec-"):
+        assert logged(caplog, text) == ["INFO"], text
+    target.let_go.set()
+
+
+def test_missed_fire_times_and_a_spent_schedule_are_logged(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url, schedule="* * * * *")
+    once = world.create(target.url, schedule="@at 2027-03-01T12:01:00Z")
+    world.advance(600)
+
+    assert logged(caplog, f"job {job.id}: ").count("WARNING") == 1
+    assert logged(caplog, "skipped: 9 fire times from") == ["WARNING"]
+    assert logged(caplog, f"job {once.id} is disabled: its schedule is spent") == ["INFO"]
+
+
+def test_an_end_is_told_once_and_not_before_it_is_on_disk(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/status/404")
+    trigger(world, job)
+    target.take()
+    wait_until(world.engine._inbox.qsize)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine_connection(world).execute("PRAGMA busy_timeout = 1")
+        world.engine.run_pass()
+        world.clock.advance(2)
+        world.engine.run_pass()
+        assert logged(caplog, "answered 404") == []
+    world.advance(2)
+
+    assert logged(caplog, "answered 404") == ["WARNING"]
+
+
+# ======================================================================================
 # 13. Service: systemd
 # ======================================================================================
 

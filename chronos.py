@@ -72,7 +72,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import accumulate, islice, product, takewhile
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -3645,6 +3645,9 @@ def run_serve(asked: argparse.Namespace) -> None:
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
+        if sys.stdout.isatty():  # somebody has started it by hand
+            url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
+            print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
         if service.engine.paused:
             log.warning("paused: nothing fires")
         systemd.tell("READY=1", *service.signs_of_life())
@@ -3752,6 +3755,19 @@ HARDENING = """
 # fmt: on
 
 
+def run_next(asked: argparse.Namespace) -> None:
+    """Print when a schedule fires next: UTC, the local time, and a note where the clock changes."""
+    query = validate(PREVIEW_QUERY, {name: getattr(asked, name, None) for name in PREVIEW_QUERY})
+    schedule = parse_schedule(query["schedule"])
+    for warning in schedule_warnings(schedule):
+        print(f"chronos: {warning}", file=sys.stderr)
+    runs = list(preview(schedule, Clock().now(), query["timezone"], query["count"]))
+    for run in runs:
+        print("  ".join(filter(None, run.values())))
+    if not runs:
+        raise ChronosError(f"{query['schedule']}: nothing comes any more")
+
+
 def run_systemd_unit(asked: argparse.Namespace) -> None:
     """Print a unit for systemd, with the paths of this program, Python and configuration."""
     settings, config = read_settings(asked), config_file(asked)
@@ -3775,16 +3791,26 @@ def run_systemd_unit(asked: argparse.Namespace) -> None:
     ), end="")  # fmt: skip
 
 
-COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit)
+COMMANDS = (
+    run_serve, run_check_config, run_hash_password, run_next, run_backup, run_systemd_unit,
+)  # fmt: skip
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Wrong arguments are told in one line, as all errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ChronosError."""
+        raise ChronosError(f"{message} (--help lists commands and options)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
     about = "A cron service that fires HTTP webhooks."
-    parser = argparse.ArgumentParser("chronos.py", description=about, parents=[options])
+    parser = ArgumentParser("chronos.py", description=about, parents=[options])
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -3794,12 +3820,18 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
+        elif run is run_next:
+            command.add_argument("schedule", metavar="EXPR", help='such as "30 9 * * mon-fri"')
+            command.add_argument(
+                "--timezone", metavar="Z", help="instead of UTC: Europe/Madrid, say"
+            )
+            command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
         asked = parser.parse_args(arguments)
         asked.run(asked)
         return 0
-    except SystemExit as ended:  # argparse has printed what there is to say
-        return EXIT_FAILED if ended.code else 0
+    except SystemExit:  # argparse has printed help or version
+        return 0
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

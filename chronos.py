@@ -64,13 +64,13 @@ import time
 import uuid
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from itertools import accumulate, islice, product, takewhile
+from itertools import islice, product, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -2196,34 +2196,30 @@ class Dispatcher:
 
 
 # fmt: off
-FAILURES = (
-    "cancelled", "replaced", "timeout", "blocked", "no_answer", "http_status", "interrupted",
-)
-QUIET_REASONS = (None, "cancelled", "replaced", "overlap")  # of ends that need nobody
-ENDS = [("success", ""), ("skipped", "overlap"), ("skipped", "missed"),
-        *(("failed", reason) for reason in FAILURES)]
-METRICS: dict[str, tuple[str, str, list[str]]] = {
-    # name: kind, meaning, the series that a counter has from the start: without the 0 that it
-    #       begins with, nobody sees the first increase
-    "chronos_build_info": ("gauge", "What runs.", []),
-    "chronos_is_leader": ("gauge", "Whether this node turns fire times into executions.", []),
-    "chronos_last_pass_age_seconds": ("gauge", "How long the engine is silent.", []),
-    "chronos_jobs": ("gauge", "Jobs, by whether their schedule fires.", []),
-    "chronos_executions": ("gauge", "Executions that have not ended, by status.", []),
-    "chronos_executions_ended_total": ("counter", "Ended executions, by status and reason.",
-        [f'{{status="{status}",reason="{reason}"}}' for status, reason in ENDS]),
-    "chronos_attempts_total": ("counter", "Requests that were made, by result.",
-        [f'{{result="{result}"}}' for result in ("success", *FAILURES)]),
-    "chronos_missed_fire_times_total": ("counter", "Fire times that were passed over.", [""]),
-    "chronos_engine_passes_total": ("counter", "Passes of the engine.", [""]),
-    "chronos_store_errors_total": ("counter", "Passes that the database did not let end.", [""]),
-    "chronos_lateness_seconds": ("histogram", "From fire times to their first requests.", []),
-    "chronos_execution_duration_seconds": ("histogram", "Attempts and waits between them.", []),
-    "process_start_time_seconds": ("gauge", "When Chronos was started, since the epoch.", []),
-    "process_resident_memory_bytes": ("gauge", "Memory in use.", []),
-    "process_open_fds": ("gauge", "Open file descriptors.", []),
+METRICS = {
+    "chronos_build_info": "gauge What runs.",
+    "chronos_is_leader": "gauge Whether this node turns fire times into executions.",
+    "chronos_last_pass_age_seconds": "gauge How long the engine, or its watchdog, is silent.",
+    "chronos_jobs": "gauge Jobs, by whether their schedule fires.",
+    "chronos_failing_jobs": "gauge Enabled jobs whose newest executions failed.",
+    "chronos_executions": "gauge Executions that have not ended, by status.",
+    "process_start_time_seconds": "gauge When Chronos was started, since the epoch.",
+    "process_resident_memory_bytes": "gauge Memory in use.",
+    "process_open_fds": "gauge Open file descriptors.",
+    "chronos_executions_ended_total": "counter Ended executions, by status and reason.",
+    "chronos_attempts_total": "counter Requests that were made, by result.",
+    "chronos_missed_fire_times_total": "counter Fire times that were passed over.",
+    "chronos_engine_passes_total": "counter Passes of the engine.",
+    "chronos_store_errors_total": "counter Passes that the database did not let end.",
+    "chronos_lateness_seconds": "histogram From fire times to their first requests.",
+    "chronos_execution_duration_seconds": "histogram Attempts, and the waits between them.",
 }
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # s, of a histogram
+BUCKETS = {  # seconds -> the bucket up to there
+    float(le): f'_bucket{{le="{le}"}}'
+    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
+}
+LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
+FAILURES = (*LOUD_REASONS[:-1], "cancelled", "replaced")  # the others need nobody to look at them
 # fmt: on
 
 
@@ -2231,49 +2227,49 @@ class Metrics:
     """What is counted for /metrics since the start, by the engine's thread alone."""
 
     def __init__(self) -> None:
-        self._counts = {name: dict.fromkeys(about[2], 0) for name, about in METRICS.items()}
-        # name -> how many are in each bucket, how many beyond, and the sum in µs
-        self._histograms = {name: [0] * (len(BUCKETS) + 2) for name in METRICS}
-
-    def count(self, name: str, labels: str = "", by: int = 1) -> None:
-        """Count an event."""
-        self._counts[name][labels] = self._counts[name].get(labels, 0) + by
+        ends = [("success", ""), ("skipped", "overlap"), ("skipped", "missed")]
+        ends += [("failed", reason) for reason in FAILURES]
+        series = [f'executions_ended_total{{status="{end}",reason="{why}"}}' for end, why in ends]
+        series += [f'attempts_total{{result="{result}"}}' for result in ("success", *FAILURES)]
+        series += ["missed_fire_times_total", "engine_passes_total", "store_errors_total"]
+        for name in ("lateness_seconds", "execution_duration_seconds"):
+            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
+        # there from the start: a series that begins with 1 shows no alert an increase
+        self.counts = defaultdict[str, float](int, {f"chronos_{name}": 0 for name in series})
 
     def _observe(self, name: str, us: int) -> None:
-        histogram = self._histograms[name]
-        histogram[bisect_left(BUCKETS, us / SECOND)] += 1
-        histogram[-1] += us
+        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
+            if us > bound * SECOND:
+                break
+            self.counts[name + bucket] += 1
+        self.counts[f"{name}_sum"] += us / SECOND
+        self.counts[f"{name}_count"] += 1
 
     def add_attempt(self, outcome: Outcome) -> None:
         """Count an attempt, and the lateness of one that is the first for a fire time."""
         execution = outcome.execution
-        self.count("chronos_attempts_total", f'{{result="{outcome.reason or "success"}"}}')
+        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
         if execution.trigger == "schedule" and execution.attempts == 1:
             lateness = max(0, outcome.started_at - execution.scheduled_at)
             self._observe("chronos_lateness_seconds", lateness)
 
     def add_end(self, execution: Execution) -> None:
         """Count an execution that has ended."""
-        labels = f'{{status="{execution.status}",reason="{execution.reason or ""}"}}'
-        self.count("chronos_executions_ended_total", labels)
-        self.count("chronos_missed_fire_times_total", by=execution.missed_count or 0)
+        labels = f'status="{execution.status}",reason="{execution.reason or ""}"'
+        self.counts[f"chronos_executions_ended_total{{{labels}}}"] += 1
+        self.counts["chronos_missed_fire_times_total"] += execution.missed_count or 0
         if execution.attempts:
             self._observe("chronos_execution_duration_seconds", execution.spent)
 
-    def to_text(self, gauges: dict[str, dict[str, float]]) -> str:
-        """Return everything in Prometheus' text format; ``gauges``: name -> labels -> value."""
-        lines = []
-        for name, (kind, meaning, _series) in METRICS.items():
-            lines += [f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"]
-            samples: dict[str, float] = {**self._counts[name], **gauges.get(name, {})}
-            if kind == "histogram":
-                *buckets, total = self._histograms[name].copy()
-                sums = list(accumulate(buckets))
-                bounds = (f'_bucket{{le="{bound}"}}' for bound in (*BUCKETS, "+Inf"))
-                samples = dict(zip(bounds, sums, strict=True))
-                samples |= {"_sum": total / SECOND, "_count": sums[-1]}
-            lines += [f"{name}{labels} {value}\n" for labels, value in samples.items()]
-        return "".join(lines)
+    def to_text(self, gauges: dict[str, float]) -> str:
+        """Return these and all that is counted in Prometheus' text format."""
+        text, samples = "", gauges | self.counts
+        for name, about in METRICS.items():
+            kind, _blank, meaning = about.partition(" ")
+            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)")
+            found = [f"{series} {samples[series]}\n" for series in samples if own.match(series)]
+            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
+        return text
 
 
 class Version:
@@ -2297,7 +2293,6 @@ class Pass:
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
     ended: dict[str, Execution] = field(default_factory=dict)  # also what is deleted
-    retried: list[Execution] = field(default_factory=list)
     freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
@@ -2578,7 +2573,7 @@ class Engine:
         else:
             self._offset += step
             self._settle(turn)
-        self.metrics.count("chronos_engine_passes_total")
+        self.metrics.counts["chronos_engine_passes_total"] += 1
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
 
@@ -2638,15 +2633,16 @@ class Engine:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
         for outcome in self._outcomes:
             self.metrics.add_attempt(outcome)
+            tried = outcome.execution
+            if tried.id not in turn.ended:  # it is tried again
+                head = f"job {tried.job_id}: {tried.id} failed in attempt {tried.attempts}"
+                log.info("%s: %s", head, outcome.error)
         self._outcomes.clear()
         for taken in turn.taken:
             self._in_flight[taken.execution.id] = taken
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
-        for waits in turn.retried:
-            again = format_time(waits.due_at)
-            log.info("job %s: %s tries again at %s: %s", waits.job_id, waits.id, again, waits.error)
         for execution in turn.ended.values():
             with self._lock:
                 if waiter := self._waiters.get(execution.id):
@@ -2655,10 +2651,10 @@ class Engine:
                 attempt.abort(execution.reason)
             if execution.completed_at is not None:  # else it was deleted
                 self.metrics.add_end(execution)
-                level = logging.INFO if execution.reason in QUIET_REASONS else logging.WARNING
-                why = f": {execution.error}" if execution.error else ""
-                names = (execution.job_id, execution.id, execution.status)
-                log.log(level, "job %s: %s %s%s", *names, why)
+                level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
+                why = execution.error or f"the server answered {execution.status_code}"
+                head = f"job {execution.job_id}: {execution.id} {execution.status}"
+                log.log(level, "%s: %s", head, why)
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2670,7 +2666,7 @@ class Engine:
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
         self.problem = str(error) or repr(error)
-        self.metrics.count("chronos_store_errors_total", by=isinstance(error, StoreError))
+        self.metrics.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
         kind, now = type(error).__name__, self.clock.monotonic()
         if now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
@@ -2720,12 +2716,9 @@ class Engine:
             return
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
-        if self.store.save_execution(after, only_running=True):
-            if after.completed_at is None:
-                turn.retried.append(after)
-            else:
-                turn.ended[after.id] = after
-                turn.freed.add(after.job_id)
+        if self.store.save_execution(after, only_running=True) and after.completed_at:
+            turn.ended[after.id] = after
+            turn.freed.add(after.job_id)
 
     def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
         """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
@@ -3146,23 +3139,23 @@ class Api:
 
     def metrics(self) -> str:
         """Return what Prometheus scrapes."""
-        engine, (jobs, enabled, _failing) = self.engine, self.store.count_jobs()
-        runtime = f'version="{__version__}",python="{platform.python_version()}"'
-        gauges: dict[str, dict[str, float]] = {
-            "chronos_build_info": {f'{{{runtime},sqlite="{sqlite3.sqlite_version}"}}': 1},
-            "chronos_is_leader": {"": 1},
-            "chronos_last_pass_age_seconds": {"": engine.silence() / SECOND},
-            "chronos_jobs": {'{state="enabled"}': enabled, '{state="disabled"}': jobs - enabled},
-            "chronos_executions": {
-                f'{{status="{status}"}}': n for status, n in self.store.count_active().items()
-            },
-            "process_start_time_seconds": {"": self._started_at / SECOND},
+        (jobs, enabled, failing), active = self.store.count_jobs(), self.store.count_active()
+        runs = f'version="{__version__}",python="{platform.python_version()}"'
+        gauges = {
+            f"chronos_build_info{{{runs}}}": 1,
+            "chronos_is_leader": 1,
+            "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
+            'chronos_jobs{state="enabled"}': enabled,
+            'chronos_jobs{state="disabled"}': jobs - enabled,
+            "chronos_failing_jobs": failing,
+            **{f'chronos_executions{{status="{name}"}}': n for name, n in active.items()},
+            "process_start_time_seconds": self._started_at / SECOND,
         }
         with contextlib.suppress(OSError):  # only Linux has it
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            gauges["process_resident_memory_bytes"] = {"": pages * resource.getpagesize()}
-            gauges["process_open_fds"] = {"": len(os.listdir("/proc/self/fd"))}
-        return engine.metrics.to_text(gauges)
+            gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        return self.engine.metrics.to_text(gauges)
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3262,7 +3255,7 @@ class Api:
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
             self.engine.make(self.engine.trigger, job_id, execution_id)
-            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
+            log.info("job %s: %s was triggered by %s", job_id, execution_id, self._user())
             if not self.engine.stopping and self._may_wait.acquire(blocking=False):
                 try:
                     ended.wait(None if wait is None else min(wait, DAY) / SECOND)
@@ -3499,16 +3492,17 @@ class Service:
         except (OSError, UnicodeError) as error:
             message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
-        proxy = self.settings["server.trusted_proxy"]
-        names = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
-        trusted = {"trusted_proxy": proxy, "trusted_proxy_count": 1, "trusted_proxy_headers": names}
+        proxy = {
+            "trusted_proxy": self.settings["server.trusted_proxy"], "trusted_proxy_count": 1,
+            "trusted_proxy_headers": {f"x-forwarded-{name}" for name in ("for", "host", "proto")},
+        }  # fmt: skip
         self._server = waitress.create_server(
             self.api.app, map=self._channels, sockets=[listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
             max_request_body_size=MAX_BODY_BYTES + 1,
-            **(trusted if proxy else {}),
+            **(proxy if proxy["trusted_proxy"] else {}),
         )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
@@ -3518,12 +3512,8 @@ class Service:
 
     def signs_of_life(self) -> list[str]:
         """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
-        try:
-            status = "{running} running, {pending} pending".format(**self.store.count_active())
-        except StoreError as error:
-            status = str(error)
-        alive = self.engine.silence() <= SILENCE_LIMIT
-        return [f"STATUS={self.engine.problem or status}", *["WATCHDOG=1"] * alive]
+        signs = [f"STATUS={self.engine.problem or f'listens on {self.url}'}"]
+        return signs + ["WATCHDOG=1"] * (self.engine.silence() <= SILENCE_LIMIT)
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
@@ -3554,22 +3544,16 @@ class Systemd:
         self.interval_s = min(int(limit) / 2 / SECOND if is_ours else 30, 30) or 30
 
     def tell(self, *variables: str) -> None:
-        """Send variables such as ``READY=1``. That nobody takes them is no error of ours."""
-        if self._address:
-            with (
-                contextlib.suppress(OSError),
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to,
-            ):
-                to.settimeout(1)
-                lines = (" ".join(variable.split()) for variable in variables)
-                to.sendto("\n".join(lines).encode(errors="replace"), self._address)
+        """Send variables such as ``READY=1``; that nobody takes them is no error of ours."""
+        text = "\n".join(" ".join(variable.split()) for variable in variables)
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sender, contextlib.suppress(OSError):
+            sender.settimeout(1)
+            sender.sendto(text.encode(errors="replace"), self._address)
 
-    @contextlib.contextmanager
-    def reloading(self) -> Iterator[None]:
-        """Say that the configuration is read anew, and then that all is ready."""
+    def reloading(self) -> None:
+        """Say that the configuration is read anew; then READY=1 says that this is done."""
         self.tell("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-        yield
-        self.tell("READY=1")
 
 
 _UNPRINTABLE = re.compile(
@@ -3577,7 +3561,9 @@ _UNPRINTABLE = re.compile(
 )
 
 
-_IDS = {"job_id": re.compile("[0-9a-f-]{36}"), "execution_id": re.compile("exec-[0-9a-f-]{36}")}
+_SUBJECT = re.compile(  # what an event is about: its line begins with it
+    r"(?:job (?P<job_id>[0-9a-f-]{36}):? )?(?:execution )?(?P<execution_id>exec-[0-9a-f-]{36})?"
+)
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
 
 
@@ -3594,12 +3580,10 @@ class LogFormatter(logging.Formatter):
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
         line, more = super().format(record), self.formatException(trace) if trace else None
         if self._kind == "json":
-            at, level = format_time(int(record.created * SECOND)), record.levelname.lower()
-            event = {"time": at, "level": level, "message": line, "traceback": more}
-            is_about_one = str(record.msg).startswith(("job %s", "execution %s"))
-            for word in map(str, (record.args or ()) if is_about_one else ()):
-                for name in (name for name, form in _IDS.items() if form.fullmatch(word)):
-                    event.setdefault(name, word)
+            at, subject = format_time(int(record.created * SECOND)), _SUBJECT.match(line)
+            event = {"time": at, "level": record.levelname.lower(), "message": line}
+            event |= subject.groupdict() if subject else {}
+            event["traceback"] = more
             return json.dumps({name: value for name, value in event.items() if value})
         line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
         line = f"{line}\n{more}" if more else line
@@ -3608,16 +3592,9 @@ class LogFormatter(logging.Formatter):
         return line
 
 
-def config_file(asked: argparse.Namespace) -> Path | None:
-    """Return the file that --config names, or the one beside the program, or None."""
-    beside = Path(__file__).with_name("chronos.yaml")
-    path: Path | None = getattr(asked, "config", beside if beside.exists() else None)
-    return path
-
-
 def read_settings(asked: argparse.Namespace) -> Json:
     """Return the settings, and log to stderr as they say. Raises StartError."""
-    settings = load_settings(config_file(asked), os.environ)
+    settings = load_settings(asked.config, os.environ)
     handler, style = logging.StreamHandler(), settings["logging.format"]
     with contextlib.suppress(OSError):  # stderr is closed
         where = os.fstat(2)
@@ -3688,7 +3665,6 @@ def run_backup(asked: argparse.Namespace) -> None:
 
 # fmt: off
 UNIT = """\
-# Printed by: chronos.py systemd-unit. Where its paths or shutdown_grace change, print it anew.
 [Unit]
 Description=Chronos, a cron service that fires HTTP webhooks
 # Jobs fire by the right time, and the network goes down after their last requests.
@@ -3697,7 +3673,6 @@ After=time-sync.target network.target
 StartLimitIntervalSec=0
 
 [Service]
-# It says itself when it listens, how it is, and that it lives.
 Type=notify
 # -I: neither variables nor directories of a user decide what Python loads.
 ExecStart={python} -I {program}{config}
@@ -3708,7 +3683,6 @@ Group=chronos
 UMask=0077
 # The only place that it writes to.
 {data}
-ProtectSystem=strict
 Restart=on-failure
 RestartSec=5
 # 75: it runs already, 78: configuration or database are wrong. Another start would not help.
@@ -3717,7 +3691,7 @@ RestartPreventExitStatus=75 78
 WatchdogSec=60
 # A large database is checked after a power cut, and copied before an upgrade changes it.
 TimeoutStartSec=15min
-# server.shutdown_grace and a little. mixed: what is left then gets SIGKILL.
+# server.shutdown_grace as it was when this was printed, and a little; then comes SIGKILL.
 TimeoutStopSec={grace}
 KillMode=mixed
 # Two descriptors a connection; threads: at most 1000 workers, 256 of the API, 16 look-ups.
@@ -3728,21 +3702,20 @@ MemoryMax=512M
 # A core dump would hold the secrets of the jobs.
 LimitCORE=0
 
-# From here on: what it never needs, nor who would break in.
-# ProtectHome: so nothing of Chronos can be in /home or /root. MemoryDenyWriteExecute: CPython
-# makes no code at run time, an interpreter with a JIT compiler does.
+# From here on: what it never needs, nor who would break in. ProtectHome hides /home and /root.
+# CPython makes no code at run time; one with a JIT compiler can't have MemoryDenyWriteExecute.
+# NETLINK is for resolving names. Webhooks may be anywhere: so there is no IPAddressDeny.
+# EPERM: what is forbidden fails, instead of ending the process.
 {hardening}
 CapabilityBoundingSet=
 ProcSubset=pid
 ProtectProc=invisible
-# UNIX: systemd and the journal; NETLINK: resolving a name. Webhooks may be anywhere, so there
-# is no IPAddressDeny: see dispatcher.allowed_networks.
+ProtectSystem=strict
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
-# Without this a call that is forbidden would end the process.
-SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -3770,7 +3743,7 @@ def run_next(asked: argparse.Namespace) -> None:
 
 def run_systemd_unit(asked: argparse.Namespace) -> None:
     """Print a unit for systemd, with the paths of this program, Python and configuration."""
-    settings, config = read_settings(asked), config_file(asked)
+    settings, config = read_settings(asked), asked.config
     program, python = Path(__file__), Path(sys.executable)
     data = Path(os.path.abspath(settings["cluster.data_dir"]))
     for path in (program, python, python.resolve(), config or program, data):
@@ -3800,8 +3773,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ChronosError."""
-        raise ChronosError(f"{message} (--help lists commands and options)")
+        raise ChronosError(f"{message} (see --help)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3827,7 +3799,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
-        asked = parser.parse_args(arguments)
+        asked, beside = parser.parse_args(arguments), Path(__file__).with_name("chronos.yaml")
+        vars(asked).setdefault("config", beside if beside.exists() else None)
         asked.run(asked)
         return 0
     except SystemExit:  # argparse has printed help or version

@@ -5813,6 +5813,7 @@ def scrape(client, **options):
     assert (answer.status_code, answer.headers["Content-Type"]) == (
         200, "text/plain; version=0.0.4; charset=utf-8",
     )  # fmt: skip
+    assert re.findall("# TYPE ([^ ]+)", answer.text) == list(chronos.METRICS)
     return parse_metrics(answer.text)
 
 
@@ -5836,7 +5837,6 @@ def parse_metrics(text):
         if kind == "histogram":
             buckets = [n for key, n in samples.items() if key.startswith(f"{family}_bucket")]
             assert buckets == sorted(buckets) and buckets[-1] == samples[f"{family}_count"]
-    assert families.keys() == chronos.METRICS.keys()
     return samples
 
 
@@ -6626,8 +6626,8 @@ def test_what_a_run_becomes_is_logged_and_only_what_needs_somebody_as_a_warning(
     trigger(world, job)
     world.settle()
 
-    assert logged(caplog, " success") == ["INFO", "INFO"]
-    assert logged(caplog, "tries again at 2027-03-01T12:00:01") == ["INFO"]
+    assert logged(caplog, " success: the server answered 200") == ["INFO", "INFO"]
+    assert logged(caplog, "failed in attempt 1: the server answered 503") == ["INFO"]
     assert logged(caplog, "failed: the server answered 404") == ["WARNING"]
     assert len(logged(caplog, f"job {job.id}: exec-")) == 4
 
@@ -6789,7 +6789,7 @@ def make_manager(tmp_path):
 
 @pytest.mark.parametrize("is_abstract", [False, True])
 def test_systemd_is_told_of_readiness_life_and_stopping(
-    make_manager, make_process, target, tmp_path, is_abstract
+    make_manager, make_process, tmp_path, is_abstract
 ):
     address = f"@chronos-{uuid.uuid4()}" if is_abstract else tmp_path / "notify"
     manager = make_manager(address, WATCHDOG_USEC="600000")
@@ -6797,16 +6797,11 @@ def test_systemd_is_told_of_readiness_life_and_stopping(
 
     first = manager.take()
     begun = time.monotonic()
-    assert first["READY"] == "1" and first["STATUS"] == "0 running, 0 pending"
+    assert first["READY"] == "1" and first["STATUS"] == f"listens on {process.url}"
     assert process.get("/health")
-    start_hanging(process, target)
-    assert manager.await_variables(WATCHDOG="1", STATUS="1 running, 0 pending").keys() == {
-        "WATCHDOG", "STATUS",
-    }  # fmt: skip
     for _ in range(3):
         manager.await_variables(WATCHDOG="1")
-    assert 1.1 <= time.monotonic() - begun < 5
-    target.let_go.set()
+    assert 0.85 <= time.monotonic() - begun < 5
     assert process.end(signal.SIGTERM) == 0
     manager.await_variables(STOPPING="1")
 
@@ -6845,12 +6840,11 @@ def test_reading_the_configuration_anew_is_told_with_its_instant(make_manager):
     systemd = chronos.Systemd(manager.environment)
 
     before = time.monotonic_ns() // 1000
-    with systemd.reloading():
-        message = manager.take()
+    systemd.reloading()
 
+    message = manager.take()
     assert message["RELOADING"] == "1"
     assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
-    assert manager.take() == {"READY": "1"}
 
 
 @pytest.mark.parametrize("how", ["gone", "full", "none"])

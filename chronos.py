@@ -3732,7 +3732,7 @@ def run_next(asked: argparse.Namespace) -> None:
     """Print when a schedule fires next: UTC, the local time, and a note where the clock changes."""
     query = validate(PREVIEW_QUERY, {name: getattr(asked, name, None) for name in PREVIEW_QUERY})
     schedule = parse_schedule(query["schedule"])
-    for warning in schedule_warnings(schedule):
+    for warning in schedule.warnings:
         print(f"chronos: {warning}", file=sys.stderr)
     runs = list(preview(schedule, Clock().now(), query["timezone"], query["count"]))
     for run in runs:

@@ -5851,6 +5851,22 @@ def ends(samples, **expected):
 
 
 @NEEDS_PROMTOOL
+def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(tmp_path):
+    readme = (CHRONOS.parent / "README.md").read_text()
+    rules = tmp_path / "rules.yml"
+    (rules_text,) = re.findall("```yaml\n(groups:.*?)```", readme, re.DOTALL)
+    rules.write_text(rules_text)
+
+    command = ["promtool", "check", "rules", rules]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert (checked.returncode, checked.stdout.count("SUCCESS: 3 rules found")) == (0, 1)
+    used = set(re.findall(r"((?:chronos|process)_[a-z_]+)[{`\[ )]", readme))
+    assert chronos.METRICS.keys() | {"chronos_lateness_seconds_bucket"} >= used
+    assert used >= chronos.METRICS.keys()
+
+
+@NEEDS_PROMTOOL
 def test_promtool_has_nothing_to_say_about_the_metrics(service, target):
     service.post(trigger_path(service.create(target.url)))
     text = requests.get(f"{service.url}/metrics", timeout=10).text

@@ -2989,7 +2989,6 @@ class SignIn:
         return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
 
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
 OWN_PAGES = ("none", "same-origin")  # of Sec-Fetch-Site
 SECURITY_HEADERS = {
@@ -3054,8 +3053,7 @@ class Api:
 
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
-        environ = bottle.request.environ
-        environ["chronos.begun"] = self.clock.monotonic()
+        environ, begun = bottle.request.environ, self.clock.monotonic()
         try:
             raw_path = environ["bottle.raw_path"]
             raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
@@ -3078,6 +3076,14 @@ class Api:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
             return self._answer(None, bug)
+        finally:
+            self._log_request(begun)
+
+    def _log_request(self, begun: int) -> None:
+        request, status = bottle.request, bottle.response.status_code
+        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
+        took = format_duration(self.clock.monotonic() - begun)
+        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
 
     def _check_sender(self, environ: Json, is_public: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
@@ -3107,18 +3113,16 @@ class Api:
         code = codes.get(error.status_code, "INTERNAL_ERROR")
         if code == "INTERNAL_ERROR":
             log.error("%s failed", place, exc_info=error.exception)
-        return self._answer(None, ApiError(code, f"{place}: {error.body}"))
+        answer = self._answer(None, ApiError(code, f"{place}: {error.body}"))
+        self._log_request(self.clock.monotonic())
+        return answer
 
-    def _answer(self, data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
-        request, now = bottle.request, self.clock.monotonic()
-        bottle.response.status = status = STATUS[error.code] if error else status
-        took = format_duration(now - request.environ.get("chronos.begun", now))
-        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
-        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
-        is_text = isinstance(data, str)  # of /metrics
-        bottle.response.content_type = METRICS_TYPE if is_text else "application/json"
+    @staticmethod
+    def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
+        bottle.response.status = STATUS[error.code] if error else status
+        bottle.response.content_type = "application/json"
         bottle.response.headers.update(SECURITY_HEADERS)
-        return data.encode() if is_text else envelope(data, error)
+        return envelope(data, error)
 
     @staticmethod
     def _user() -> str:
@@ -3137,7 +3141,7 @@ class Api:
         silent = f"a thread has been silent for {silence // SECOND} s"
         return self.engine.problem or (silent if silence > SILENCE_LIMIT else None)
 
-    def metrics(self) -> str:
+    def metrics(self) -> bytes:
         """Return what Prometheus scrapes."""
         (jobs, enabled, failing), active = self.store.count_jobs(), self.store.count_active()
         runs = f'version="{__version__}",python="{platform.python_version()}"'
@@ -3155,7 +3159,9 @@ class Api:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
             gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-        return self.engine.metrics.to_text(gauges)
+        bottle.response.headers.update(SECURITY_HEADERS)
+        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return self.engine.metrics.to_text(gauges).encode()
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""

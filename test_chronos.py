@@ -59,9 +59,8 @@ import requests
 import chronos
 
 CHRONOS = Path(chronos.__file__)
-JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/metrics"]
 SECOND = chronos.SECOND
-JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/"]
+JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] not in ("/", "/metrics")]
 NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tests begins
 
 
@@ -6532,6 +6531,75 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
     check_refused(result, result.returncode or "an error", str(directory))
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_next_prints_fire_times_in_utc_and_in_the_zone_with_a_note_at_a_clock_change():
+    # Europe/Madrid: on the last Sunday of March 02:00 becomes 03:00; 40 days of March have one
+    result = run_chronos("next", "30 2 * 3 *", "--timezone", "Europe/Madrid", "--count", "40")
+
+    lines = result.stdout.splitlines()
+    assert (result.returncode, result.stderr, len(lines)) == (0, "", 40)
+    for line in lines:
+        utc, local = line.split("  ")[:2]
+        assert utc.endswith(":00Z")
+        assert chronos.parse_time(utc) == chronos.parse_time(local)
+    (noted,) = {line.split("  ", 2)[2] for line in lines if line.count("  ") == 2}
+    assert noted == "the clock goes forward: a time that does not exist runs now"
+
+
+def test_next_counts_five_in_utc_and_warns_beside_its_output():
+    result = run_chronos("next", "0 0 1 * mon")
+
+    assert [line.count("T00:00:00") for line in result.stdout.splitlines()] == [2] * 5
+    assert result.stderr == "chronos: day-of-month and day-of-week are both set: either matches\n"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("next", "61 * * * *"), ("minute", "'61'")),
+    (("next", "@daily", "--timezone", "Mars/Base"), ("timezone", "Europe/Madrid")),
+    (("next", "@daily", "--count", "0"), ("count", "from 1 to 100")),
+    (("next", "@at 2020-01-01T00:00:00Z"), ("nothing comes any more",)),
+    (("next",), ("EXPR", "--help")),
+    (("nixt",), ("'nixt'", "--help")),
+    (("serve", "--confog"), ("--confog", "--help")),
+    (("backup",), ("FILE", "--help")),
+])  # fmt: skip
+def test_a_wrong_command_is_told_in_one_line(arguments, words):
+    result = run_chronos(*arguments)
+
+    check_refused(result, 1, "chronos: ", *words)
+    assert (len(result.stderr.splitlines()), result.stdout) == (1, "")
+
+
+def test_help_explains_every_command():
+    result = run_chronos("--help")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    told = " ".join(result.stdout.split())
+    for run in chronos.COMMANDS:
+        name = run.__name__.removeprefix("run_").replace("_", "-")
+        assert "\n" not in run.__doc__
+        assert f"{name} {run.__doc__}" in told
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0"])
+def test_whoever_starts_it_by_hand_is_told_which_address_to_open(tmp_path, configure, address):
+    config = configure("{server: {allow_unauthenticated: true}, logging: {level: error}}")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["CHRONOS_SERVER_HTTP_ADDRESS"] = address
+        os.execv(sys.executable, [sys.executable, str(CHRONOS), "--config", str(config)])
+    shown = b""
+    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
+        while b"Ctrl-C" not in shown:
+            shown += console.read(1000)
+        url = re.search(rb"open (http://\S+) in a browser", shown)[1].decode()
+        assert requests.get(f"{url}/api/v1/jobs", timeout=5).status_code == 200
+        console.write(b"\x03")
+        while console.read(1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert url.startswith("http://localhost" if address[0] == "0" else "http://127.0.0.1")
 
 
 # ======================================================================================

@@ -2195,7 +2195,6 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
-# fmt: off
 METRICS = {
     "chronos_build_info": "gauge What runs.",
     "chronos_is_leader": "gauge Whether this node turns fire times into executions.",
@@ -2220,7 +2219,6 @@ BUCKETS = {  # seconds -> the bucket up to there
 }
 LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
 FAILURES = (*LOUD_REASONS[:-1], "cancelled", "replaced")  # the others need nobody to look at them
-# fmt: on
 
 
 class Metrics:
@@ -3498,17 +3496,16 @@ class Service:
         except (OSError, UnicodeError) as error:
             message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
-        proxy = {
-            "trusted_proxy": self.settings["server.trusted_proxy"], "trusted_proxy_count": 1,
-            "trusted_proxy_headers": {f"x-forwarded-{name}" for name in ("for", "host", "proto")},
-        }  # fmt: skip
+        proxy = self.settings["server.trusted_proxy"]
+        names = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
+        trusted = {"trusted_proxy": proxy, "trusted_proxy_count": 1, "trusted_proxy_headers": names}
         self._server = waitress.create_server(
             self.api.app, map=self._channels, sockets=[listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
             max_request_body_size=MAX_BODY_BYTES + 1,
-            **(proxy if proxy["trusted_proxy"] else {}),
+            **(trusted if proxy else {}),
         )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
@@ -3669,7 +3666,6 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-# fmt: off
 UNIT = """\
 [Unit]
 Description=Chronos, a cron service that fires HTTP webhooks
@@ -3731,7 +3727,6 @@ HARDENING = """
     ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs
     ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces RestrictRealtime
     RestrictSUIDSGID"""
-# fmt: on
 
 
 def run_next(asked: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ The file is read from top to bottom; each section leans only on those above it.
     10  Dispatch         one HTTP request, its hard limit, the address check
     11  Engine           fire times become executions, executions become requests
     12  API              routes, sign-in, answers
-    13  Service          start, stop, signals, the command line
+    13  Service          start, stop, signals, logs, systemd, the command line
     14  Dashboard        the page
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.

@@ -3548,6 +3548,8 @@ class Systemd:
 
     def tell(self, *variables: str) -> None:
         """Send variables such as ``READY=1``; that nobody takes them is no error of ours."""
+        if not self._address:
+            return
         text = "\n".join(" ".join(variable.split()) for variable in variables)
         sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with sender, contextlib.suppress(OSError):

@@ -951,7 +951,7 @@ SETTINGS: dict[str, Field] = {
         lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
         "must be a list of jobs, each an object"),                              []),
 }
-RELOADED = ("jobs", "auth.", "alerts.", "logging.")  # keys that begin so need no restart
+RELOADED = ("jobs", "auth.", "alerts.", "logging.level")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -3618,6 +3618,7 @@ class Service:
         basic = applied["auth.type"] == "basic"
         self.api.sign_in = SignIn(applied, self.engine.clock) if basic else None
         self.settings = self.engine.settings = applied
+        log.setLevel(applied["logging.level"].upper())
         if stale := [key for key in kept if settings[key] != kept[key]]:
             log.warning("a restart is needed for %s", ", ".join(stale))
 
@@ -3664,16 +3665,10 @@ class Systemd:
             sender.settimeout(1)
             sender.sendto(text.encode(errors="replace"), self._address)
 
-    def reloading(self) -> None:
-        """Say that the configuration is read anew; then READY=1 says that this is done."""
-        self.tell("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-
 
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-
-
 _SUBJECT = re.compile(  # what an event is about: its line begins with it
     r"(?:job (?P<job_id>[0-9a-f-]{36}):? )?(?:execution )?(?P<execution_id>exec-[0-9a-f-]{36})?"
 )
@@ -3712,8 +3707,8 @@ def read_settings(asked: argparse.Namespace) -> Json:
     return settings
 
 
-def start_logging(level: str, style: str) -> None:
-    """Log to stderr what is at least of this level."""
+def start_logging(style: str) -> None:
+    """Log to stderr as logging.format says."""
     handler = logging.StreamHandler()
     with contextlib.suppress(OSError):  # stderr is closed
         where = os.fstat(2)
@@ -3723,13 +3718,13 @@ def start_logging(level: str, style: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
-    log.setLevel(level.upper())
 
 
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    start_logging(settings["logging.level"], settings["logging.format"])
+    start_logging(settings["logging.format"])
+    log.setLevel(settings["logging.level"].upper())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
@@ -3750,8 +3745,12 @@ def run_serve(asked: argparse.Namespace) -> None:
             with contextlib.suppress(queue.Empty):
                 if signals.get(timeout=systemd.interval_s) != signal.SIGHUP:
                     break
-                systemd.reloading()
-                reload(service, asked)
+                systemd.tell("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+                try:
+                    service.reload(read_settings(asked))
+                    log.info("the configuration was read again")
+                except ChronosError as error:
+                    log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
                 systemd.tell("READY=1")
             systemd.tell(*service.signs_of_life())
         systemd.tell("STOPPING=1", "STATUS=stopping")
@@ -3759,17 +3758,6 @@ def run_serve(asked: argparse.Namespace) -> None:
     finally:
         service.stop()
     log.info("stopped")
-
-
-def reload(service: Service, asked: argparse.Namespace) -> None:
-    """Read the configuration again; one that is wrong changes nothing."""
-    try:
-        settings = read_settings(asked)
-        service.reload(settings)
-        log.setLevel(settings["logging.level"].upper())
-        log.info("the configuration was read again")
-    except ChronosError as error:
-        log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
 
 
 def run_check_config(asked: argparse.Namespace) -> None:
@@ -3833,13 +3821,10 @@ LimitNOFILE=8192
 TasksMax=1400
 # About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
 MemoryMax=512M
-# A core dump would hold the secrets of the jobs.
-LimitCORE=0
 
 # From here on: what it never needs, nor who would break in. ProtectHome hides /home and /root.
 # CPython makes no code at run time; one with a JIT compiler can't have MemoryDenyWriteExecute.
 # NETLINK is for resolving names. Webhooks may be anywhere: so there is no IPAddressDeny.
-# EPERM: what is forbidden fails, instead of ending the process.
 {hardening}
 CapabilityBoundingSet=
 ProcSubset=pid
@@ -3847,7 +3832,6 @@ ProtectProc=invisible
 ProtectSystem=strict
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
-SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 
@@ -3927,9 +3911,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
         elif run is run_next:
             command.add_argument("schedule", metavar="EXPR", help='such as "30 9 * * mon-fri"')
-            command.add_argument(
-                "--timezone", metavar="Z", help="instead of UTC: Europe/Madrid, say"
-            )
+            command.add_argument("--timezone", metavar="Z", help="Europe/Madrid, say, for UTC")
             command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
         asked, beside = parser.parse_args(arguments), Path(__file__).with_name("chronos.yaml")

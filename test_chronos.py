@@ -6935,16 +6935,22 @@ def test_what_is_meant_for_another_process_is_not_taken_and_nothing_is_passed_on
         assert environment == {"OTHER": "1"}
 
 
-def test_reading_the_configuration_anew_is_told_with_its_instant(make_manager):
+@pytest.mark.parametrize("change", ["logging: {level: error}", "nonsense: 1"])
+def test_reading_the_configuration_anew_is_told_with_its_instant(
+    make_manager, make_process, tmp_path, change
+):
     manager = make_manager()
-    systemd = chronos.Systemd(manager.environment)
+    process = make_process(environment=manager.environment)
+    assert manager.take()["READY"] == "1"
 
     before = time.monotonic_ns() // 1000
-    systemd.reloading()
+    (tmp_path / "home" / "chronos.yaml").write_text(change)
+    process.process.send_signal(signal.SIGHUP)
 
     message = manager.take()
     assert message["RELOADING"] == "1"
     assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assert manager.take()["READY"] == "1"
 
 
 @pytest.mark.parametrize("how", ["gone", "full", "none"])

@@ -19,7 +19,7 @@ The file is read from top to bottom; each section leans only on those above it.
     10  Dispatch         one HTTP request, its hard limit, the address check
     11  Engine           fire times become executions, executions become requests
     12  API              routes, sign-in, answers
-    13  Service          start, stop, signals, logs, systemd, the command line
+    13  Service          start, stop, signals, the command line
     14  Dashboard        the page
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.
@@ -63,15 +63,15 @@ import time
 import uuid
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import islice, product, takewhile
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -115,7 +115,6 @@ CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monoto
 CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
-SILENCE_LIMIT = 30 * SECOND  # of engine and watchdog: a thread that is silent longer hangs
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
@@ -944,14 +943,12 @@ SETTINGS: dict[str, Field] = {
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
     "alerts.webhook":                 Field(functools.partial(validate, ALERT_FIELDS), None),
     "alerts.after":                   Field(number(1, 100),                     1),
-    "metrics.public":                 Field(boolean,                            False),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
-    "logging.format":                 Field(one_of("text", "json"),             "text"),
     "jobs":                           Field(rule(
         lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
         "must be a list of jobs, each an object"),                              []),
 }
-RELOADED = ("jobs", "auth.", "alerts.", "logging.level")  # keys that begin so need no restart
+RELOADED = ("jobs", "auth.", "alerts.", "logging.")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -2249,81 +2246,6 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
-METRICS = {
-    "chronos_build_info": "gauge What runs.",
-    "chronos_is_leader": "gauge Whether this node turns fire times into executions.",
-    "chronos_last_pass_age_seconds": "gauge How long the engine, or its watchdog, is silent.",
-    "chronos_jobs": "gauge Jobs, by whether their schedule fires.",
-    "chronos_failing_jobs": "gauge Enabled jobs whose newest executions failed.",
-    "chronos_executions": "gauge Executions that have not ended, by status.",
-    "process_start_time_seconds": "gauge When Chronos was started, since the epoch.",
-    "process_resident_memory_bytes": "gauge Memory in use.",
-    "process_open_fds": "gauge Open file descriptors.",
-    "chronos_executions_ended_total": "counter Ended executions, by status and reason.",
-    "chronos_attempts_total": "counter Requests that were made, by result.",
-    "chronos_missed_fire_times_total": "counter Fire times that were passed over.",
-    "chronos_engine_passes_total": "counter Passes of the engine.",
-    "chronos_store_errors_total": "counter Passes that the database did not let end.",
-    "chronos_lateness_seconds": "histogram From fire times to their first requests.",
-    "chronos_execution_duration_seconds": "histogram Attempts, and the waits between them.",
-}
-BUCKETS = {  # seconds -> the bucket up to there
-    float(le): f'_bucket{{le="{le}"}}'
-    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
-}
-LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
-FAILURES = (*LOUD_REASONS[:-1], "cancelled", "replaced")  # the others need nobody to look at them
-
-
-class Metrics:
-    """What is counted for /metrics since the start, by the engine's thread alone."""
-
-    def __init__(self) -> None:
-        ends = [("success", ""), ("skipped", "overlap"), ("skipped", "missed")]
-        ends += [("failed", reason) for reason in FAILURES]
-        series = [f'executions_ended_total{{status="{end}",reason="{why}"}}' for end, why in ends]
-        series += [f'attempts_total{{result="{result}"}}' for result in ("success", *FAILURES)]
-        series += ["missed_fire_times_total", "engine_passes_total", "store_errors_total"]
-        for name in ("lateness_seconds", "execution_duration_seconds"):
-            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
-        # there from the start: a series that begins with 1 shows no alert an increase
-        self.counts = defaultdict[str, float](int, {f"chronos_{name}": 0 for name in series})
-
-    def _observe(self, name: str, us: int) -> None:
-        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
-            if us > bound * SECOND:
-                break
-            self.counts[name + bucket] += 1
-        self.counts[f"{name}_sum"] += us / SECOND
-        self.counts[f"{name}_count"] += 1
-
-    def add_attempt(self, outcome: Outcome) -> None:
-        """Count an attempt, and the lateness of one that is the first for a fire time."""
-        execution = outcome.execution
-        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
-        if execution.trigger == "schedule" and execution.attempts == 1:
-            lateness = max(0, outcome.started_at - execution.scheduled_at)
-            self._observe("chronos_lateness_seconds", lateness)
-
-    def add_end(self, execution: Execution) -> None:
-        """Count an execution that has ended."""
-        labels = f'status="{execution.status}",reason="{execution.reason or ""}"'
-        self.counts[f"chronos_executions_ended_total{{{labels}}}"] += 1
-        self.counts["chronos_missed_fire_times_total"] += execution.missed_count or 0
-        if execution.attempts:
-            self._observe("chronos_execution_duration_seconds", execution.spent)
-
-    def to_text(self, gauges: dict[str, float]) -> str:
-        """Return these and all that is counted in Prometheus' text format."""
-        text, samples = "", gauges | self.counts
-        for name, about in METRICS.items():
-            kind, _blank, meaning = about.partition(" ")
-            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)")
-            found = [f"{series} {samples[series]}\n" for series in samples if own.match(series)]
-            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
-        return text
-
-
 class Version:
     """A job version, parsed once; shared by the engine and the workers, never changed."""
 
@@ -2344,7 +2266,7 @@ class Pass:
 
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
-    ended: dict[str, Execution] = field(default_factory=dict)  # also what is deleted
+    ended: dict[str, str | None] = field(default_factory=dict)  # execution -> why to abort it
     freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
@@ -2367,7 +2289,6 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
-        self.metrics = Metrics()
         self.last_pass = self._worked_at = clock.monotonic()
         self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
@@ -2459,10 +2380,6 @@ class Engine:
             if future.cancel():
                 raise StoreError(f"nothing was changed within {WRITE_PATIENCE_S:g} s") from None
             return future.result()
-
-    def silence(self) -> int:
-        """Return how long ago the engine or the watchdog last went round, in µs."""
-        return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
 
     @contextlib.contextmanager
     def waiter(self, execution_id: str) -> Iterator[threading.Event]:
@@ -2557,7 +2474,7 @@ class Engine:
         self._version.cache_clear()  # a version that is not found: nothing of it is started
         self._untidy.add(job.id)
         active = self.store.active_executions(job.id, 1, sys.maxsize)
-        turn.ended |= {execution.id: execution._replace(reason="deleted") for execution in active}
+        turn.ended |= dict.fromkeys((execution.id for execution in active), "deleted")
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
@@ -2591,13 +2508,10 @@ class Engine:
                 self._clock_moved(turn.now - last_seen)
             for execution in self.store.running_executions():
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
-                outcome = Outcome(execution, at, 0, now, reason="interrupted", error=lost)
-                self._outcomes.append(outcome)
-                self._record(turn, outcome)
+                self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
             self._free(turn)
             self.store.set_number("last_seen", turn.now)
             self.store.set_number("stopped", 0)
-        self._settle(turn)
 
     def _loop(self) -> None:
         wait = 0
@@ -2640,7 +2554,6 @@ class Engine:
         else:
             self._offset += step
             self._settle(turn)
-        self.metrics.counts["chronos_engine_passes_total"] += 1
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
 
@@ -2701,29 +2614,17 @@ class Engine:
 
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
-        for outcome in self._outcomes:
-            self.metrics.add_attempt(outcome)
-            tried = outcome.execution
-            if tried.id not in turn.ended:  # it is tried again
-                head = f"job {tried.job_id}: {tried.id} failed in attempt {tried.attempts}"
-                log.info("%s: %s", head, outcome.error)
         self._outcomes.clear()
         for taken in turn.taken:
             self._in_flight[taken.execution.id] = taken
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
-        for execution in turn.ended.values():
-            if waiter := self._waiters.get(execution.id):
+        for execution_id, reason in turn.ended.items():
+            if waiter := self._waiters.get(execution_id):
                 waiter.set()
-            if execution.reason and (attempt := self._in_flight.get(execution.id)):
-                attempt.abort(execution.reason)
-            if execution.completed_at is not None:  # else it was deleted
-                self.metrics.add_end(execution)
-                level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
-                why = execution.error or f"the server answered {execution.status_code}"
-                head = f"job {execution.job_id}: {execution.id} {execution.status}"
-                log.log(level, "%s: %s", head, why)
+            if reason and (attempt := self._in_flight.get(execution_id)):
+                attempt.abort(reason)
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2735,7 +2636,6 @@ class Engine:
     def _report(self, error: Exception) -> None:
         """Log why a pass failed, once per kind and minute, and keep it for /health."""
         self.problem = str(error) or repr(error)
-        self.metrics.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
         kind, now = type(error).__name__, self.clock.monotonic()
         if now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
@@ -2786,8 +2686,10 @@ class Engine:
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
         if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended[after.id] = after
+            turn.ended[after.id] = None
             turn.freed.add(after.job_id)
+            if after.status == "failed":
+                log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
 
     def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
         """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
@@ -2804,8 +2706,6 @@ class Engine:
                 self._enqueue(turn, execution, version.config["concurrency"])
             cursor = version.schedule.next_after(newest, version.config["timezone"])
             self.store.move_cursor(job_id, cursor)
-            if cursor is None:
-                log.info("job %s is disabled: its schedule is spent", job_id)
         except StoreError:
             raise
         except Exception:
@@ -2835,9 +2735,8 @@ class Engine:
             reason = f"{count} fire times {period} passed while no server was there"
             new = self._new(version, "schedule", last, None)
             new = new._replace(missed_count=count, missed_from=first, missed_to=last)
-            new = ended(new, "skipped", "missed", reason, turn.now)
-            if self.store.add_execution(new):
-                turn.ended[new.id] = new
+            if self.store.add_execution(ended(new, "skipped", "missed", reason, turn.now)):
+                log.warning("job %s: %s", version.job_id, reason)
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
         turn.freed.add(version.job_id)
@@ -2947,10 +2846,9 @@ class Engine:
             error = f"{others[0].id} was still {others[0].status}"
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
+            turn.ended[execution.id] = None
         if not self.store.add_execution(execution):
             return  # this fire time is in the ledger
-        if execution.completed_at is not None:
-            turn.ended[execution.id] = execution
         for other in others if concurrency == "replace" else ():
             self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
@@ -2959,7 +2857,7 @@ class Engine:
         execution = ended(execution, "failed", reason, error, turn.now)
         self.store.save_execution(execution)
         turn.freed.add(execution.job_id)
-        turn.ended[execution.id] = execution
+        turn.ended[execution.id] = reason
         return execution
 
 
@@ -3100,7 +2998,6 @@ class Api:
         # method    path                                                handler
         ("GET",    "/",                                                 "page"),
         ("GET",    "/health",                                           "health"),
-        ("GET",    "/metrics",                                          "metrics"),
         ("GET",    "/api/v1/jobs",                                      "list_jobs"),
         ("POST",   "/api/v1/jobs",                                      "create_job"),
         ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
@@ -3129,7 +3026,6 @@ class Api:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
         self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
-        self._started_at, self._public = clock.now(), settings["metrics.public"]
         self.sign_in: SignIn | None = None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
@@ -3143,14 +3039,14 @@ class Api:
 
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
-        environ, begun = bottle.request.environ, self.clock.monotonic()
+        environ = bottle.request.environ
         try:
             raw_path = environ["bottle.raw_path"]
             raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
             if raw_path.endswith("\n"):  # Bottle's routes let that pass
                 raise ApiError("NOT_FOUND", "there is nothing")
             if handler != self.health:
-                self._check_sender(environ, handler == self.metrics and self._public)
+                self._check_sender(environ, bottle.request.method in SAFE_METHODS)
             result = handler(**path)
             if isinstance(result, bytes):  # not in the envelope
                 return result
@@ -3166,22 +3062,13 @@ class Api:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
             return self._answer(None, bug)
-        finally:
-            self._log_request(begun)
 
-    def _log_request(self, begun: int) -> None:
-        request, status = bottle.request, bottle.response.status_code
-        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
-        took = format_duration(self.clock.monotonic() - begun)
-        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
-
-    def _check_sender(self, environ: Json, is_public: bool) -> None:
+    def _check_sender(self, environ: Json, reads: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
-        sign_in = None if is_public else self.sign_in  # a reload may replace it
-        reads = bottle.request.method in SAFE_METHODS
         host = environ.get("HTTP_HOST", "").lower()
         name = re.sub(":[0-9]*$", "", host)
         is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
+        sign_in = self.sign_in  # a reload may replace it
         if not sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
@@ -3203,9 +3090,7 @@ class Api:
         code = codes.get(error.status_code, "INTERNAL_ERROR")
         if code == "INTERNAL_ERROR":
             log.error("%s failed", place, exc_info=error.exception)
-        answer = self._answer(None, ApiError(code, f"{place}: {error.body}"))
-        self._log_request(self.clock.monotonic())
-        return answer
+        return self._answer(None, ApiError(code, f"{place}: {error.body}"))
 
     @staticmethod
     def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
@@ -3227,31 +3112,11 @@ class Api:
         return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
 
     def _problem(self) -> str | None:
-        silence = self.engine.silence()
-        silent = f"a thread has been silent for {silence // SECOND} s"
-        return self.engine.problem or (silent if silence > SILENCE_LIMIT else None)
-
-    def metrics(self) -> bytes:
-        """Return what Prometheus scrapes."""
-        (jobs, enabled, failing), active = self.store.count_jobs(), self.store.count_active()
-        runs = f'version="{__version__}",python="{platform.python_version()}"'
-        gauges = {
-            f"chronos_build_info{{{runs}}}": 1,
-            "chronos_is_leader": 1,
-            "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
-            'chronos_jobs{state="enabled"}': enabled,
-            'chronos_jobs{state="disabled"}': jobs - enabled,
-            "chronos_failing_jobs": failing,
-            **{f'chronos_executions{{status="{name}"}}': n for name, n in active.items()},
-            "process_start_time_seconds": self._started_at / SECOND,
-        }
-        with contextlib.suppress(OSError):  # only Linux has it
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
-            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-        bottle.response.headers.update(SECURITY_HEADERS)
-        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return self.engine.metrics.to_text(gauges).encode()
+        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
+        silent = (self.clock.monotonic() - last) // SECOND
+        return self.engine.problem or (
+            f"a thread has been silent for {silent} s" if silent > 30 else None
+        )
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3351,7 +3216,7 @@ class Api:
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
             self.engine.make(self.engine.trigger, job_id, execution_id)
-            log.info("job %s: %s was triggered by %s", job_id, execution_id, self._user())
+            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
             if not self.engine.stopping and self._may_wait.acquire(blocking=False):
                 try:
                     ended.wait(None if wait is None else min(wait, DAY) / SECOND)
@@ -3618,14 +3483,8 @@ class Service:
         basic = applied["auth.type"] == "basic"
         self.api.sign_in = SignIn(applied, self.engine.clock) if basic else None
         self.settings = self.engine.settings = applied
-        log.setLevel(applied["logging.level"].upper())
         if stale := [key for key in kept if settings[key] != kept[key]]:
             log.warning("a restart is needed for %s", ", ".join(stale))
-
-    def signs_of_life(self) -> list[str]:
-        """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
-        signs = [f"STATUS={self.engine.problem or f'listens on {self.url}'}"]
-        return signs + ["WATCHDOG=1"] * (self.engine.silence() <= SILENCE_LIMIT)
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
@@ -3645,119 +3504,74 @@ class Service:
             self._lock.close()
 
 
-class Systemd:
-    """Tells systemd how the service is (sd_notify(3)); where systemd did not start us, nobody."""
-
-    def __init__(self, environment: MutableMapping[str, str]) -> None:
-        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-        address, limit, pid = (environment.pop(name, "") for name in names)  # not for children
-        self._address = re.sub("^@", "\0", address)  # an abstract one: unix(7)
-        is_ours = re.fullmatch("[0-9]{1,18}", limit) and pid in ("", str(os.getpid()))
-        self.interval_s = min(int(limit) / 2 / SECOND if is_ours else 30, 30) or 30
-
-    def tell(self, *variables: str) -> None:
-        """Send variables such as ``READY=1``; that nobody takes them is no error of ours."""
-        if not self._address:
-            return
-        text = "\n".join(" ".join(variable.split()) for variable in variables)
-        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with sender, contextlib.suppress(OSError):
-            sender.settimeout(1)
-            sender.sendto(text.encode(errors="replace"), self._address)
-
-
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-_SUBJECT = re.compile(  # what an event is about: its line begins with it
-    r"(?:job (?P<job_id>[0-9a-f-]{36}):? )?(?:execution )?(?P<execution_id>exec-[0-9a-f-]{36})?"
-)
-_PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
 
 
 class LogFormatter(logging.Formatter):
     """One line an event: control characters of names and errors can't forge a line."""
 
-    def __init__(self, kind: str) -> None:
-        """``kind``: text, json, or journal, which adds the time itself and reads <priority>."""
-        super().__init__("%(asctime)s %(levelname)s %(message)s" if kind == "text" else None)
-        self._kind = kind
-
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; as text only a traceback of our own has more than one."""
+        """Return the line; only a traceback of our own has more than one."""
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
-        line, more = super().format(record), self.formatException(trace) if trace else None
-        if self._kind == "json":
-            at, subject = format_time(int(record.created * SECOND)), _SUBJECT.match(line)
-            event = {"time": at, "level": record.levelname.lower(), "message": line}
-            event |= subject.groupdict() if subject else {}
-            event["traceback"] = more
-            return json.dumps({name: value for name, value in event.items() if value})
+        line = super().format(record)
         line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
-        line = f"{line}\n{more}" if more else line
-        if self._kind == "journal":
-            line = re.sub("(?m)^", f"<{_PRIORITIES.get(record.levelname, 6)}>", line)
-        return line
+        return f"{line}\n{self.formatException(trace)}" if trace else line
 
 
 def read_settings(asked: argparse.Namespace) -> Json:
     """Return the settings that the command line asks for. Raises StartError."""
+    beside = Path(__file__).with_name("chronos.yaml")
+    asked.config = getattr(asked, "config", None) or (beside if beside.exists() else None)
     settings = load_settings(asked.config, os.environ)
     settings["scheduler.paused"] |= hasattr(asked, "paused")
     return settings
 
 
-def start_logging(style: str) -> None:
-    """Log to stderr as logging.format says."""
+def start_logging(level: str) -> None:
+    """Log to stderr what is at least of this level."""
     handler = logging.StreamHandler()
-    with contextlib.suppress(OSError):  # stderr is closed
-        where = os.fstat(2)
-        is_journal = os.environ.get("JOURNAL_STREAM") == f"{where.st_dev}:{where.st_ino}"
-        style = "journal" if is_journal and style == "text" else style
-    handler.setFormatter(LogFormatter(style))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
+    log.setLevel(level.upper())
 
 
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    start_logging(settings["logging.format"])
-    log.setLevel(settings["logging.level"].upper())
+    start_logging(settings["logging.level"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may interrupt itself
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: signals.put(number))
-    service, systemd = Service(settings), Systemd(os.environ)
+    service = Service(settings)
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
-        if sys.stdout.isatty():  # somebody has started it by hand
-            url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
-            print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        systemd.tell("READY=1", *service.signs_of_life())
-        while True:
-            with contextlib.suppress(queue.Empty):
-                if signals.get(timeout=systemd.interval_s) != signal.SIGHUP:
-                    break
-                systemd.tell("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-                try:
-                    service.reload(read_settings(asked))
-                    log.info("the configuration was read again")
-                except ChronosError as error:
-                    log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
-                systemd.tell("READY=1")
-            systemd.tell(*service.signs_of_life())
-        systemd.tell("STOPPING=1", "STATUS=stopping")
+        while signals.get() == signal.SIGHUP:
+            reload(service, asked)
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
     log.info("stopped")
+
+
+def reload(service: Service, asked: argparse.Namespace) -> None:
+    """Read the configuration again; one that is wrong changes nothing."""
+    try:
+        settings = read_settings(asked)
+        service.reload(settings)
+        log.setLevel(settings["logging.level"].upper())
+        log.info("the configuration was read again")
+    except ChronosError as error:
+        log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
 
 
 def run_check_config(asked: argparse.Namespace) -> None:
@@ -3786,120 +3600,16 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-UNIT = """\
-[Unit]
-Description=Chronos, a cron service that fires HTTP webhooks
-# Jobs fire by the right time, and the network goes down after their last requests.
-After=time-sync.target network.target
-# Whatever it is (a port that is still taken): never give up.
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-# -I: neither variables nor directories of a user decide what Python loads.
-ExecStart={python} -I {program}{config}
-ExecReload=/bin/kill -HUP $MAINPID
-# Static, not DynamicUser: so a configuration with secrets can be root:chronos 0640.
-User=chronos
-Group=chronos
-UMask=0077
-# The only place that it writes to.
-{data}
-Restart=on-failure
-RestartSec=5
-# 75: it runs already, 78: configuration or database are wrong. Another start would not help.
-RestartPreventExitStatus=75 78
-# Only threads that hang stop its signs of life; a full disk does not, which no restart mends.
-WatchdogSec=60
-# A large database is checked after a power cut, and copied before an upgrade changes it.
-TimeoutStartSec=15min
-# server.shutdown_grace as it was when this was printed, and a little; then comes SIGKILL.
-TimeoutStopSec={grace}
-KillMode=mixed
-# Two descriptors a connection; threads: at most 1000 workers, 256 of the API, 16 look-ups.
-LimitNOFILE=8192
-TasksMax=1400
-# About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
-MemoryMax=512M
-
-# From here on: what it never needs, nor who would break in. ProtectHome hides /home and /root.
-# CPython makes no code at run time; one with a JIT compiler can't have MemoryDenyWriteExecute.
-# NETLINK is for resolving names. Webhooks may be anywhere: so there is no IPAddressDeny.
-{hardening}
-CapabilityBoundingSet=
-ProcSubset=pid
-ProtectProc=invisible
-ProtectSystem=strict
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-
-[Install]
-WantedBy=multi-user.target
-"""
-HARDENING = """
-    LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp PrivateUsers
-    ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs
-    ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces RestrictRealtime
-    RestrictSUIDSGID"""
-
-
-def run_next(asked: argparse.Namespace) -> None:
-    """Print when a schedule fires next: UTC, the local time, and a note where the clock changes."""
-    query = validate(PREVIEW_QUERY, {name: getattr(asked, name, None) for name in PREVIEW_QUERY})
-    schedule = parse_schedule(query["schedule"])
-    for warning in schedule.warnings:
-        print(f"chronos: {warning}", file=sys.stderr)
-    runs = list(preview(schedule, Clock().now(), query["timezone"], query["count"]))
-    for run in runs:
-        print("  ".join(filter(None, run.values())))
-    if not runs:
-        raise ChronosError(f"{query['schedule']}: nothing comes any more")
-
-
-def run_systemd_unit(asked: argparse.Namespace) -> None:
-    """Print a unit for systemd, with the paths of this program, Python and configuration."""
-    settings, config = read_settings(asked), asked.config
-    program, python = Path(__file__), Path(sys.executable)
-    data = Path(os.path.abspath(settings["cluster.data_dir"]))
-    for path in (program, python, python.resolve(), config or program, data):
-        if re.match("/(home|root|run/user|tmp|var/tmp)/", os.path.abspath(path)):
-            print(f"chronos: the service can't see {path}: move it to /opt", file=sys.stderr)
-
-    def word(path: Path) -> str:  # as systemd.syntax(7) quotes it
-        return json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
-
-    place = f"ReadWritePaths={word(data)}"
-    if data.parent == Path("/var/lib"):
-        place = f"StateDirectory={data.name}\nStateDirectoryMode=0700"
-    print(UNIT.format(
-        python=word(python), program=word(program), data=place,
-        config=f" --config {word(config)}" if config else "",
-        hardening="\n".join(f"{switch}=yes" for switch in HARDENING.split()),
-        grace=parse_duration(settings["server.shutdown_grace"]) // SECOND + 15,
-    ), end="")  # fmt: skip
-
-
-COMMANDS = (
-    run_serve, run_check_config, run_hash_password, run_next, run_backup, run_systemd_unit,
-)  # fmt: skip
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Wrong arguments are told in one line, as all errors are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ChronosError(f"{message} (see --help)")
+COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
-    options = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
     about = "A cron service that fires HTTP webhooks."
-    parser = ArgumentParser("chronos.py", description=about, parents=[options])
+    parser = argparse.ArgumentParser("chronos.py", description=about, parents=[options])
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -3909,17 +3619,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
-        elif run is run_next:
-            command.add_argument("schedule", metavar="EXPR", help='such as "30 9 * * mon-fri"')
-            command.add_argument("--timezone", metavar="Z", help="Europe/Madrid, say, for UTC")
-            command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
-        asked, beside = parser.parse_args(arguments), Path(__file__).with_name("chronos.yaml")
-        vars(asked).setdefault("config", beside if beside.exists() else None)
+        asked = parser.parse_args(arguments)
         asked.run(asked)
         return 0
-    except SystemExit:  # argparse has printed help or version
-        return 0
+    except SystemExit as ended:  # argparse has printed what there is to say
+        return EXIT_FAILED if ended.code else 0
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

@@ -888,14 +888,8 @@ def split_address(address: str) -> tuple[str, int]:
 _ip_address = rule(lambda value: ipaddress.ip_address(text(100)(value)), "must be an IP address")
 _networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
 _address = rule(lambda value: split_address(text(300)(value)), "must be an address")
+_readable = rule(lambda path: os.access(text(4096)(path), os.R_OK), "must be a readable file")
 _password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
-
-
-def _ca_bundle(value: Any) -> Any:
-    try:
-        return ssl.create_default_context(cafile=text(4096)(value)) and value
-    except OSError as error:
-        raise ValueError(f"{value} cannot be read: {error.strerror or error}") from error
 
 
 def _size(value: Any) -> int:
@@ -934,7 +928,7 @@ SETTINGS: dict[str, Field] = {
         "169.254.0.0/16", "fe80::/10", "168.63.129.16/32", "fd00:ec2::254/128",
         "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
     "dispatcher.allowed_networks":    Field(_networks,                          []),
-    "dispatcher.ca_bundle":           Field(_ca_bundle,                         None),
+    "dispatcher.ca_bundle":           Field(_readable,                          None),
     "retention.executions_per_job":   Field(number(1, 100_000),                 1000),
     "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
     "retention.max_size":             Field(_size,                              10**9),
@@ -1380,11 +1374,7 @@ class Store:
         raise ApiError("NOT_FOUND", f"there is no job {job_id}")
 
     def jobs(self, filters: Json, most: int, offset: int) -> tuple[list[Job], int]:
-        """Return a page of matching jobs in the order of creation, and how many match in all.
-
-        ``filters``: enabled, q (in name or description), status (of the last execution), each
-        None: any; tags, a list of [name, value].
-        """
+        """Return a page of jobs that match JOBS_QUERY and all [name, value] tags; and how many."""
         matching = """
              FROM configured_jobs
             WHERE seq > 0 AND (:enabled IS NULL OR enabled = :enabled)
@@ -1528,26 +1518,19 @@ class Store:
             self._count_end(execution)
         return added
 
-    def execution(self, execution_id: str) -> Execution | None:
-        """Return the execution, or None."""
-        sql = "SELECT * FROM executions WHERE id = :id"
-        return next(iter(self._executions(sql, id=execution_id)), None)
-
     def execution_of(self, job_id: str | None, execution_id: str) -> Execution:
         """Return an execution of this job (None: of any). Raises ApiError NOT_FOUND."""
-        execution = self.execution(execution_id)
-        if execution is None or job_id not in (None, execution.job_id):
-            of_job = f" of job {job_id}" if job_id else ""
-            raise ApiError("NOT_FOUND", f"there is no execution {execution_id}{of_job}")
-        return execution
+        sql = "SELECT * FROM executions WHERE id = :id"
+        for execution in self._executions(sql, id=execution_id):
+            if job_id in (None, execution.job_id):
+                return execution
+        of_job = f" of job {job_id}" if job_id else ""
+        raise ApiError("NOT_FOUND", f"there is no execution {execution_id}{of_job}")
 
     def executions(
         self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
     ) -> list[tuple[Execution, str]]:
-        """Return the newest executions of a job or of all, with its name, older than ``before``.
-
-        ``status``: one of EXECUTION_STATUSES, None: any.
-        """
+        """Return the newest executions of a job or of all, with its name, older than ``before``."""
         of_job = "executions.job_id = :job_id" if job_id else "TRUE"
         having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
         sql = f"""
@@ -1594,11 +1577,6 @@ class Store:
         """Return pending and running executions of a job, the oldest first, from the nth on."""
         sql = "SELECT * FROM active WHERE job_id = :id ORDER BY seq LIMIT :most OFFSET :nth - 1"
         return self._executions(sql, id=job_id, nth=nth, most=most)
-
-    def running_executions(self) -> list[Execution]:
-        """Return what runs; at a start, what ran when the last process ended."""
-        sql = "SELECT * FROM active WHERE status = 'running' ORDER BY job_id, seq"
-        return self._executions(sql)
 
     def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
         """Return executions that may start, the oldest due_at first, but for some targets."""
@@ -2506,7 +2484,7 @@ class Engine:
             last_seen = self.store.number("last_seen") or turn.now
             if turn.now < last_seen:
                 self._clock_moved(turn.now - last_seen)
-            for execution in self.store.running_executions():
+            for execution, _name in self.store.executions(None, -1, status="running")[::-1]:
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
             self._free(turn)

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import copy
 import gzip
+import hashlib
 import http.client
 import http.server
 import ipaddress
@@ -49,7 +50,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -65,11 +66,14 @@ NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tes
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run what takes minutes")
+    parser.addoption("--no-browser", action="store_true", help="leave out what needs Chromium")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
         items[:] = [item for item in items if "long" not in item.keywords]
+    if config.getoption("--no-browser"):
+        items[:] = [item for item in items if "browser" not in item.fixturenames]
 
 
 def pytest_sessionfinish(session):
@@ -319,8 +323,8 @@ class Client:
 def make_service(tmp_path):
     services = []
 
-    def make(**overrides):
-        service = chronos.Service(make_settings(tmp_path / "data", **overrides))
+    def make(clock=None, **overrides):
+        service = chronos.Service(make_settings(tmp_path / "data", **overrides), clock)
         service.start()
         services.append(service)
         client = Client(service.url)
@@ -8410,6 +8414,820 @@ def test_only_the_promised_files_stand_at_the_top_level():
     promised = {"chronos.py", "chronos.yaml", "test_chronos.py", "requirements.txt", "README.md"}
 
     assert names - {"LICENSE", "data", "__pycache__"} == promised
+
+
+# ======================================================================================
+# 14. Dashboard
+# ======================================================================================
+#
+# What a person sees and does, in headless Chromium, and what the API says of it afterwards. Each
+# test has a Chronos and a tab of its own, in one browser for all.
+
+PAGE = chronos.DASHBOARD_HTML
+SCRIPT = "".join(re.findall("(?s)<script>(.*?)</script>", PAGE))
+ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
+
+
+def test_the_page_is_allowed_only_its_own_style_and_script(service):
+    answer = requests.get(service.url + "/", timeout=5)
+
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = answer.headers["Content-Security-Policy"].split("; ")
+    assert {"default-src 'none'", "connect-src 'self'"} <= set(policy)
+    for name in ("style", "script"):
+        [block] = re.findall(f"(?s)<{name}>(.*?)</{name}>", answer.content.decode())
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
+
+
+def test_a_browser_that_has_the_page_does_not_get_it_again(service):
+    first = requests.get(service.url + "/", timeout=5)
+    known = {"If-None-Match": first.headers["ETag"]}
+    again = requests.get(service.url + "/", headers=known, timeout=5)
+    head = requests.head(service.url + "/", timeout=5)
+
+    assert (first.status_code, first.text) == (200, PAGE)
+    assert first.headers["Cache-Control"] == "no-cache"
+    assert (again.status_code, again.content) == (304, b"")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+def test_the_page_asks_no_other_server_and_writes_no_markup():
+    own = PAGE.replace("http://www.w3.org/2000/svg", "")
+    wrong = r"https?://| src=|@import|\burl\(|javascript:|style=\"| on[a-z]+=\""
+    wrong += r"|(?:inner|outer)HTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
+
+    assert re.findall(f".*(?:{wrong}).*", own) == []
+
+
+def test_the_page_stays_within_its_limits():
+    lines = PAGE.splitlines()
+
+    assert len(lines) <= 800 and len(PAGE.encode()) <= 48 * 1024
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_each_path_that_the_page_asks_for_is_a_route():
+    paths = re.findall(r'["`](/[a-z](?:\$\{[^}]*\}|[^`"$ ?])*)', SCRIPT)
+    paths = {re.sub(r"\$\{[^}]*\}", "*", path) for path in paths} - {"/api/v1", "/health"}
+    known = [re.sub(r"<[^>]*>", "*", route[1][7:]).split("/") for route in chronos.Api.ROUTES]
+
+    def is_route(path):
+        pairs = [itertools.zip_longest(parts, path.split("/"), fillvalue="") for parts in known]
+        return any(all(a == b or "*" in (a, b) for a, b in each) for each in pairs)
+
+    assert len(paths) > 5
+    assert [path for path in paths if not is_route(path)] == []
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium that reaches nobody but this machine, driven by Selenium."""
+    chosen = os.environ.get("CHRONOS_TEST_BROWSER", "chromium-headless-shell")
+    programs = map(shutil.which, (chosen, "chromium", "google-chrome"))
+    program, driver = next(filter(None, programs), None), shutil.which("chromedriver")
+    if not program or not driver:
+        apt = "apt install chromium chromium-driver"
+        pytest.skip(f"no Chromium: {apt}, or set CHRONOS_TEST_BROWSER")
+    why = "no Selenium: pip install selenium"
+    webdriver = pytest.importorskip("selenium.webdriver", reason=why)
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    rules = "MAP evil.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    for flag in (
+        "headless", "disable-dev-shm-usage", "disable-gpu", "disable-quic", "no-first-run",
+        "no-proxy-server", "disable-background-networking", "disable-component-update",
+        "disable-sync", *(["no-sandbox"] if os.geteuid() == 0 else []), "window-size=1280,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}", f"host-resolver-rules={rules}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+# Time in a page passes ten times as fast; `ahead` is a jump of it; `waits` are all its timers.
+FAST = """{
+  window.ahead = 0;
+  window.waits = [];
+  const began = Date.now(), now = Date.now, later = setTimeout;
+  Date.now = () => began + (now() - began) * 10 + ahead;
+  window.setTimeout = (run, ms, ...rest) => {
+    waits.push(ms);
+    return later(run, ms / 10, ...rest);
+  };
+}"""
+# The names of a control: that of a form's field, and what is heard or read.
+NAMING = """
+const names = e => [e.name, e.ariaLabel, e.matches("select, textarea") ? "" : e.textContent]
+  .map(each => each?.trim()).filter(Boolean);"""
+FIND = """
+const place = document.querySelector("dialog[open]") || document;
+const all = [...place.querySelectorAll("a, button, summary, input, select, textarea")];
+return all.find(e => e.checkVisibility() && names(e).includes(arguments[0]));"""
+
+
+class Page:
+    """A tab of the browser, used by the words that stand on it."""
+
+    def __init__(self, browser):
+        from selenium.common.exceptions import WebDriverException
+        from selenium.webdriver import ActionChains
+
+        self.browser = browser
+        self.hands = lambda: ActionChains(browser, duration=0)
+        self.trouble, self.last_trouble = WebDriverException, ""
+        self.allowed = "^$"  # a pattern of what the console may say
+        self.tab = self.new_tab()
+
+    def new_tab(self):
+        self.browser.switch_to.new_window("tab")
+        return self.browser.current_window_handle
+
+    def open(self, service, route="#/", text="All jobs"):
+        """Go to a route and wait until this text stands there."""
+        self.browser.get(f"{service.url}/{route}")
+        self.see(text)
+
+    def js(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def cdp(self, command, **parameters):
+        return self.browser.execute_cdp_cmd(command, parameters)
+
+    def hurry(self):
+        """Let the time of the pages to come pass ten times as fast."""
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=FAST)
+
+    def text(self, selector="body"):
+        """Return the visible text of the first element that the selector names, or ""."""
+        script = "const e = document.querySelector(arguments[0]);"
+        return self.js(script + "return e?.checkVisibility() ? e.innerText : ''", selector)
+
+    def see(self, text, selector="body"):
+        """Wait until this text stands there; the style may capitalize it."""
+        wait_until(lambda: text.lower() in self.text(selector).lower())
+
+    def find(self, name):
+        """Wait for the control with this name."""
+        return wait_until(lambda: self.js(NAMING + FIND, name))
+
+    def click(self, name, twice=False):
+        """Click on the control with this name; found anew if it is drawn anew meanwhile."""
+
+        def attempt():
+            control = self.find(name)
+            try:
+                self.hands().double_click(control).perform() if twice else control.click()
+                return True
+            except self.trouble as trouble:
+                self.last_trouble = trouble.msg
+
+        wait_until(attempt)
+
+    def fill(self, name, text):
+        """Write into the field with this name."""
+        field = self.find(name)
+        field.clear()
+        field.send_keys(text)
+
+    def press(self, *keys):
+        """Press keys, wherever the focus is."""
+        self.hands().send_keys(*keys).perform()
+
+    def focused(self):
+        """Return the name of what has the focus."""
+        return self.js(NAMING + "return names(document.activeElement)[0]")
+
+    def tab_to(self, name):
+        """Press Tab until the focus is on the control with this name."""
+        for _ in range(80):
+            if self.focused() == name:
+                return
+            self.press(TAB)
+        raise AssertionError(f"no way to {name} by Tab")
+
+    def console(self):
+        """Return what the console has said since the last call, but for what is allowed."""
+        lines = [entry["message"] for entry in self.browser.get_log("browser")]
+        return [line for line in lines if not re.search(self.allowed, line)]
+
+    def asked(self):
+        """Return the URLs of all requests since the last call."""
+        events = [json.loads(e["message"])["message"] for e in self.browser.get_log("performance")]
+        asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in asked]
+
+
+@pytest.fixture
+def page(request, browser, make_service, tmp_path):
+    """A new tab; in the end the console must be empty, and nobody else asked."""
+    failed = request.session.testsfailed
+    tab = Page(browser)
+    tab.asked()
+    yield tab
+    if request.session.testsfailed > failed:
+        picture = tmp_path / "page.png"
+        browser.save_screenshot(picture)
+        print(picture, browser.current_url, tab.text(), tab.console(), tab.last_trouble, sep="\n")
+    said, asked = tab.console(), {urlsplit(url) for url in tab.asked()}
+    for handle in browser.window_handles[1:]:
+        browser.switch_to.window(handle)
+        browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+    assert said == []
+    hosts = {url.hostname for url in asked if url.scheme not in ("about", "data")}
+    assert hosts <= {"127.0.0.1", "evil.test"}
+
+
+def watch(service):
+    """Return a queue of what the service is asked from now on: method, path, status."""
+    asked, bottle = queue.Queue(), chronos.bottle
+
+    def note():
+        asked.put((bottle.request.method, bottle.request.path, bottle.response.status_code))
+
+    service.service.api.app.add_hook("after_request", note)
+    return asked
+
+
+def run_to_end(service, job):
+    """Run a job to its end; return the execution as the API tells it in full."""
+    execution = service.post(trigger_path(job))
+    return service.get(path_of(job, f"/executions/{execution['id']}"))
+
+
+# What people do
+
+
+def test_the_first_job_is_made_on_the_page(page, service):
+    page.open(service, text="No jobs yet")
+    page.click("Create the first job")
+    wanted = {"name": "report", "schedule": "0 9 1 * *", "timezone": "Asia/Calcutta"}
+    for name, text in {**wanted, "webhook.url": NOBODY}.items():
+        page.fill(name, text)
+    query = "schedule=0 9 1 * *&timezone=Asia/Calcutta&count=5"
+    promised = [run["utc"] for run in service.get(f"/schedules/preview?{query}")["next_runs"]]
+    shown = "return [...document.querySelectorAll('#preview time')].map(e => e.dateTime)"
+    wait_until(lambda: page.js(shown) == promised)
+
+    page.click("Save")
+    page.see("report", "h1")
+    page.click("Jobs")
+
+    page.see("report", "#jobs")
+    [job] = service.get("/jobs")["jobs"]
+    assert {name: job[name] for name in wanted} == wanted
+    assert (job["webhook"]["url"], job["enabled"], len(promised)) == (NOBODY, True, 5)
+
+
+def test_what_is_wrong_in_a_form_stands_beside_its_field(page, service):
+    page.allowed = "status of 400"
+    page.open(service, "#/new", "Schedule")
+    wrong = {"schedule": "61 * * * *", "timezone": "Mars/Base", "webhook.url": "ftp://x/"}
+    for name, text in {"name": "report", **wrong}.items():
+        page.fill(name, text)
+    page.click("Save")
+    wait_until(lambda: page.focused() == "schedule")
+
+    error = service.error(400, "POST", "/jobs", job_body(wrong.pop("webhook.url"), **wrong))
+    for detail in error["details"]:
+        field = page.find(detail["field"])
+        notes = field.get_attribute("aria-describedby").split(" ")
+        assert detail["message"] in "".join(page.text(f"[id='{note}']") for note in notes)
+        assert field.get_attribute("aria-invalid") == "true"
+    assert page.find("name").get_attribute("aria-invalid") is None
+    assert page.find("timezone").get_attribute("value") == "Mars/Base"
+    assert (service.get("/jobs")["total"], len(error["details"])) == (0, 3)
+
+    for name, text in {"schedule": "@daily", "timezone": "UTC", "webhook.url": NOBODY}.items():
+        page.fill(name, text)
+    page.click("Save")
+    page.see("report", "h1")
+
+
+def test_a_run_is_followed_to_its_end_without_a_reload(page, service, target):
+    job = service.create(target.url + "/hang", name="report", enabled=True)
+    page.open(service)
+    page.js("window.mark = 1")
+    page.click("Run now report")
+    page.see("running", "#jobs")
+    page.see("report", "#active")
+    page.click("Open the run")
+    page.see("attempt 1", "#sentence")
+    assert target.hanging.acquire(timeout=10)
+    target.let_go.set()
+
+    page.see("succeeded", "#sentence")
+    page.click("Jobs")
+    page.see("success", "#jobs")
+    assert (page.js("return window.mark"), page.text("#active")) == (1, "")
+    assert poll(service)[1]["jobs"][0]["strip"] == "S"
+    assert service.get(path_of(job, "/executions"))["total"] == 1
+
+
+def test_a_failure_shows_in_title_banner_and_strip(page, service, target):
+    service.create(target.url + "/status/404", name="report", enabled=True)
+    page.open(service)
+    assert "failed" not in page.browser.title
+    page.click("Run now report")
+
+    page.see("1 job failing: report (", "#failing")
+
+    error = poll(service)[1]["jobs"][0]["last_execution"]["error"]
+    assert "404" in error and error in page.text("#failing") and error in page.text("#jobs")
+    assert page.browser.title.startswith("(1 failed) ")
+    label = page.js("return document.querySelector('.strip svg').getAttribute('aria-label')")
+    assert label.startswith("Last 1 run: 1 failed")
+
+
+def test_a_run_is_shown_in_full_and_as_text_only(page, service, target):
+    markup = "<img src=x onerror=alert(1)>"
+    retry = {"max_attempts": 2, "initial_interval": "1ms"}
+    job = service.create(
+        target.url + "/echo", name=markup, tags={"a": markup}, webhook={"body": markup},
+        description=markup,
+    )  # fmt: skip
+    run_to_end(service, job)
+    page.open(service)
+    page.click(markup)
+    page.see("Settings")
+    page.js("document.querySelector('#runs td a').click()")
+    page.see(markup, "#response")
+    page.see(markup, "#request")
+    assert page.js("return document.images.length") == 0
+
+    patch(service, job, {"webhook": {"url": target.url + "/status/503"}, "retry_policy": retry})
+    failed = run_to_end(service, job)
+    page.open(service, f"#/job/{job['id']}/run/{failed['id']}", "Attempt 2")
+
+    assert failed["error"] in page.text("#sentence") and "503" in page.text("#response")
+    assert page.text("#attempts").count("503 ") == len(failed["attempt_log"]) == 2
+
+
+def test_a_change_of_the_name_leaves_all_else_as_it_was(page, service, target):
+    job = service.create(
+        target.url, name="old", description="two\nlines", tags={"a": "b"}, timeout="2m",
+        concurrency="allow", missed_run_policy="execute_one", timezone="Europe/Madrid",
+        retry_policy={"max_attempts": 2, "initial_interval": "2s", "max_interval": "3s"},
+        webhook={"auth": {"type": "bearer", "token": CANARY}, "headers": {"X-A": "1", "X-B": "2"},
+                 "body": '{"a": 1}', "success_codes": [200, 201], "verify_tls": False},
+    )  # fmt: skip
+    page.open(service, f"#/job/{job['id']}", "Settings")
+    page.click("Edit old")
+    page.fill("name", "new")
+    page.click("Save")
+    page.see("new", "h1")
+
+    changed = service.get(path_of(job))
+    different = {name for name in job if job[name] != changed[name]}
+    assert different == {"name", "version", "updated_at"}
+    run_to_end(service, job)
+    assert target.take()[2]["Authorization"] == f"Bearer {CANARY}"
+
+
+def test_a_job_is_paused_and_resumed(page, service):
+    job = service.create(NOBODY, name="report", enabled=True)
+    page.open(service)
+    for action, enabled in (("Pause", False), ("Resume", True)):
+        page.click(f"{action} report")
+        page.find(f"{'Pause' if enabled else 'Resume'} report")
+
+        assert service.get(path_of(job))["enabled"] is enabled
+
+
+def test_a_job_with_runs_is_deleted_only_by_its_name(page, service, target):
+    job = service.create(target.url, name="report")
+    run_to_end(service, job)
+    page.open(service, f"#/job/{job['id']}", "Settings")
+    page.click("Delete")
+    page.see("1 run of history", "dialog")
+    page.press(ESCAPE)
+    wait_until(lambda: page.focused() == "Delete")
+    for name in ("repo", "report"):
+        assert service.get("/jobs")["total"] == 1
+        if not page.text("dialog"):
+            page.click("Delete")
+        page.fill("Name of the job", name)
+        page.click("Delete")
+
+    page.see("No jobs yet")
+    assert service.get("/jobs")["total"] == 0
+
+
+def test_a_double_click_is_one_request(page, service, target):
+    job = service.create(target.url, name="report", enabled=True)
+    page.open(service)
+    asked, go_on = watch(service), threading.Event()
+    app, bottle = service.service.api.app, chronos.bottle
+    app.add_hook("before_request", lambda: bottle.request.method == "GET" or go_on.wait(10))
+    page.click("Run now report", twice=True)
+    go_on.set()
+    page.see("success", "#jobs")
+
+    assert service.get(path_of(job, "/executions"))["total"] == 1
+    assert [method for method, _path, _status in asked.queue].count("POST") == 1
+
+
+def test_of_two_windows_the_second_to_save_is_told(page, service):
+    page.allowed = "status of 412"
+    job = service.create(NOBODY, name="report")
+    windows = {page.tab: "first", page.new_tab(): "second"}
+    for window in windows:
+        page.browser.switch_to.window(window)
+        page.open(service, f"#/job/{job['id']}/edit", "Schedule")
+    for window, name in windows.items():
+        page.browser.switch_to.window(window)
+        page.fill("name", name)
+        page.click("Save")
+        page.see("first")  # the heading of the job, or in the differences
+
+    page.see("version 2", "main [role=alert]")
+    assert page.find("name").get_attribute("value") == "second"
+    kept = service.get(path_of(job))
+    assert (kept["name"], kept["version"]) == ("first", 2)
+
+
+def test_an_older_version_is_compared_and_rolled_back_to(page, service):
+    job = service.create(NOBODY, name="old", timeout="1m")
+    patch(service, job, {"name": "new", "timeout": "2m"})
+    page.open(service, f"#/job/{job['id']}", "Version 2")
+    page.click("Compare")
+    for text in ("Name", "old", "new", "1m", "2m"):
+        page.see(text, "dialog")
+    page.click("Roll back to version 1")
+
+    page.see("old", "h1")
+    page.see("Version 3", "#versions")
+    rolled = service.get(path_of(job))
+    assert (rolled["version"], rolled["name"], rolled["timeout"]) == (3, "old", "1m")
+
+
+def test_runs_are_cancelled_and_replayed(page, service, target):
+    job = service.create(target.url + "/hang", name="report", enabled=True)
+    first = service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"]
+    assert target.hanging.acquire(timeout=10)
+    page.open(service)
+    page.click("Cancel report")
+    page.click("Cancel the run")
+    page.see("cancelled", "#jobs")
+    assert service.get(path_of(job, f"/executions/{first}"))["reason"] == "cancelled"
+
+    target.let_go.set()
+    page.open(service, f"#/job/{job['id']}/run/{first}", "Replay")
+    page.click("Replay")
+    page.see("Succeeded", "#sentence")
+    [second, _first] = service.get(path_of(job, "/executions"))["executions"]
+    assert (second["replay_of"], second["status"]) == (first, "success")
+
+
+# What the page asks for, and when
+
+
+def polls(asked, count=1, seconds=10):
+    """Wait for so many polls; return their statuses. Raises queue.Empty if one is not made."""
+    statuses = []
+    while len(statuses) < count:
+        method, path, status = asked.get(timeout=seconds)
+        statuses += [status] if (method, path) == ("GET", "/api/v1/stats") else []
+    return statuses
+
+
+HIDE = """
+Object.defineProperty(document, "hidden", { value: arguments[0], configurable: true });
+document.dispatchEvent(new Event("visibilitychange"));"""
+
+
+def test_nobody_is_asked_while_the_page_is_hidden(page, service):
+    page.hurry()
+    page.open(service, text="No jobs yet")
+    asked = watch(service)
+    assert 304 in polls(asked, 2)
+
+    page.js(HIDE, True)
+    asked.queue.clear()
+    with pytest.raises(queue.Empty):
+        polls(asked, 2, seconds=1)  # one may have been on its way
+    page.js(HIDE, False)
+
+    assert polls(asked)
+
+
+def test_the_longer_nobody_does_anything_the_rarer_are_the_polls(page, service):
+    page.hurry()
+    page.open(service, text="No jobs yet")
+    for ahead, wait in ((0, 3_000), (61_000, 10_000), (601_000, 30_000)):
+        page.js("ahead = arguments[0]; waits.length = 0", ahead)
+        page.js(HIDE, False)
+
+        wait_until(lambda wait=wait: wait in page.js("return waits"))
+
+
+def test_a_poll_touches_neither_focus_nor_what_is_typed(page, service):
+    page.hurry()
+    job = service.create(NOBODY, name="report", enabled=True)
+    page.open(service)
+    asked = watch(service)
+    page.fill("Filter the jobs", "rep")
+    for number in range(3):
+        patch(service, job, {"name": f"report {number}"})
+        page.see(f"report {number}", "#jobs")
+    polls(asked)
+
+    assert page.focused() == "Filter the jobs"
+    page.press("x")
+    assert page.find("Filter the jobs").get_attribute("value") == "repx"
+    page.see("No job matches")
+
+
+def test_what_is_typed_is_kept_while_the_server_is_away(page, make_service):
+    page.allowed = "ERR_"
+    page.hurry()
+    first = make_service()
+    first.create(NOBODY, name="report", enabled=True)
+    page.open(first)
+    page.fill("Filter the jobs", "rep")
+    first.service.stop()
+    page.see("Not reachable", "#offline")
+    assert "report" in page.text("#jobs")
+
+    make_service(server__http__address=first.url.removeprefix("http://"))
+
+    wait_until(lambda: not page.text("#offline"))
+    assert page.focused() == "Filter the jobs"
+    assert page.find("Filter the jobs").get_attribute("value") == "rep"
+
+
+# Who may
+
+
+def with_user(service, name="ada"):
+    """Return a client whose URL names a user, as somebody types it into the address bar."""
+    client = copy.copy(service)
+    client.url = service.url.replace("//", f"//{name}:{quote('pässwörd')}@")
+    return client
+
+
+def test_the_page_works_with_a_password_in_the_address(page, guarded, target):
+    ada = credentials("ada")
+    body = job_body(target.url, name="report", enabled=True)
+    job = guarded.expect(201, "POST", "/jobs", body, headers=ada)
+    page.open(with_user(guarded))
+    page.click("Run now report")
+    page.see("success", "#jobs")
+
+    page.see("signed in as ada", "footer")
+    runs = guarded.expect(200, "GET", path_of(job, "/executions"), headers=ada)
+    assert runs["total"] == 1
+
+
+def test_who_may_only_read_gets_no_buttons(page, guarded):
+    body = job_body(NOBODY, name="report", enabled=True)
+    job = guarded.expect(201, "POST", "/jobs", body, headers=credentials("ada"))
+    names = """return [...document.querySelectorAll("button, a")].filter(e => e.checkVisibility())
+        .map(e => e.innerText)"""
+    for route in ("#/", f"#/job/{job['id']}"):
+        page.open(with_user(guarded, "vera"), route, "report")
+        assert not {"Run now", "Pause", "Edit", "Delete", "New job"} & set(page.js(names))
+
+
+def test_who_is_signed_out_is_told_so_and_asks_no_more(page, guarded, make_service):
+    page.allowed = "status of 401|ERR_"
+    page.hurry()
+    page.open(with_user(guarded), text="No jobs yet")
+    guarded.service.stop()
+    address = guarded.url.removeprefix("http://")
+    ada = {"auth__type": "basic", "auth__users": {"ada": ADA}}  # with another password
+    changed = make_service(server__http__address=address, **ada)
+    asked = watch(changed)
+
+    page.see("Signed out", "#signed-out")
+    asked.queue.clear()
+    page.js(HIDE, False)  # whoever comes back to a page makes it poll
+    with pytest.raises(queue.Empty):
+        polls(asked, seconds=1)
+
+
+ATTACK = """
+const [url, done] = arguments, form = document.createElement("form");
+const frame = document.createElement("iframe"), bare = { method: "POST", mode: "no-cors" };
+Object.assign(form, { method: "POST", action: url + "/trigger", enctype: "text/plain" });
+form.target = frame.name = "frame";
+document.body.append(form, frame);
+const calls = [fetch(url + "/enable", bare), fetch(url + "/trigger", { ...bare, body: "{}" }),
+  fetch(url, { method: "DELETE" }), fetch(url + "/trigger", { method: "POST" })];
+Promise.allSettled(calls).then(() => {
+  frame.onload = () => done();
+  form.submit();
+});"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "evil.test"])
+def test_a_page_of_another_origin_changes_nothing(page, service, target, host):
+    page.allowed = "."
+    job = service.create(target.url, name="report")
+    page.browser.get(target.url.replace("127.0.0.1", host) + "/ok")
+    asked = watch(service)
+    page.browser.execute_async_script(ATTACK, f"{service.url}/api/v1{path_of(job)}")
+
+    assert {(method, status) for method, _path, status in asked.queue} >= {("POST", 403)}
+    unchanged = service.get(path_of(job))
+    assert (unchanged["enabled"], unchanged["version"]) == (False, 1)
+    assert service.get(path_of(job, "/executions"))["total"] == 0
+
+
+def test_the_page_is_not_framed_and_not_answered_under_another_name(page, service, target):
+    page.allowed = "X-Frame-Options|frame-ancestors|status of 403"
+    page.browser.get(target.url + "/ok")
+    script = """const frame = document.createElement("iframe");
+        Object.assign(frame, { src: arguments[0], onload: arguments[1] });
+        document.body.append(frame)"""
+    page.browser.execute_async_script(script, service.url + "/")
+    page.allowed = "^$"
+    assert re.search("X-Frame-Options|frame-ancestors", str(page.console()))
+
+    page.allowed = "status of 403"
+    page.browser.get(service.url.replace("127.0.0.1", "evil.test") + "/")
+    assert "server.allowed_hosts" in page.text()
+
+
+# How it looks, on every page
+
+
+@pytest.fixture
+def tour(service, target):
+    """All pages, with what stands on each: a job with runs of all kinds, and a secret."""
+    auth = {"type": "bearer", "token": CANARY}
+    job = service.create(
+        target.url + "/echo", name="report", enabled=True, tags={"team": "a"}, schedule="@hourly",
+        timezone=NEW_YORK, webhook={"auth": auth, "body": "{}", "headers": {"X-API-Key": CANARY}},
+    )  # fmt: skip
+    done = run_to_end(service, job)
+    patch(service, job, {"description": "D" * 300, "webhook": {"url": target.url + "/status/404"}})
+    failed = run_to_end(service, job)
+    service.create(NOBODY, name="N" * 200, enabled=True, schedule="*/5 * * * *")
+    hanging = service.create(target.url + "/hang", name="hanging", enabled=True)
+    service.expect(202, "POST", trigger_path(hanging, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+    place = f"#/job/{job['id']}"
+    routes = {"#/": "All jobs", "#/runs": "What happened", "#/new": "Schedule", place: "Settings"}
+    routes |= {f"{place}/edit": "Schedule", f"{place}/run/{done['id']}": "Succeeded"}
+    return routes | {f"{place}/run/{failed['id']}": "Failed", "#/job/none": "deleted"}
+
+
+def test_no_page_shows_a_secret_or_upsets_the_console(page, service, tour):
+    page.allowed = "/jobs/none.* status of 404"
+    for route, text in tour.items():
+        page.open(service, route, text)
+        page.browser.refresh()
+        page.see(text)
+
+        assert CANARY not in page.browser.page_source, route
+        assert page.console() == [], route
+
+
+def test_no_page_is_wider_than_a_small_screen(page, service, tour):
+    page.allowed = "status of 404"
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    page.cdp("Emulation.setDeviceMetricsOverride", **size)
+    small = """
+        return [...document.querySelectorAll("button, .button, input, select, textarea, summary")]
+          .map(e => [e.getBoundingClientRect(), e]).filter(([box, e]) => e.checkVisibility()
+            && (box.width < 24 || box.height < 24)).map(([, e]) => e.outerHTML)"""
+    for route, text in tour.items():
+        page.open(service, route, text)
+        widths = page.js("return [document.documentElement.scrollWidth, innerWidth]")
+
+        assert widths == [360, 360], route
+        assert page.js(small) == [], route
+
+
+# Each text that has less contrast than 4.5 to 1 with what is behind it.
+PALE = r"""
+const parse = color => [...color.match(/[\d.]+/g).map(Number), 1].slice(0, 4);
+const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) =>
+  sum + share * (c[i] <= 10 ? c[i] / 3294 : ((c[i] / 255 + 0.055) / 1.055) ** 2.4), 0);
+const pale = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const text = texts.currentNode, e = text.parentElement, style = getComputedStyle(e);
+  if (!text.data.trim() || !e.checkVisibility()) continue;
+  if (e.closest("[aria-disabled], .vh, script, noscript, datalist")) continue;
+  let behind = [255, 255, 255, 1];
+  const around = [];
+  for (let each = e; each; each = each.parentElement) around.unshift(each);
+  for (const each of around) behind = over(parse(getComputedStyle(each).backgroundColor), behind);
+  const color = parse(e instanceof SVGElement ? style.fill : style.color);
+  const [a, b] = [light(over(color, behind)), light(behind)].sort((x, y) => y - x);
+  if ((a + 0.05) / (b + 0.05) < 4.5) pale.push([text.data, color.join(), behind.join()].join(" "));
+}
+return pale;"""
+NAMED = ("button", "link", "textbox", "searchbox", "combobox", "checkbox", "heading", "dialog")
+
+
+def test_every_page_can_be_read_and_heard(page, service, tour):
+    page.allowed = "status of 404"
+    levels = "return [...document.querySelectorAll('h1, h2, h3')].map(e => +e.localName[1])"
+    for route, text in tour.items():
+        page.open(service, route, text)
+        headings = page.js(levels)
+        assert headings[0] == 1 and headings.count(1) == 1, route
+        assert max(b - a for a, b in itertools.pairwise([1, *headings])) <= 1, route
+        nodes = page.cdp("Accessibility.getFullAXTree")["nodes"]
+        parts = [node for node in nodes if not node["ignored"] and node["role"]["value"] in NAMED]
+        assert len(parts) > 5, route
+        assert [node for node in parts if not node.get("name", {}).get("value")] == [], route
+        for theme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": theme}]
+            page.cdp("Emulation.setEmulatedMedia", features=features)
+            assert page.js(PALE) == [], (route, theme)
+
+
+def test_all_can_be_done_by_keyboard(page, service, target):
+    page.open(service, text="No jobs yet")
+    page.press("n")
+    wait_until(lambda: page.focused() == "New job")
+    for name, text in {"name": "report", "schedule": "@daily", "webhook.url": target.url}.items():
+        page.tab_to(name)
+        page.press(text)
+    page.press(ENTER)
+    wait_until(lambda: page.focused() == "report")  # the heading of its page
+    page.tab_to("Run now report")
+    page.press(ENTER)
+    page.see("success", "#runs")
+    assert page.focused() == "Run now report"
+
+    page.tab_to("Delete")
+    page.press(ENTER)
+    wait_until(lambda: page.focused() == "Name of the job")
+    page.press(ESCAPE)
+    wait_until(lambda: page.focused() == "Delete")
+    page.press(ENTER)
+    wait_until(lambda: page.focused() == "Name of the job")
+    page.press("report", ENTER)
+    page.see("No jobs yet")
+    assert page.focused() == "Jobs"
+    assert service.get("/jobs")["total"] == 0
+
+
+def test_times_are_those_of_the_job_with_the_readers_beside(page, make_service, clock):
+    service = make_service(clock)  # New York changes its clocks on 14 March
+    when = {"schedule": "0 12 13-15 3 *", "timezone": NEW_YORK}
+    job = service.create(NOBODY, name="report", enabled=True, **when)
+    page.cdp("Emulation.setTimezoneOverride", timezoneId="Asia/Kolkata")
+    page.open(service, f"#/job/{job['id']}", "Next runs")
+
+    shown = page.text("#next ol").split(" Mar 2027")
+    assert shown[0] == "Sat 13" and "12:00:00" in shown[1] and "22:30:00" in shown[2]
+    assert "Sun 14" in shown[2] and "12:00:00" in shown[3] and "21:30:00" in shown[4]
+
+
+def add_history(service, jobs, runs):
+    """Add so many enabled jobs, each with so many runs that have ended, one of them failed."""
+    store, engine = service.service.store, service.service.engine
+    retry = service.service.settings["scheduler.default_retry_policy"]
+    now, hour = chronos.Clock().now(), (datetime.now(UTC).hour + 12) % 24
+    config, _enabled = chronos.validate_job(job_body(NOBODY), retry, now)
+
+    def add(turn):
+        for number in range(jobs):
+            about = {"name": f"job {number}", "schedule": f"{number % 60} {hour} * * *"}
+            job = engine.create_job(turn, config | about, True, "tester")
+            for run in range(runs):
+                status, at = "failed" if run == 7 else "success", now - (runs - run) * SECOND
+                store.add_execution(chronos.Execution(
+                    f"exec-{job.id}-{run}", job.id, 1, "schedule", status, at, NOBODY, None,
+                    completed_at=at, started_at=at, attempts=1,
+                ))  # fmt: skip
+
+    engine.make(add)
+
+
+def test_three_hundred_jobs_are_soon_drawn_and_cheaply_polled(page, service):
+    add_history(service, jobs=300, runs=30)
+    job = service.get("/jobs?limit=1")["jobs"][0]
+    asked = watch(service)
+    page.cdp("Performance.enable", timeDomain="threadTicks")  # of the processor: others may be busy
+
+    def used():
+        metrics = page.cdp("Performance.getMetrics")["metrics"]
+        return next(each["value"] for each in metrics if each["name"] == "TaskDuration")
+
+    def poll_changed(name):
+        patch(service, job, {"name": name})
+        before = used()
+        page.press("r")
+        page.see(name, f"#job-{job['id']}")
+        return used() - before
+
+    page.open(service)
+    assert used() < 1
+    assert page.js("return document.querySelectorAll('#jobs tbody tr').length") == 300
+    asked.queue.clear()
+    page.press("r")
+    assert polls(asked) == [304]
+    assert min(poll_changed(f"changed {number}") for number in range(5)) < 0.1
 
 
 # ======================================================================================

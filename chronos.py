@@ -4503,7 +4503,7 @@ poll();
 </script>
 </body>
 </html>
-"""  # noqa: E501, RUF001
+"""  # noqa: E501
 
 
 if __name__ == "__main__":

@@ -1350,14 +1350,13 @@ class Store:
         """Keep a number in meta."""
         self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
-    def next_instants(self, now: int) -> tuple[int | None, int | None, int | None]:
+    def next_instants(self, now: int) -> list[int | None]:
         """Return the earliest cursor, and later than now: a due_at, and when an alert is due."""
         sql = """
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
                    (SELECT min(due_at) FROM pending WHERE due_at > :now),
                    (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
-        cursor, due_at, alert_at = self._run(sql, now=now, gather=ALERT_GATHER)[0]
-        return cursor, due_at, alert_at
+        return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
 
     # ----------------------------------------------------------------------------- jobs
 
@@ -1398,18 +1397,15 @@ class Store:
         found = self._jobs(page, **values, most=most, offset=offset)
         return found, self._value("SELECT count(*)" + matching, **values)
 
-    def count_jobs(self) -> tuple[int, int, int]:
+    def count_jobs(self) -> list[int]:
         """Return how many jobs there are, how many are enabled, and how many of these fail."""
-        sql = """
-            SELECT count(*), total(enabled), total(enabled AND failures) FROM jobs WHERE seq > 0"""
-        jobs, enabled, failing = map(int, self._run(sql)[0])
-        return jobs, enabled, failing
+        counts = "count(*), total(enabled), total(enabled AND failures)"
+        return list(map(int, self._run(f"SELECT {counts} FROM jobs WHERE seq > 0")[0]))  # noqa: S608
 
     def declared_jobs(self, ids: list[str]) -> set[str]:
         """Return the ids of the jobs that are declared, or are among ``ids``."""
         sql = """
-            SELECT id FROM jobs
-             WHERE seq > 0 AND declared IS NOT NULL
+            SELECT id FROM jobs WHERE seq > 0 AND declared IS NOT NULL
                 OR id IN (SELECT value FROM json_each(:ids))"""
         return {row[0] for row in self._run(sql, ids=json.dumps(ids))}
 

@@ -61,7 +61,6 @@ import sys
 import threading
 import time
 import uuid
-import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -120,9 +119,6 @@ VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests p
 MASK = "********"
 DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declares
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
-ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
-ALERT_GATHER = 10 * SECOND  # what turns within it goes into one alert
-ALERT_JOBS = 100  # that one alert shows with their executions; the others are counted
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
@@ -657,8 +653,6 @@ RETRY_FIELDS: dict[str, Field] = {
     "multiplier":        Field(number(1, 100, whole=False),                 2.0),
     "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
 }
-ALERT_FIELDS = WEBHOOK_FIELDS | {"method": WEBHOOK_FIELDS["method"]._replace(default="POST")}
-del ALERT_FIELDS["body"]  # Chronos writes it
 EXECUTION_STATUSES = ("pending", "running", "success", "failed", "skipped")
 MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 JOB_FIELDS: dict[str, Field] = {
@@ -683,8 +677,8 @@ SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and 
 def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry_policy`` is completed from ``retry``. ``stored`` is what is replaced: masked secrets
-    are taken from it, and an instant that it has may be past. Raises Problems.
+    ``retry`` completes retry_policy. Masked secrets are those of ``stored``, which is replaced, and
+    an instant that it has may be past. Raises Problems.
     """
     if not isinstance(data, dict):
         raise Problems([("", "the body must be a JSON object")])
@@ -701,8 +695,8 @@ def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -
 def restore_secrets(data: Json, stored: Json) -> Json:
     """Return ``data`` with what ``stored`` has in the place of each mask.
 
-    Where the URL has another origin or the header Host another value the masks stay, which
-    validation refuses: else who may change a job could have its secrets sent to himself.
+    Where URL origin or Host differ the masks stay, and validation refuses them: else who may change
+    a job could have its secrets sent to himself.
     """
     webhook: Any = data.get("webhook")
     kept = stored["webhook"]
@@ -804,7 +798,7 @@ class Execution(NamedTuple):
     id: str
     job_id: str
     job_version: int
-    trigger: str  # schedule, catch_up, manual, replay, alert
+    trigger: str  # schedule, catch_up, manual, replay
     status: str  # pending, running, success, failed, skipped
     scheduled_at: int  # the fire time; of a trigger the instant of it
     target: str  # scheme://host:port, for the limit per target
@@ -935,14 +929,12 @@ SETTINGS: dict[str, Field] = {
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
-    "alerts.webhook":                 Field(functools.partial(validate, ALERT_FIELDS), None),
-    "alerts.after":                   Field(number(1, 100),                     1),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
     "jobs":                           Field(rule(
         lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
         "must be a list of jobs, each an object"),                              []),
 }
-RELOADED = ("jobs", "auth.", "alerts.", "logging.")  # keys that begin so need no restart
+RELOADED = ("jobs", "auth.", "logging.")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -1133,25 +1125,6 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
     return execution._replace(reason=reason, error=error)
 
 
-def alert_config(webhook: Json, node_id: str, jobs: list[Json], total: int) -> Json:
-    """Return the built-in job's configuration for an alert about the jobs that have turned."""
-    lines = [f"Chronos on {node_id}:"]
-    for job in jobs[:10]:
-        fails = f"fails: {job['executions'][0]['error']}" if job["executions"] else "fails"
-        lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
-    lines += [f"and {total - 10} more"] if total > 10 else []
-    event = min(job["event"] for job in jobs)  # "failed" where there are both
-    body = {"text": "\n".join(lines), "event": event, "jobs_total": total, "jobs": jobs}
-    retry = {"max_attempts": 10, "initial_interval": "5s", "max_interval": "10m"}
-    return {name: field.default for name, field in JOB_FIELDS.items() if name != "enabled"} | {
-        "name": "alerts",
-        "schedule": "@at 2000-01-01T00:00:00Z",  # never by itself
-        "webhook": webhook | {"body": json.dumps(body)},
-        "retry_policy": validate(RETRY_FIELDS, retry | {"attempt_timeout": "10s"}),
-        "timeout": "1h",
-    }
-
-
 # ======================================================================================
 # 9. Store: every SQL statement of Chronos is in this section
 # ======================================================================================
@@ -1163,16 +1136,14 @@ APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
-    seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
+    seq          INTEGER PRIMARY KEY,    -- order of creation
     id           TEXT NOT NULL UNIQUE,   -- a UUID
     version INTEGER NOT NULL, enabled INTEGER NOT NULL,
     created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
     strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
-    changed      INTEGER NOT NULL,       -- by this commit, or its history was
-    is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
+    changed      INTEGER NOT NULL        -- by this commit, or its history was
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
-CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE TABLE versions (                  -- config: JSON, in the form of the API
     job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
     created_at INTEGER NOT NULL, created_by TEXT NOT NULL, PRIMARY KEY (job_id, version)
@@ -1351,12 +1322,11 @@ class Store:
         self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
     def next_instants(self, now: int) -> list[int | None]:
-        """Return the earliest cursor, and later than now: a due_at, and when an alert is due."""
+        """Return the earliest cursor, and the earliest due_at later than now."""
         sql = """
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
-                   (SELECT min(due_at) FROM pending WHERE due_at > :now),
-                   (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
-        return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
+                   (SELECT min(due_at) FROM pending WHERE due_at > :now)"""
+        return list(self._run(sql, now=now)[0])
 
     # ----------------------------------------------------------------------------- jobs
 
@@ -1376,7 +1346,7 @@ class Store:
         """Return a page of jobs that match JOBS_QUERY and all [name, value] tags; and how many."""
         matching = """
              FROM configured_jobs
-            WHERE seq > 0 AND (:enabled IS NULL OR enabled = :enabled)
+            WHERE (:enabled IS NULL OR enabled = :enabled)
               AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
                    OR instr(casefold(json_extract(config, '$.description')), casefold(:q)))
               AND (:status IS NULL OR :status = (
@@ -1388,7 +1358,7 @@ class Store:
                             WHERE own.key = json_extract(tag.value, '$[0]')
                               AND own.value = json_extract(tag.value, '$[1]')))"""
         if all(value in (None, []) for value in filters.values()):
-            matching = " FROM jobs WHERE seq > 0"  # an offset passes over 50,000 of these quickly
+            matching = " FROM jobs"  # an offset passes over 50,000 of these quickly
         values = filters | {"tags": json.dumps(filters["tags"])}
         page = f"""
             SELECT * FROM configured_jobs WHERE seq IN (
@@ -1400,12 +1370,12 @@ class Store:
     def count_jobs(self) -> list[int]:
         """Return how many jobs there are, how many are enabled, and how many of these fail."""
         counts = "count(*), total(enabled), total(enabled AND failures)"
-        return list(map(int, self._run(f"SELECT {counts} FROM jobs WHERE seq > 0")[0]))  # noqa: S608
+        return list(map(int, self._run(f"SELECT {counts} FROM jobs")[0]))  # noqa: S608
 
     def declared_jobs(self, ids: list[str]) -> set[str]:
         """Return the ids of the jobs that are declared, or are among ``ids``."""
         sql = """
-            SELECT id FROM jobs WHERE seq > 0 AND declared IS NOT NULL
+            SELECT id FROM jobs WHERE declared IS NOT NULL
                 OR id IN (SELECT value FROM json_each(:ids))"""
         return {row[0] for row in self._run(sql, ids=json.dumps(ids))}
 
@@ -1415,7 +1385,7 @@ class Store:
         sql = """
             INSERT INTO jobs
             VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
-                    :strip, :failures, :failing_since, :declared, :change, FALSE, NULL)
+                    :strip, :failures, :failing_since, :declared, :change)
             ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
                    next_run_at = :next_run_at, declared = :declared, changed = :change"""
@@ -1425,23 +1395,18 @@ class Store:
             self._run(sql, **values)
 
     def versions(self, job_id: str, number: int | None = None) -> list[Json]:
-        """Return the versions of a job, the newest first, or only that with this number."""
+        """Return the versions of a job, the newest first, or that one. Raises NOT_FOUND."""
         sql = """
             SELECT * FROM versions
              WHERE job_id = :id AND version = ifnull(:number, version) ORDER BY version DESC"""
-        rows = self._run(sql, id=job_id, number=number)
+        if not (rows := self._run(sql, id=job_id, number=number)):
+            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
         return [dict(row) | {"config": json.loads(row["config"])} for row in rows]
 
     def delete_job(self, job_id: str) -> None:
         """Remove a job and its versions; prune() removes its history."""
         self._run("DELETE FROM jobs WHERE id = :id", id=job_id)
         self._run("DELETE FROM versions WHERE job_id = :id", id=job_id)
-
-    def config(self, job_id: str, version: int) -> Json:
-        """Return the configuration of a version. Raises ApiError NOT_FOUND."""
-        for found in self.versions(job_id, version):
-            return dict(found["config"])
-        raise ApiError("NOT_FOUND", f"job {job_id} has no version {version}")
 
     def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
         """Return (job id, version, fire time) of jobs that fire by ``now``, the oldest first."""
@@ -1459,9 +1424,9 @@ class Store:
 
     def oldest_jobs(self, most: int, since: int) -> tuple[list[str], list[Job]]:
         """Return the ids of the oldest jobs, and those of them that changed since a commit."""
-        oldest = "SELECT id, seq FROM jobs WHERE seq > 0 ORDER BY seq LIMIT :most"
+        oldest = "SELECT id, seq FROM jobs ORDER BY seq LIMIT :most"
         rows = self._run(oldest, most=most)
-        sql = "SELECT * FROM configured_jobs WHERE changed > :since AND seq BETWEEN 1 AND :newest"
+        sql = "SELECT * FROM configured_jobs WHERE changed > :since AND seq <= :newest"
         changed = self._jobs(sql, since=since, newest=rows[-1]["seq"] if rows else 0)
         return [row["id"] for row in rows], changed
 
@@ -1478,8 +1443,6 @@ class Store:
 
     def _count_end(self, execution: Execution) -> None:
         """Note in the job, and in the count of the hour, how an execution has ended."""
-        if execution.job_id == ALERTS_ID:
-            return
         letter, at = execution.letter, execution.completed_at or 0
         values = {"id": execution.job_id, "letter": letter, "at": at, "change": self.changes + 1}
         sql = """
@@ -1541,8 +1504,9 @@ class Store:
 
     def count_executions(self, job_id: str, status: str | None = None) -> int:
         """Return how many executions a job has, with this status (None: any)."""
-        sql = "SELECT count(*) FROM executions WHERE job_id = :id AND status = ifnull(:of, status)"
-        return int(self._value(sql, id=job_id, of=status))
+        sql = "SELECT count(*) FROM executions WHERE job_id = :id"  # of the index alone
+        sql += " AND status = :status" if status else ""
+        return int(self._value(sql, id=job_id, status=status))
 
     def forget_ends(self, before: int) -> None:
         """Forget how many executions ended in the hours before an instant."""
@@ -1677,55 +1641,8 @@ class Store:
         """Move every due_at with the wall clock; ``reset``: each cursor is to be computed anew."""
         sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
         self._run(sql, step=step)
-        self._run("UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL", step=step)
         if reset:  # 0 can't be true
             self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
-
-    # --------------------------------------------------------------------------- alerts
-
-    def note_news(self, job_ids: set[str], after: int, now: int) -> None:
-        """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
-        sql = """
-            UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
-             WHERE id IN (SELECT value FROM json_each(:job_ids))
-               AND CASE is_bad WHEN 0 THEN failures >= :after ELSE failures = 0 END"""
-        self._run(sql, job_ids=json.dumps(list(job_ids)), after=after, now=now)
-
-    def news(self, before: int) -> list[Json]:
-        """Return all jobs that have turned, if the first of them has ``before``."""
-        sql = """
-            SELECT id, json_extract(config, '$.name') AS name, failures,
-                   CASE is_bad WHEN 0 THEN 'recovered' ELSE 'failed' END AS event
-              FROM configured_jobs
-             WHERE news_at IS NOT NULL
-               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
-             ORDER BY news_at, seq"""
-        return list(map(dict, self._run(sql, before=before)))
-
-    def verdicts(self, job_id: str, most: int) -> list[Execution]:
-        """Return the newest executions that say whether a job is well."""
-        sql = """
-            SELECT * FROM executions
-             WHERE job_id = :id AND completed_at IS NOT NULL
-               AND coalesce(reason, '') NOT IN ('cancelled', 'replaced', 'overlap')
-             ORDER BY seq DESC LIMIT :most"""
-        return self._executions(sql, id=job_id, most=most)
-
-    def save_alert(self, config: Json, now: int) -> int:
-        """Mark all news as told, by a new version of the built-in job; return its number."""
-        self._run("UPDATE jobs SET news_at = NULL WHERE news_at IS NOT NULL")
-        sql = """
-            INSERT INTO jobs VALUES (0, :id, 1, 0, :now, :now, NULL, '', 0, NULL, :by, 0, 0, NULL)
-            ON CONFLICT (id) DO UPDATE SET version = version + 1, updated_at = :now
-            RETURNING version"""
-        version = int(self._value(sql, id=ALERTS_ID, now=now, by=DECLARED_BY))
-        row = (ALERTS_ID, version, json.dumps(config), now, DECLARED_BY)
-        self._run("INSERT INTO versions VALUES (?, ?, ?, ?, ?)", *row)
-        sql = """
-            DELETE FROM versions WHERE job_id = :id AND version < :version
-               AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)"""
-        self._run(sql, id=ALERTS_ID, version=version)
-        return version
 
 
 # ======================================================================================
@@ -2079,9 +1996,6 @@ class Dispatcher:
 
     def _text(self, headers: dict[str, str], body: bytes, webhook: Webhook) -> str:
         """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
-        if headers.get("content-encoding", "").lower() in ("gzip", "deflate"):
-            with contextlib.suppress(zlib.error):
-                body = zlib.decompressobj(47).decompress(body, self._max_bytes + 1)  # gzip or zlib
         charset = _CHARSET.search(headers.get("content-type", ""))
         text = str(body[: self._max_bytes], charset[1] if charset else "utf-8", "replace")
         if len(body) <= self._max_bytes:
@@ -2252,9 +2166,8 @@ Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside 
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
-    Workers and API threads put into _inbox; an API thread adds and removes its own in _waiters;
-    stop() sets the flags stopping and _stopped once; a reload replaces settings; /health reads
-    problem and last_pass. The engine's thread owns the rest.
+    Workers and API threads put into _inbox, API threads their own into _waiters; stop() sets both
+    flags once, a reload settings; /health reads problem and last_pass. The engine owns the rest.
     """
 
     def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
@@ -2270,7 +2183,9 @@ class Engine:
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._version = functools.lru_cache(VERSION_CACHE)(
-            lambda job_id, number: Version(job_id, number, store.config(job_id, number))
+            lambda job_id, number: Version(
+                job_id, number, store.versions(job_id, number)[0]["config"]
+            )
         )
         self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
         self._inbox = queue.SimpleQueue()
@@ -2283,7 +2198,7 @@ class Engine:
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
         self._saved_at = 0  # last heartbeat
         self._held = False  # the clock is before the release date: nothing fires
-        self._untidy: set[str] = set()  # jobs whose history may be more than is kept
+        self._untidy: dict[str, None] = {}  # jobs whose history may be more than is kept
         self._walk: str | None = ""  # how far all jobs were looked at for that; None: to the end
         self._tidied_at = clock.monotonic()
         self._reported: dict[str, int] = {}  # kind of error -> when it was logged
@@ -2376,8 +2291,7 @@ class Engine:
     def declare_jobs(self, turn: Pass, declared: dict[str, tuple[Json, bool, str]]) -> list[Job]:
         """Make jobs as chronos.yaml has them; return those that this has changed.
 
-        A state applies only where the declaration is another than before: so what somebody has
-        disabled stays so. Jobs that are gone from the file are disabled, and managed no more.
+        Where a declaration is as before, the state stays: somebody may have disabled the job.
         """
         changed: list[Job] = []
         known = self.store.declared_jobs(list(declared))
@@ -2412,7 +2326,9 @@ class Engine:
     def roll_back(self, turn: Pass, job_id: str, number: int, user: str) -> Job:
         """Make a new version out of an older one; whether the job is enabled stays."""
         job = self._settled_job(turn, job_id)
-        changed = job._replace(config=self.store.config(job_id, number), version=job.version + 1)
+        changed = job._replace(
+            config=self.store.versions(job_id, number)[0]["config"], version=job.version + 1
+        )
         if changed.next_after(turn.now) is None:
             changed = changed._replace(enabled=False)
         return self._update(turn, job, changed, user)
@@ -2446,7 +2362,7 @@ class Engine:
         self._refuse_declared(job)
         self.store.delete_job(job.id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
-        self._untidy.add(job.id)
+        self._untidy[job.id] = None
         active = self.store.active_executions(job.id, 1, sys.maxsize)
         turn.ended |= dict.fromkeys((execution.id for execution in active), "deleted")
 
@@ -2483,7 +2399,7 @@ class Engine:
             for execution, _name in self.store.executions(None, -1, status="running")[::-1]:
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
-            self._free(turn)
+            self.store.release_oldest(turn.freed, turn.now)
             self.store.set_number("last_seen", turn.now)
             self.store.set_number("stopped", 0)
 
@@ -2545,14 +2461,12 @@ class Engine:
         for job_id, number, fire_time in due:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
-        if not self.paused and self.store.news(turn.now - ALERT_GATHER):
-            self._changes.append((Future(), self._alert))  # so that a bug in it stops nothing else
         self._make_changes(turn)
-        self._free(turn)
+        self.store.release_oldest(turn.freed, turn.now)
         if not (self.stopping or self.paused):
             self._take(turn)
-        cursor, *others = self.store.next_instants(turn.now)
-        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, *others)
+        cursor, due_at = self.store.next_instants(turn.now)
+        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, due_at)
         self._wake_at = min(instant for instant in instants if instant is not None)
         if cursor is None or cursor > turn.now:
             self._seen_at = None
@@ -2571,16 +2485,16 @@ class Engine:
             return True
         before, rows = turn.now - parse_duration(self.settings["retention.max_age"]), 0
         keep = self.settings["retention.executions_per_job"]
-        for look in range(PRUNE_JOBS):
-            if self._walk is not None and (look % 2 or not self._untidy):
-                job_id = self._walk = self.store.next_with_history(self._walk)
-            else:
-                job_id = self._untidy.pop() if self._untidy else None
-            if job_id is None:
-                if not self._untidy:
-                    return False
-            elif found := self.store.prune(job_id, before, keep):
-                self._untidy.add(job_id)
+        for _look in range(PRUNE_JOBS):
+            if self._walk is not None:
+                self._walk = self.store.next_with_history(self._walk)
+                self._untidy |= {self._walk: None} if self._walk else {}
+            if not self._untidy:
+                return False
+            job_id = next(iter(self._untidy))  # the one that waits longest
+            del self._untidy[job_id]
+            if found := self.store.prune(job_id, before, keep):
+                self._untidy[job_id] = None
                 rows += found
             if rows >= PRUNE_ROWS:
                 break
@@ -2737,26 +2651,6 @@ class Engine:
                 result = error
             turn.made[-1] = (future, result)
 
-    def _free(self, turn: Pass) -> None:
-        """What has ended makes room for the next in order, and may be news for an alert."""
-        self.store.release_oldest(turn.freed, turn.now)
-        if self.settings["alerts.webhook"]:
-            self.store.note_news(turn.freed, self.settings["alerts.after"], turn.now)
-
-    def _alert(self, turn: Pass) -> None:
-        """Tell of all jobs that have turned: one alert at a time, so that none is overtaken."""
-        news = self.store.news(turn.now - ALERT_GATHER)
-        webhook = self.settings["alerts.webhook"]
-        if not news or not webhook or self.store.active_executions(ALERTS_ID, 1, 1):
-            return
-        shown = news[:ALERT_JOBS]
-        for job in shown:
-            last = [e._replace(response=None) for e in self.store.verdicts(job["id"], 3)]
-            job["executions"] = [execution.to_json(job["name"]) for execution in last]
-        config = alert_config(webhook, self._node_id, shown, len(news))
-        version = Version(ALERTS_ID, self.store.save_alert(config, turn.now), config)
-        self.store.add_execution(self._new(version, "alert", turn.now, turn.now))
-
     def _take(self, turn: Pass) -> None:
         """Start due executions, as many as workers are free and their targets may hold."""
         room = self._workers - len(self._in_flight)
@@ -2790,7 +2684,7 @@ class Engine:
             log.exception("execution %s can't go on", execution.id)
             self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
             self.store.release_oldest(turn.freed, turn.now)
-        self._untidy.add(execution.job_id)
+        self._untidy[execution.job_id] = None
         turn.again = True  # others may be due behind it
         return None
 
@@ -2806,7 +2700,7 @@ class Engine:
 
     def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
         """Return a pending execution for the instant ``at``, with the id of a fire time."""
-        self._untidy.add(version.job_id)
+        self._untidy[version.job_id] = None
         fire_id, target = scheduled_id(version.job_id, at), version.webhook.target
         head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
         return Execution(*head, node_id=self._node_id)
@@ -3088,9 +2982,8 @@ class Api:
     def _problem(self) -> str | None:
         last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
         silent = (self.clock.monotonic() - last) // SECOND
-        return self.engine.problem or (
-            f"a thread has been silent for {silent} s" if silent > 30 else None
-        )
+        hung = f"a thread has been silent for {silent} s" if silent > 30 else None
+        return self.engine.problem or hung
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3173,9 +3066,7 @@ class Api:
 
     def get_version(self, job_id: str, number: str) -> Json:
         """Return one version of a job."""
-        for version in self.list_versions(job_id, int(number)):
-            return version
-        raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
+        return self.list_versions(job_id, int(number))[0]
 
     def roll_back_job(self, job_id: str, number: str) -> Json:
         """Make a new version out of an older one."""
@@ -3447,7 +3338,7 @@ class Service:
         self._thread.start()
 
     def reload(self, settings: Json) -> None:
-        """Apply jobs, users and alerts anew. Raises ChronosError: nothing has changed."""
+        """Apply jobs and users anew. Raises ChronosError: nothing has changed."""
         kept = {k: v for k, v in self.settings.items() if not k.startswith(RELOADED)}
         applied = settings | kept
         check_door(applied)
@@ -3457,6 +3348,7 @@ class Service:
         basic = applied["auth.type"] == "basic"
         self.api.sign_in = SignIn(applied, self.engine.clock) if basic else None
         self.settings = self.engine.settings = applied
+        log.setLevel(applied["logging.level"].upper())
         if stale := [key for key in kept if settings[key] != kept[key]]:
             log.warning("a restart is needed for %s", ", ".join(stale))
 
@@ -3530,22 +3422,15 @@ def run_serve(asked: argparse.Namespace) -> None:
         if service.engine.paused:
             log.warning("paused: nothing fires")
         while signals.get() == signal.SIGHUP:
-            reload(service, asked)
+            try:
+                service.reload(read_settings(asked))
+                log.info("the configuration was read again")
+            except ChronosError as error:
+                log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
     log.info("stopped")
-
-
-def reload(service: Service, asked: argparse.Namespace) -> None:
-    """Read the configuration again; one that is wrong changes nothing."""
-    try:
-        settings = read_settings(asked)
-        service.reload(settings)
-        log.setLevel(settings["logging.level"].upper())
-        log.info("the configuration was read again")
-    except ChronosError as error:
-        log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
 
 
 def run_check_config(asked: argparse.Namespace) -> None:

@@ -3501,7 +3501,7 @@ DASHBOARD_HTML = r"""<!doctype html>
 <title>Chronos</title>
 <link rel="icon" id="icon" href="data:,">
 <style>
-/* ============================================================================================ style */
+/* ==================================== style */
 
 :root { color-scheme: light dark; --bg: #fff; --soft: #f6f8fa; --line: #d8dee4; --edge: #868e97; --text: #1f2328;
   --dim: #57606a; --ok: #1a7f37; --fail: #b42318; --run: #0b5fcc; --skip: #6b5900; --red: #fff1ef; --yellow: #fdf6dc; }
@@ -3513,10 +3513,8 @@ DASHBOARD_HTML = r"""<!doctype html>
 body { max-width: 1240px; margin: 0 auto; padding: 0 20px 70px; background: var(--bg); color: var(--text);
   font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { font-size: 22px; font-weight: 650; line-height: 1.3; outline: none; }
-h2, summary { font-size: 14px; font-weight: 650; }
-summary { line-height: 24px; }
-a { color: var(--run); text-decoration: none; }
-a:hover { text-decoration: underline; }
+h2, summary { font-size: 14px; font-weight: 650; line-height: 24px; }
+a { color: var(--run); text-decoration: none; } a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--run); outline-offset: 2px; }
 .vh, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .dim, .hint, dt, th, footer { color: var(--dim); }
@@ -3527,61 +3525,47 @@ a:hover { text-decoration: underline; }
 code, pre, .mono { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { padding: 9px 12px; background: var(--soft); border-radius: 6px; white-space: pre-wrap; max-height: 420px; overflow: auto; }
 header { padding: 12px 0; border-bottom: 1px solid var(--line); }
-header svg, .state svg { width: 14px; height: 14px; flex: none; fill: none; stroke: currentColor; stroke-width: 2;
-  stroke-linecap: round; stroke-linejoin: round; }
-header svg { width: 18px; height: 18px; color: var(--ok); vertical-align: -3px; margin-right: 8px; }
+header svg { width: 18px; height: 18px; color: var(--ok); vertical-align: -3px; margin-right: 8px; fill: none;
+  stroke: currentColor; stroke-width: 2; }
 .brand { font-size: 16px; font-weight: 650; color: var(--text); }
-#host { max-width: 30ch; }
 nav a { display: inline-block; padding: 4px 10px; border-radius: 6px; color: var(--text); font-weight: 550; }
 nav [aria-current] { background: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
-main, section { display: grid; gap: 10px; grid-template-columns: minmax(0, 1fr); outline: none; }
+main, section, form { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); outline: none; }
 main { gap: 20px; padding-top: 20px; }
 .stale main { filter: grayscale(1); }
 .box { border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
 .bar { padding: 8px 14px; border-radius: 6px; background: var(--soft); border-left: 4px solid var(--edge); }
 .bar.skip { background: var(--yellow); border-color: var(--skip); }
 .bar.fail { background: var(--red); border-color: var(--fail); }
-.bar.ok { border-color: var(--ok); } .bar.run, .bar.wait { border-color: var(--run); }
-body > .bar { margin-top: 12px; }
-button, .button, input, select, textarea { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line);
-  border-radius: 6px; padding: 4px 10px; min-height: 30px; }
+.bar.ok { border-color: var(--ok); } body > .bar { margin-top: 12px; }
+button, .button, input, select, textarea { font: inherit; color: var(--text); background: var(--bg); padding: 4px 10px;
+  border: 1px solid var(--line); border-radius: 6px; min-height: 30px; }
 button, .button { font-weight: 550; cursor: pointer; white-space: nowrap; }
-button:hover, .button:hover { background: var(--soft); border-color: var(--edge); text-decoration: none; }
-.button { color: var(--text); }
-.primary, .primary:hover { background: var(--run); border-color: var(--run); color: var(--bg); }
-.danger { color: var(--fail); }
-[aria-disabled] { opacity: .55; cursor: progress; }
+button:hover, .button:hover { border-color: var(--edge); text-decoration: none; }
+.primary { background: var(--run); border-color: var(--run); color: var(--bg); }
+[aria-disabled] { opacity: .55; }
 input, select, textarea { border-color: var(--edge); width: 100%; }
 .line > input, .line > select { width: auto; min-width: 0; }
 [type=checkbox] { width: 24px; min-height: 24px; accent-color: var(--run); }
+i { font-style: normal; width: 12px; text-align: center; }
 .state { display: inline-flex; gap: 5px; align-items: center; font-weight: 550; white-space: nowrap; color: var(--dim); }
 .state.ok { color: var(--ok); } .state.run, .state.wait { color: var(--run); }
-.state.fail, .error, .wrong { color: var(--fail); } .state.skip, .state.miss { color: var(--skip); }
+.state.fail, .error, .wrong, .danger { color: var(--fail); } .state.skip, .state.miss { color: var(--skip); }
 .tiles { display: flex; flex-wrap: wrap; gap: 8px; }
-.tiles > * { padding: 7px 14px 8px; border: 1px solid var(--line); border-radius: 8px; min-width: 86px; text-align: left;
-  font-weight: 400; color: var(--dim); }
-.tiles > a { flex: 1; min-width: min(100%, 260px); }
+.tiles > * { flex: 1 1 70px; padding: 7px 14px 8px; border: 1px solid var(--line); border-radius: 8px; color: var(--dim); }
+.tiles > a { flex: 4 1 240px; min-width: 0; }
 .tiles b { display: block; font-size: 20px; font-weight: 600; line-height: 27px; color: var(--text); }
-.tiles a b { font-size: 14px; }
-.tiles a b.line { display: flex; }
-.tiles [aria-pressed=true] { border-color: var(--run); box-shadow: inset 0 0 0 1px var(--run); }
+.tiles a b { font-size: 14px; } .tiles a b.line { display: flex; }
 ul, ol { list-style: none; padding: 0; }
 #active li { display: grid; grid-template-columns: 92px minmax(100px, 1fr) auto auto; gap: 4px 16px; align-items: center; padding: 5px 0; }
 li + li { border-top: 1px solid var(--line); }
 .scroll { overflow: auto; max-height: 312px; }
-#timeline .scroll { display: grid; grid-template-columns: minmax(80px, 170px) minmax(620px, 1fr); gap: 12px; }
-#timeline ul { position: sticky; left: 0; background: var(--bg); }
-#timeline li { height: 24px; line-height: 24px; border: 0; font-size: 13px; }
-#timeline li a { color: var(--text); }
-#timeline svg { width: 100%; fill: var(--run); }
-line { stroke: var(--line); } line.day { stroke: var(--edge); } line.now { stroke: var(--fail); stroke-width: 2; }
-text { font-size: 11px; fill: var(--dim); text-anchor: middle; } .dense { opacity: .5; }
-table { width: 100%; border-collapse: collapse; }
+#timeline li { display: grid; grid-template-columns: minmax(80px, 170px) 1fr; gap: 12px; border: 0; font-size: 13px; }
+#timeline svg { width: 100%; height: 24px; fill: var(--run); overflow: hidden;
+  background: repeating-linear-gradient(90deg, var(--line) 0 1px, transparent 1px calc(100% / 24)); }
+.dense { opacity: .5; } table { width: 100%; border-collapse: collapse; }
 th, td { padding: 7px 14px 7px 0; vertical-align: top; text-align: left; }
-:is(th, td):last-child { padding-right: 0; }
 tr { border-bottom: 1px solid var(--line); }
-tbody tr:hover { background: var(--soft); }
-section tbody tr:last-child { border: 0; }
 #jobs { table-layout: fixed; }
 #jobs th:nth-child(1) { width: 104px; } #jobs th:nth-child(3) { width: 196px; } #jobs th:nth-child(4) { width: 24%; }
 #jobs th:nth-child(5) { width: 150px; } #jobs th:nth-child(6) { width: 222px; }
@@ -3592,12 +3576,11 @@ td .line { gap: 6px; flex-wrap: nowrap; justify-content: end; }
 .S { fill: var(--ok); } .F { fill: var(--fail); } .K { fill: var(--skip); } .C, .R { fill: var(--edge); }
 .M { fill: none; stroke: var(--skip); } .rail { stroke: var(--line); }
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 20px; align-items: start; }
-dl { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 5px 14px; }
-dd { white-space: pre-wrap; }
+dl { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 5px 14px; } dd { white-space: pre-wrap; }
 dt::first-letter, label::first-letter, td::first-letter { text-transform: uppercase; }
 ol li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 14px; padding: 4px 0; }
-form { display: grid; gap: 14px; max-width: 860px; }
-.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 14px; margin-top: 14px; }
+form { max-width: 860px; }
+.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 14px; margin-top: 10px; }
 .field { display: grid; gap: 3px; align-content: start; min-width: 0; }
 label { font-weight: 550; }
 .area, .pairs, #preview { grid-column: 1 / -1; }
@@ -3605,79 +3588,69 @@ label { font-weight: 550; }
 dialog { margin: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--bg); color: var(--text);
   width: min(640px, calc(100vw - 24px)); padding: 20px; }
 dialog > * + * { margin-top: 14px; }
-dialog::backdrop { background: #0008; }
 #messages { position: fixed; left: 20px; right: 20px; bottom: 14px; display: grid; gap: 8px; justify-items: start;
   pointer-events: none; }
-#messages > * { pointer-events: auto; }
-#messages > :not(:empty) { padding: 9px 14px; border-radius: 8px; background: var(--bg); border: 1px solid var(--run); box-shadow: 0 4px 16px #0003; }
+#messages > :not(:empty) { padding: 9px 14px; border-radius: 8px; background: var(--bg); border: 1px solid var(--run);
+  box-shadow: 0 4px 16px #0003; pointer-events: auto; }
 #messages > #alert { background: var(--red); border-color: var(--fail); }
 footer { margin-top: 32px; }
-@media (pointer: coarse) { button, .button, nav a, input, select { min-height: 44px; line-height: 34px; } }
 @media (max-width: 940px) {
   body { padding: 0 14px 60px; }
   .two, dl { grid-template-columns: minmax(0, 1fr); }
-  dl { gap: 0; }
-  dd { margin-bottom: 8px; }
+  dl { gap: 0; } dd { margin-bottom: 8px; }
   thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
   table, tbody { display: block; }
   tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 10px 0; align-items: center; }
   #jobs :is(th, td) { display: block; padding: 1px 0; width: auto; }
   tr > :last-child, tr > th { flex: 1 1 100%; min-width: 0; }
-  td { padding: 1px 0; }
-  td:empty { display: none !important; }
-  td .line { justify-content: start; }
+  td { padding: 1px 0; } td:empty { display: none !important; } td .line { justify-content: start; }
   .strip { width: 90px; }
   #active li { grid-template-columns: minmax(0, 1fr) auto; }
-  .tiles > button { flex: 1; min-width: 70px; padding: 6px 10px; }
-  #timeline .scroll { grid-template-columns: 92px minmax(620px, 1fr); }
 }
 </style>
 </head>
 <body>
-<!-- ========================================================================================= markup -->
+<!-- ==================================== markup -->
 
 <a class="skip" id="skip" href="#/">Skip to the content</a>
 <header class="line">
-  <a class="brand" href="#/"><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M8 4v4.5l3 1.5M8 1.5a6.5 6.5 0 1 0 .01 0"/>
-    </svg>Chronos</a>
+  <a class="brand" href="#/"><svg viewBox="0 0 16 16"><path d="M8 4v4.5l3 1.5M8 1.5a6.5 6.5 0 1 0 .01 0"/></svg>Chronos</a>
   <span id="host" class="dim cut"></span>
   <nav aria-label="Main"><a href="#/">Jobs</a> <a href="#/runs">Runs</a> <a href="#/new" id="new" hidden>New job</a></nav>
-  <span id="clock" class="dim" title="the server's clock"></span>
 </header>
-<div id="signed-out" class="bar fail" role="alert" hidden>Signed out. Reload to sign in.
-  <button type="button" id="reload">Reload</button></div>
+<div id="signed-out" class="bar fail" role="alert" hidden>Signed out. Reload to sign in.</div>
 <div id="offline" class="bar fail" hidden><b id="why" role="alert"></b> <span id="rest"></span>
   <button type="button" id="retry">Now</button></div>
 <main id="view" tabindex="-1"><h1>Loading …</h1></main>
-<noscript><p>The dashboard needs JavaScript. Without it there are <a href="/health">/health</a>,
-  <a href="/api/v1/jobs">/api/v1/jobs</a> and <a href="/api/v1/executions">/api/v1/executions</a>.</p></noscript>
-<footer class="line"><span id="foot" class="line"></span><span>Keys: / filter, n new job, r refresh. Bars, the newest at the
-  right: full green succeeded, notched red failed, half skipped, hollow missed, grey cancelled or replaced.</span></footer>
+<noscript>This needs JavaScript; <a href="/api/v1/jobs">the API</a> does not.</noscript>
+<footer class="line"><span id="foot"></span><span>Keys: / filter, n new job, r refresh. Bars: full green
+  succeeded, notched red failed, half skipped, hollow missed, grey cancelled or replaced.</span></footer>
 <div id="messages"><div id="alert" role="alert"></div><div id="status" role="status"></div></div>
-<div id="announce" class="vh" aria-live="polite"></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
 <script>
-// ============================================================================================= script
+// ==================================== script
 
 "use strict";
 const $ = id => document.getElementById(id);
-const API = location.origin + "/api/v1"; // absolute: relative URLs throw where the page is user:password@host
+const { entries, keys } = Object;
+const $$ = selector => document.querySelectorAll(selector);
+const API = location.origin + "/api/v1"; // relative URLs throw where the page is user:password@host
 const SVG = "http://www.w3.org/2000/svg", MINE = Intl.DateTimeFormat().resolvedOptions().timeZone;
 
 let stats = null, etag = null, upcoming = null; // what the server said last
 let view = null, opening = null; // the page that is shown, and the one that is being loaded
 let skew = 0, gone = false; // ms that the server's clock is ahead; signed out
-let searched = "", chosen = ""; // the filter of the job list
-const busy = new Set(); // keys of the buttons whose call runs
+let searched = "";
+const busy = new Set(); // keys of buttons whose call runs
 
-// ---- elements: values come in as text or attributes, never as markup
+// ---- elements: values are text or attributes, never markup
 
-function fill(element, tag, parts) { // parts: nodes, text, lists, objects of attributes; null and false are nothing
+function fill(element, tag, parts) { // parts: nodes, text, lists, attributes; null and false are nothing
   if (tag.includes(".")) element.setAttribute("class", tag.split(".").slice(1).join(" "));
   for (const part of parts.flat(9)) {
     if ((part ?? false) === false) continue;
     if (typeof part !== "object" || part instanceof Node) element.append(part);
-    else for (const [name, value] of Object.entries(part)) {
+    else for (const [name, value] of entries(part)) {
       if (typeof value === "function") element[name] = value;
       else if ((value ?? false) !== false) element.setAttribute(name, value);
     }
@@ -3687,8 +3660,7 @@ function fill(element, tag, parts) { // parts: nodes, text, lists, objects of at
 const h = (tag, ...parts) => fill(document.createElement(tag.split(".")[0]), tag, parts);
 const s = (tag, ...parts) => fill(document.createElementNS(SVG, tag.split(".")[0]), tag, parts);
 
-// Make the children of a parent like the wanted nodes, but keep each that can stay (by its id, else by its place), so
-// that focus, selection and scrolling survive.
+// Make the children of a parent like the wanted nodes, and keep what can stay: focus, selection, scrolling survive.
 function morph(parent, wanted) {
   const keyed = new Map([...parent.children].map(node => [node.id, node]));
   let next = parent.firstChild;
@@ -3698,28 +3670,24 @@ function morph(parent, wanted) {
     if (have === next) next = next.nextSibling;
     else parent.insertBefore(have, next);
     if (have === want) continue;
-    if (have.nodeType === 3) {
-      if (have.data !== want.data) have.data = want.data;
-      continue;
+    if (have.nodeType === 3) have.data = want.data;
+    else {
+      for (const { name } of [...have.attributes]) if (!want.hasAttribute(name)) have.removeAttribute(name);
+      for (const { name, value } of want.attributes) have.setAttribute(name, value);
+      for (const name of ["onclick", "oninput", "onchange", "sig"]) have[name] = want[name];
+      morph(have, [...want.childNodes]);
     }
-    for (const { name } of [...have.attributes]) if (!want.hasAttribute(name)) have.removeAttribute(name);
-    for (const { name, value } of want.attributes) if (have.getAttribute(name) !== value) have.setAttribute(name, value);
-    for (const name of ["onclick", "oninput", "onchange", "sig"]) have[name] = want[name];
-    morph(have, [...want.childNodes]);
   }
   while (next) [next] = [next.nextSibling, next.remove()];
 }
 
-const ICONS = {
-  ok: "M3 8.5l3.5 3.5L13 4.5", fail: "M4 4l8 8M12 4l-8 8", run: "M5 3.5l7 4.5-7 4.5z", miss: "M8 2.5v7M8 13v.2",
-  wait: "M8 4v4.5l3 1.5M8 1.5a6.5 6.5 0 1 0 .01 0", skip: "M3 4l6 4-6 4zM12.5 4v8", idle: "M5.5 4v8M10.5 4v8",
-};
+const ICONS = { ok: "\u2713", fail: "\u2717", run: "\u25b6", wait: "\u2026", skip: "\u00bb", miss: "!", idle: "\u2016" };
 const KINDS = {
   success: "ok", ok: "ok", failed: "fail", failing: "fail", cancelled: "fail", running: "run", pending: "wait",
   skipped: "skip", replaced: "skip", missed: "miss", overdue: "miss", paused: "idle", "never ran": "new",
 };
 const badge = word => h("span.state." + KINDS[word], { "data-state": word },
-  s("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, s("path", { d: ICONS[KINDS[word]] ?? "M4 8h8" })), word);
+  h("i", { "aria-hidden": "true" }, ICONS[KINDS[word]] ?? "-"), word);
 const link = (href, ...parts) => h("a", { href }, ...parts);
 const cut = (tag, text) => h(tag + ".cut", { title: text }, text);
 const jobLink = (id, name) => link(`#/job/${id}`, cut("div", name));
@@ -3727,10 +3695,8 @@ const runLink = (job, id, ...parts) => link(`#/job/${job}/run/${id}`, ...parts);
 const plain = (label, onclick, ...parts) => h("button", { type: "button", onclick }, label, ...parts);
 const button = (label, key, run, ...parts) => plain(label, () => act(key, run),
   { "data-act": key, "aria-disabled": busy.has(key) && "true" }, ...parts);
-const line = (...parts) => h("div.line", ...parts);
-const dim = (...parts) => h("p.dim", ...parts);
-const td = (...parts) => h("td", ...parts);
-const heading = (...parts) => h("h1", { tabindex: "-1" }, ...parts);
+const line = (...parts) => h("div.line", ...parts), dim = (...parts) => h("p.dim", ...parts);
+const td = (...parts) => h("td", ...parts), heading = (...parts) => h("h1", { tabindex: "-1" }, ...parts);
 const box = (id, title, ...parts) => h("section.box", { id }, h("h2", title), ...parts);
 const facts = pairs => h("dl", pairs.filter(pair => pair[1]).map(([name, value]) => [h("dt", spoken(name)), h("dd", value)]));
 const table = (label, heads, rows) => h("table", { "aria-label": label },
@@ -3739,13 +3705,13 @@ const options = (values, value, first) => values.map(each =>
   h("option", { value: each, selected: each === value && "" }, each || first));
 const count = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const spoken = path => path.replace(/^(webhook|retry_policy)\./, "").replaceAll(/[._]/g, " ");
-const pairsOf = object => Object.entries(object ?? {}).map(pair => pair.join(": "));
+const pairsOf = object => entries(object ?? {}).map(pair => pair.join(": "));
 
-// ---- time: the server's clock; a job's own zone, with the reader's in the tooltip
+// ---- time: the server's clock; a job's zone, the reader's in the tooltip
 
 const clock = () => Date.now() + skew;
 const formats = {};
-function words(at, zone) { // weekday, day, month, year, time
+function words(at, zone) {
   const format = timeZone => new Intl.DateTimeFormat("en-GB", { weekday: "short", day: "numeric", month: "short",
     year: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23", timeZone });
   try { formats[zone] ??= format(zone); } catch { formats[zone] = format("UTC"); }
@@ -3753,9 +3719,8 @@ function words(at, zone) { // weekday, day, month, year, time
 }
 const full = (at, zone) => words(at, zone).join(" ");
 function stamp(at, zone) { // the time of day, with the day unless it is today
-  const [, day, month, year, time] = words(at, zone), today = words(clock(), zone);
-  if (today.includes(year)) return today[1] === day && today[2] === month ? time : `${day} ${month} ${time}`;
-  return `${day} ${month} ${year} ${time}`;
+  const [, ...parts] = words(at, zone), today = words(clock(), zone).slice(1, 4).join(" ");
+  return today === parts.slice(0, 3).join(" ") ? parts[3] : parts.join(" ");
 }
 const city = (at, zone) => full(at, zone) === full(at, MINE) ? "" : " " + zone.split("/").pop().replaceAll("_", " ");
 function span(ms) {
@@ -3770,7 +3735,7 @@ function relative(at, mode) {
   if (mode === "due" && left < 1000) return left > -30000 ? "due now" : `overdue ${span(left)}`;
   return Math.abs(left) < 1000 ? "now" : left > 0 ? `in ${span(left)}` : `${span(left)} ago`;
 }
-function when(iso, zone, mode) { // without a mode the time of day; ago, due and for are relative, and tick
+function when(iso, zone, mode) { // a mode (ago, due, for): relative, and it ticks
   if (!iso) return "";
   const at = Date.parse(iso), yours = city(at, zone) && ` · ${full(at, MINE)} ${MINE} (yours)`;
   return h("time", { datetime: iso, title: `${iso} · ${full(at, zone)} ${zone}${yours}`, "data-mode": mode },
@@ -3782,22 +3747,21 @@ const zoneOf = id => known(id)?.timezone ?? MINE;
 // ---- the server
 
 async function api(method, path, body, headers) {
-  const failed = (status, message, details = []) => Object.assign(new Error(message), { status, details });
+  const failed = (status, message, details) => Object.assign(new Error(message), { status, details });
   let answer, json = {};
   try {
-    answer = await fetch(API + path, { method, body: body && JSON.stringify(body), headers: { "X-Chronos-UI": "1",
-      "Content-Type": "application/json", ...headers }, signal: AbortSignal.timeout(method === "GET" ? 10000 : 15000) });
+    answer = await fetch(API + path, { method, body: body && JSON.stringify(body), signal: AbortSignal.timeout(15000),
+      headers: { "X-Chronos-UI": "1", "Content-Type": "application/json", ...headers } });
     if (answer.status !== 304) json = await answer.json();
   } catch {
-    throw answer ? failed(answer.status, `answer ${answer.status}, not of Chronos`) : failed(0, "Chronos is not reachable");
+    throw answer ? failed(answer.status, `answer ${answer.status}`) : failed(0, "Chronos is not reachable");
   }
   gone ||= answer.status === 401;
   if (answer.status === 304) return null;
   if (!json.success) throw failed(answer.status, json.error.message, json.error.details);
   return { data: json.data, etag: answer.headers.get("ETag") };
 }
-const get = async path => (await api("GET", path)).data;
-const post = async path => (await api("POST", path)).data;
+const get = async path => (await api("GET", path)).data, post = async path => (await api("POST", path)).data;
 
 let asks = false, again = false, failures = 0, why = "", failedAt = 0, retryAt = 0, plannedAt = 0, touchedAt = Date.now(), timer;
 async function poll() { // one call at a time, and none while nobody looks
@@ -3810,10 +3774,8 @@ async function poll() { // one call at a time, and none while nobody looks
     if (answer) {
       ({ data: stats, etag } = answer);
       skew = Date.parse(stats.now) - Date.now();
-      if (before) announce(before);
     }
-    if (Date.now() - plannedAt > 60000) upcoming = await get("/schedules/upcoming?hours=24");
-    if (Date.now() - plannedAt > 60000) plannedAt = Date.now();
+    if (Date.now() - plannedAt > 60000) [upcoming, plannedAt] = [await get("/schedules/upcoming?hours=24"), Date.now()];
     if (!before) await route();
     else if (answer && view.load) await reload();
     failures = 0;
@@ -3830,20 +3792,9 @@ async function poll() { // one call at a time, and none while nobody looks
   tick();
 }
 
-let news = [], newsAt = 0;
-function announce(before) { // to a screen reader: changes of state only, one message in 5 s
-  for (const { id, failures: now } of before.jobs) {
-    const job = known(id);
-    if (job && !now !== !job.failures) news.push(`${job.name} ${now ? "is well again" : "failed"}`);
-  }
-  if (!news.length || Date.now() - newsAt < 5000) return;
-  $("announce").textContent = news.slice(-3).join(", ");
-  [news, newsAt] = [[], Date.now()];
-}
-
-function tick() { // once a second: what is relative to now, and what the head says
+function tick() { // once a second
   const set = (node, text) => node.textContent === text || (node.textContent = text);
-  for (const time of document.querySelectorAll("[data-mode]")) set(time, relative(Date.parse(time.dateTime), time.dataset.mode));
+  for (const time of $$("[data-mode]")) set(time, relative(Date.parse(time.dateTime), time.dataset.mode));
   const off = failures > 0 || gone || !stats, bad = stats?.failing || stats?.problem;
   $("signed-out").hidden = !gone;
   $("offline").hidden = !failures || gone;
@@ -3851,27 +3802,23 @@ function tick() { // once a second: what is relative to now, and what the head s
   set($("why"), why);
   const rest = asks ? "trying" : `trying again in ${span(Math.max(0, retryAt - Date.now()))}`;
   set($("rest"), failures ? `For ${span(Date.now() - failedAt)}, ${rest}.` : "");
-  set($("clock"), `${words(clock(), "UTC")[4]} UTC`);
   document.title = (stats?.failing ? `(${stats.failing} failed) ` : "") +
     [view?.title?.(), "Chronos", stats?.node_id].filter(Boolean).join(" · ");
-  const state = off ? "offline" : bad ? "bad" : "good", color = { offline: "#6b7580", bad: "#c9281c", good: "#1a7f37" }[state];
-  if ($("icon").dataset.state === state) return;
-  $("icon").dataset.state = state;
-  $("icon").href = "data:image/svg+xml," + encodeURIComponent(`<svg xmlns="${SVG}" viewBox="0 0 4 4"><circle cx="2" cy="2" ` +
-    `r="2" fill="${color}"/><path d="M2 1v1.1l.8.4" fill="none" stroke="#fff" stroke-width=".5"/><\/svg>`);
+  const color = off ? "#6b7580" : bad ? "#c9281c" : "#1a7f37", icon = $("icon").dataset;
+  if (icon.color !== color) $("icon").href = "data:image/svg+xml," + encodeURIComponent(`<svg xmlns="${SVG}" viewBox="0 0 4 4">` +
+    `<circle cx="2" cy="2" r="2" fill="${icon.color = color}"/><\/svg>`);
 }
 
 // ---- what happens on a click
 
-async function act(key, run) { // unless the same still runs: its buttons say so meanwhile, and keep the focus
+async function act(key, run) { // unless the same still runs
   if (busy.has(key)) return;
-  const mark = on => document.querySelectorAll(`[data-act="${CSS.escape(key)}"]`).forEach(each => { each.ariaDisabled = on; });
+  const mark = on => $$(`[data-act="${CSS.escape(key)}"]`).forEach(each => { each.ariaDisabled = on; });
   busy.add(key);
   mark("true");
-  $("alert").replaceChildren();
-  try { await run(); } catch (error) {
-    $("alert").replaceChildren(error.message, plain("Close", () => $("alert").replaceChildren()));
-  }
+  const clear = () => $("alert").replaceChildren();
+  clear();
+  await run().catch(error => $("alert").replaceChildren(error.message, plain("Close", clear)));
   busy.delete(key);
   mark(null);
 }
@@ -3883,7 +3830,7 @@ function done(...parts) { // say it, and show what has changed
   plannedAt = 0;
   poll();
 }
-function ask(title, content, label, typed) { // resolves to whether to go on; `typed` must be typed before
+function ask(title, content, label, typed) { // whether to go on; `typed` must be typed before
   const dialog = $("dialog"), word = h("input", { id: "typed", autocomplete: "off", "aria-label": "Name of the job" });
   return new Promise(resolve => {
     const go = () => !typed || word.value === typed ? dialog.close("go") : word.focus();
@@ -3901,20 +3848,17 @@ function ask(title, content, label, typed) { // resolves to whether to go on; `t
 const runsOf = id => stats.active.filter(run => run.job_id === id);
 const running = id => runsOf(id).some(run => run.status === "running");
 async function runNow(job) {
-  const effect = { forbid: "this one would be skipped", allow: "both would run", replace: "this one would end it" }[job.concurrency];
-  const text = job.enabled ? `A run of it is not over: ${effect}.` : "It is paused: this runs it once.";
+  const text = job.enabled ? `A run of it is not over: the rule is "${job.concurrency}".` : "It is paused: this runs it once.";
   if ((!job.enabled || runsOf(job.id).length) && !await ask(`Run ${job.name} now?`, text, "Run now")) return;
   const run = await post(`/jobs/${job.id}/trigger?wait=0`);
   done(`${job.name} was ${run.status === "skipped" ? `skipped: ${run.error}` : "started"}. `, runLink(job.id, run.id, "Open the run"));
 }
 async function toggle(job) {
-  const text = "Its schedule stops. What runs now goes on, unless you cancel that as well.";
-  if (job.enabled && running(job.id) && !await ask(`Pause ${job.name}, which is running?`, text, "Pause")) return;
   const { next_run } = await post(`/jobs/${job.id}/${job.enabled ? "disable" : "enable"}`);
   done(`${job.name} is ${next_run ? "on, the next run is " : "paused"}`, when(next_run, job.timezone, "due"), ".");
 }
 async function cancel(run) {
-  const text = "Its request is cut off, and it counts as failed. What the receiver has done stays done.";
+  const text = "Its request is cut off, and it counts as failed.";
   if (!await ask(`Cancel this run of ${run.job_name}?`, text, "Cancel the run")) return;
   await post(`/jobs/${run.job_id}/executions/${run.id}/cancel`);
   done("The run is cancelled.");
@@ -3922,7 +3866,7 @@ async function cancel(run) {
 async function replay(run) {
   const { replay_execution_id: id } = await post(`/jobs/${run.job_id}/executions/${run.id}/replay`);
   location.hash = `#/job/${run.job_id}/run/${id}`;
-  done("The same request is sent again: this is its run.");
+  done("The same request is sent again.");
 }
 async function remove(job, total) {
   const text = total ? `${count(total, "run")} of history go too.` : "It never ran.";
@@ -3937,17 +3881,13 @@ async function compare(job, { version, config }) {
   const { new_version } = await post(`/jobs/${job.id}/rollback/${version}`);
   done(`Version ${new_version} is like version ${version}.`);
 }
-async function copy(text) { // only a page on localhost or with TLS may
-  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  await ask(copied ? "It is in the clipboard" : "Copy this", h("pre", text));
-}
-
 // ---- what is shown in several places
 
 const SHAPES = { S: "v20h5v-20z", F: "v20h5v-20l-2.5 6z", K: "m0 11v9h5v-9z", M: "m.5.5v19h4v-19z" };
 const LETTERS = { S: "succeeded", F: "failed", K: "skipped", M: "missed", C: "cancelled", R: "replaced" };
 function strip(letters) { // the newest at the right
-  const counts = Object.keys(LETTERS).map(each => [letters.split(each).length - 1, LETTERS[each]].join(" ")).filter(text => text > "1");
+  const counts = keys(LETTERS).filter(each => letters.includes(each))
+    .map(each => `${letters.split(each).length - 1} ${LETTERS[each]}`);
   const bar = (letter, back) => s("path." + letter, { d: `M${174 - 6 * back} 2${SHAPES[letter] ?? SHAPES.K}` },
     s("title", `${LETTERS[letter]}, ${back ? back + " before the" : "the"} last`));
   return h("div.strip", s("svg", { role: "img", viewBox: "0 0 180 24", "aria-label": letters ? `Last ${count(letters.length, "run")}: ` +
@@ -3959,19 +3899,19 @@ function runTable(runs, named) {
     td(runLink(run.job_id, run.id, when(run.scheduled_time, zoneOf(run.job_id)))), named && td(jobLink(run.job_id, run.job_name)),
     td(badge(wordOf(run))), td(spoken(run.trigger)), td(run.status_code), td(run.attempts > 0 && count(run.attempts, "attempt")),
     td(run.duration && took(run.duration)), td({ class: run.status === "failed" ? "error" : "dim" }, run.error));
-  return table("Runs, the newest first", ["Time", ...(named ? ["Job"] : []), "State", "By", "Code", "Attempts", "Took", "What happened"], runs.map(row));
+  return table("Runs", ["Time", ...(named ? ["Job"] : []), "State", "By", "Code", "Attempts", "Took", "What happened"], runs.map(row));
 }
 
 const CONFIG = ["schedule", "timezone", "webhook", "timeout", "retry_policy", "concurrency", "missed_run_policy", "tags", "name", "description"];
 function flatten(value, path = "", into = {}) { // path -> text, of what a person may set
   if (value && typeof value === "object" && !Array.isArray(value)) {
-    for (const name of path ? Object.keys(value) : CONFIG) flatten(value[name], path ? `${path}.${name}` : name, into);
+    for (const name of path ? keys(value) : CONFIG) flatten(value[name], path ? `${path}.${name}` : name, into);
   } else if (value !== null) into[path] = typeof value === "string" ? value : JSON.stringify(value);
   return into;
 }
 function changes(before, after) { // [path, before, after]
   const a = flatten(before), b = flatten(after);
-  return Object.keys({ ...a, ...b }).filter(path => a[path] !== b[path]).map(path => [path, a[path], b[path]]);
+  return keys({ ...a, ...b }).filter(path => a[path] !== b[path]).map(path => [path, a[path], b[path]]);
 }
 function differences(before, after) {
   const rows = changes(before, after).map(([path, from = "-", to = "-"]) => h("tr", td(spoken(path)), td(from), td(to)));
@@ -3989,17 +3929,15 @@ function stateOf(job) {
 }
 const RANKS = ["paused", "ok", "running", "overdue", "failing"];
 const rank = job => Math.max(1, RANKS.indexOf(stateOf(job))) - !job.enabled;
-function matches(job) {
-  const holds = { "": true, running: running(job.id), paused: !job.enabled }[chosen] ?? stateOf(job) === chosen;
-  return holds && [job.name, job.schedule, job.timezone, job.id, ...pairsOf(job.tags)].join("\n").toLowerCase().includes(searched.toLowerCase());
-}
+const matches = job => [job.name, job.schedule, job.timezone, job.id, stateOf(job), ...pairsOf(job.tags)].join("\n")
+  .toLowerCase().includes(searched.toLowerCase());
 function actions(job) {
   const named = label => ({ "aria-label": `${label} ${job.name}` }), flip = job.enabled ? "Pause" : "Resume";
   return stats.may_write && [button("Run now", `run:${job.id}`, () => runNow(job), named("Run now")),
     button(flip, `toggle:${job.id}`, () => toggle(job), named(flip)),
     !job.managed_by && link(`#/job/${job.id}/edit`, { class: "button", ...named("Edit") }, "Edit")];
 }
-function jobRow(job) { // is the row that is there, if nothing of it has changed
+function jobRow(job) { // the one that is there, if nothing has changed
   const { id, timezone: zone, last_execution: run } = job, state = stateOf(job), row = $("job-" + id);
   const sig = JSON.stringify([job, state, stats.may_write, stats.paused, words(clock(), zone)[1], [...busy].filter(key => key.endsWith(id))]);
   if (row?.sig === sig) return row;
@@ -4011,28 +3949,20 @@ function jobRow(job) { // is the row that is there, if nothing of it has changed
       : h("span.dim", job.enabled ? "never again" : "paused")), td(line(actions(job)))), { sig });
 }
 function banners() {
-  const bar = (id, kind, ...parts) => h("p.bar." + kind, { id }, parts);
+  const bar = (id, kind, ...parts) => h("p.bar." + kind, { id, role: "status" }, parts);
   const failing = stats.jobs.filter(job => stateOf(job) === "failing"), rest = stats.failing - 3;
   const tell = ({ name, failures: n, last_execution: run }) => `${name} (${n > 1 ? `${n} in a row, ` : ""}${run?.error})`;
   return [stats.problem && bar("problem", "fail", h("b", "Chronos is not well: "), stats.problem),
     stats.paused && bar("paused", "skip", h("b", "This server is paused"), " (scheduler.paused): no job starts."),
-    Math.abs(skew) > 30000 && bar("skew", "skip", `The server's clock and yours differ by ${span(skew)}.`),
     failing.length > 0 && bar("failing", "fail", h("b", `${count(stats.failing, "job")} failing: `),
       failing.slice(0, 3).map(tell).join(", "), rest > 0 && `, and ${rest} more`)];
 }
 function summary() {
-  const choose = word => {
-    chosen = word;
-    draw();
-  };
-  const tile = ([n, label, word = label]) => plain(h("b", n), () => choose(chosen === word ? "" : word), label,
-    { "data-filter": word, "aria-pressed": String(chosen === word) });
-  const next = stats.jobs.filter(job => job.next_run).sort((a, b) => a.next_run < b.next_run ? -1 : 1)[0];
-  const ended = Object.entries(stats.last_24h).filter(([word, n]) => n || word === "success");
-  return h("section.tiles", { "aria-label": "Summary" }, [[stats.jobs_total, "jobs", ""], [stats.failing, "failing"],
+  const tile = ([n, label]) => h("div", h("b", n), label);
+  const ended = entries(stats.last_24h).filter(([word, n]) => n || word === "success");
+  return h("section.tiles", { "aria-label": "Summary" }, [[stats.jobs_total, "jobs"], [stats.failing, "failing"],
     [stats.running, "running"], [stats.jobs_total - stats.enabled, "paused"]].map(tile),
-  link("#/runs", h("b.line", ended.map(([word, n]) => h("span.state." + KINDS[word], `${n} ${word}`))), "in 24 hours"),
-  next && !stats.paused && link(`#/job/${next.id}`, h("b", cut("div", next.name)), "next ", when(next.next_run, MINE, "due")));
+  link("#/runs", h("b.line", ended.map(([word, n]) => h("span.state." + KINDS[word], `${n} ${word}`))), "in 24 hours"));
 }
 function activePanel() {
   const tell = run => run.status === "running" ? [`attempt ${run.attempts}, for `, when(run.started_at, MINE, "for")]
@@ -4041,26 +3971,16 @@ function activePanel() {
     stats.may_write && button("Cancel", `cancel:${run.id}`, () => cancel(run), { "aria-label": `Cancel ${run.job_name}` }));
   return stats.active.length > 0 && box("active", `${stats.running} running, ${stats.pending} waiting`, h("ul.scroll", stats.active.map(item)));
 }
-function timeline() { // a row per job, a mark per fire time; many of them are a bar
-  const title = ["Next 24 hours ", h("span.dim", MINE)], rows = upcoming.upcoming, height = 24 * rows.length + 24, hours = [];
-  if (!rows.length) return box("timeline", title, dim("Nothing is scheduled", !stats.enabled && ": all jobs are paused", "."));
-  const now = clock(), from = now - now % 3600000, to = Date.parse(upcoming.until);
-  const x = at => `${((at - from) / (to - from) * 100).toFixed(2)}%`;
-  for (let at = from + 3600000; at < to; at += 3600000) {
-    const [weekday, day, , , time] = words(at, MINE), midnight = time < "01";
-    hours.push(s(midnight ? "line.day" : "line", { x1: x(at), x2: x(at), y1: 20, y2: height }),
-      s("text", { x: x(at), y: 14 }, midnight ? `${weekday} ${day}` : time.slice(0, 2)));
-  }
-  const marks = ({ job_id: id, job_name: name, fire_times, has_more }, row) => {
-    const times = fire_times.map(Date.parse), y = 24 * row + 30, width = x(from + (has_more ? to : times.at(-1)) - times[0]);
-    return s("a", { href: `#/job/${id}`, tabindex: "-1" }, s("title", `${name}: ${times.map(at => stamp(at, MINE)).join(", ")}`),
-      times.length > 48 ? s("rect.dense", { x: x(times[0]), y: y + 2, width, height: 8 }) : times.map(at => s("rect", { x: x(at), y, width: 3, height: 12 })));
-  };
-  const item = job => h("li", jobLink(job.job_id, job.job_name), h("span.vh", job.fire_times.slice(0, 9).join(", ")));
-  return box("timeline", title, h("div.scroll", h("ul", h("li"), rows.map(item)), s("svg", { height, "aria-hidden": "true" }, hours,
-    rows.map(marks), s("line.now", { x1: x(now), x2: x(now), y1: 4, y2: height }))));
+function timeline() { // a row per job, a mark per fire time, a line per hour from now
+  const from = clock(), percent = at => `${(Date.parse(at) - from) / 864000}%`;
+  const row = ({ job_id: id, job_name: name, fire_times: times, has_more }) => h("li", jobLink(id, name), s("svg", { role: "img",
+    "aria-label": times.slice(0, 9).map(at => stamp(Date.parse(at), MINE)).join(", ") }, has_more
+    ? s("rect.dense", { x: percent(times[0]), width: "100%", y: 8, height: 8 })
+    : times.map(at => s("rect", { x: percent(at), width: 3, y: 6, height: 12 }, s("title", stamp(Date.parse(at), MINE))))));
+  return box("timeline", "Next 24 hours, a line for each", upcoming.upcoming.length
+    ? h("ul.scroll", upcoming.upcoming.map(row)) : dim("Nothing is scheduled", !stats.enabled && ": all jobs are paused", "."));
 }
-const jobTable = table("Jobs, those that need you first", ["State", "Job", "Last 30 runs", "Last run", "Next run", "Actions"], []);
+const jobTable = table("Jobs", ["State", "Job", "Last 30 runs", "Last run", "Next run", "Actions"], []);
 jobTable.id = "jobs";
 function home() {
   const search = text => {
@@ -4073,27 +3993,22 @@ function home() {
     morph(jobTable.tBodies[0], jobs.map(jobRow));
     return [heading({ class: "vh" }, "Jobs"), banners(), summary(), activePanel(), timeline(), line({ id: "filter" },
       h("h2.grow", all ? "All jobs" : `${jobs.length} of ${stats.jobs_total} jobs`), h("input", { type: "search", id: "search",
-        placeholder: "Name, schedule or tag", "aria-label": "Filter the jobs", value: searched, oninput: event => search(event.target.value) }),
-      !all && plain("Clear filter", () => search(chosen = ""))), jobs.length ? jobTable : h("p.box", { id: "no-match" }, "No job matches.")];
+        placeholder: "Name, state or tag", "aria-label": "Filter the jobs", value: searched, oninput: event => search(event.target.value) }),
+      !all && plain("Clear filter", () => search(""))), jobs.length ? jobTable : h("p.box", { id: "no-match" }, "No job matches.")];
   };
   return { draw: () => draw() };
 }
-function firstJob() {
-  const job = { name: "hello", schedule: "@every 1m", webhook: { url: location.origin + "/health" }, enabled: true };
-  return box("empty", "No jobs yet", h("p", "A job calls a URL at the times that its schedule names."), stats.may_write &&
-    [h("p", link("#/new", { class: "button primary" }, "Create the first job")), h("p", "or in a shell:"),
-      h("pre", `curl ${API}/jobs -d '${JSON.stringify(job)}'`)]);
-}
+const firstJob = () => box("empty", "No jobs yet", h("p", "A job calls a URL at the times that its schedule names."),
+  stats.may_write && h("p", link("#/new", { class: "button primary" }, "Create the first job")));
 
 // ---- runs; a job with its versions; one run
 
 function history(path, named) { // a page of runs, the newest first
   const limit = named ? 50 : 20, self = { total: 0 };
-  let runs = [], before = "", status = "", more = false;
+  let runs = [], before = "", status = "";
   self.load = async () => {
-    const query = `limit=${limit}${status && `&status=${status}`}${before && `&before=${before}`}`;
-    const { executions, total, has_more } = await get(`${path}?${query}`);
-    [runs, self.total, more] = [executions, total, has_more ?? executions.length === limit];
+    const { executions, total } = await get(`${path}?limit=${limit}${status && `&status=${status}`}${before && `&before=${before}`}`);
+    [runs, self.total] = [executions, total];
   };
   const go = (...change) => act("page", async () => {
     [before, status] = change;
@@ -4101,7 +4016,7 @@ function history(path, named) { // a page of runs, the newest first
     draw();
   });
   self.draw = () => [runs.length ? runTable(runs, named) : dim(status || before ? "No run here." : "No run yet."),
-    line(more && plain("Load older", () => go(runs.at(-1).id, status)), before && plain("Newest", () => go("", status)))];
+    line(runs.length === limit && plain("Load older", () => go(runs.at(-1).id, status)))];
   self.select = () => h("select", { "aria-label": "Runs with the state", onchange: event => go("", event.target.value) },
     options(["", "pending", "running", "success", "failed", "skipped"], status, "all runs"));
   return self;
@@ -4129,22 +4044,22 @@ function jobPage(id) {
   const draw = () => {
     const row = known(id) ?? { ...job, failures: 0, strip: "" }, zone = job.timezone, { name, description, ...settings } = flatten(job);
     return [line(h("div.grow", line(heading(job.name), badge(stateOf(row))), description && dim(description)),
-      stats.may_write && line({ id: "actions" }, actions(job), link(`#/new/${id}`, { class: "button" }, "Copy"),
-        !job.managed_by && button("Delete", `delete:${id}`, () => remove(job, runs.total), { class: "danger" }))),
+      stats.may_write && line({ id: "actions" }, actions(job),
+    !job.managed_by && button("Delete", `delete:${id}`, () => remove(job, runs.total), { class: "danger" }))),
     row.failures > 0 && h("p.bar.fail", { id: "failing" }, `Failed ${count(row.failures, "time")} in a row, since `,
       when(row.failing_since, zone), `: ${row.last_execution?.error}`),
-    h("div.two", box("settings", "Settings", facts([...Object.entries(settings), ["managed by", job.managed_by], ["version", `${job.version}`],
+    h("div.two", box("settings", "Settings", facts([...entries(settings), ["managed by", job.managed_by], ["version", `${job.version}`],
       ["changed", when(job.updated_at, zone)], ["id", id]])),
     box("next", "Next runs", next.length ? runTimes(next, zone) : dim(job.enabled ? "None: it has ended." : "None: it is paused."))),
     box("runs", line(h("span.grow", "Runs"), strip(row.strip), runs.select()), runs.draw()),
     box("versions", "Versions", versions.length < 2 ? dim("Only version 1.")
-      : table("Versions, the newest first", ["Version", "When", "By", "What changed", ""], versions.map(versionRow)))];
+      : table("Versions", ["Version", "When", "By", "What changed", ""], versions.map(versionRow)))];
   };
   return { title: () => job.name, load, draw };
 }
 const runTimes = (runs, zone) => h("ol", runs.map(({ utc, note }) => {
   const at = Date.parse(utc), yours = city(at, zone) && `${full(at, MINE)} yours`;
-  return h("li", h("span", full(at, zone)), h("span.dim", when(utc, zone, "due")), h("span.hint", yours), note && h("span.hint", note));
+  return h("li", h("span", full(at, zone)), h("span.dim", when(utc, zone, "due")), h("span.hint", yours, " ", note));
 }));
 
 function sentence({ status, attempts, error, status_code: code }) {
@@ -4154,9 +4069,9 @@ function sentence({ status, attempts, error, status_code: code }) {
   if (status === "success") return `Succeeded${tries}: the server answered ${code}.`;
   return `${status === "skipped" ? "Did not run" : "Failed" + tries}: ${error}.`;
 }
-function curl({ method, url, headers, body }) { // the server has masked what is secret in the headers
+function curl({ method, url, headers, body }) {
   const quote = text => `'${text.replaceAll("'", "'\\''")}'`, heads = pairsOf(headers).filter(pair => !/^content-length/i.test(pair));
-  return [`curl ${method === "HEAD" ? "-I" : `-X ${method}`} ${quote(url)}`, ...heads.map(pair => `-H ${quote(pair)}`),
+  return [`curl -X ${method} ${quote(url)}`, ...heads.map(pair => `-H ${quote(pair)}`),
     ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
 }
 function runPage(jobId, id) {
@@ -4169,14 +4084,15 @@ function runPage(jobId, id) {
     const late = run.trigger === "schedule" && Date.parse(run.started_at) - Date.parse(run.scheduled_time);
     return [line(h("div.grow", jobLink(jobId, run.job_name), line(heading("Run of ", when(run.scheduled_time, zone)), badge(wordOf(run)))),
       line({ id: "actions" }, stats.may_write && (run.completed_at ? button("Replay", `replay:${id}`, () => replay(run))
-        : button("Cancel", `cancel:${id}`, () => cancel(run), { class: "danger" })), button("Copy as curl", "curl", () => copy(curl(request))))),
+        : button("Cancel", `cancel:${id}`, () => cancel(run), { class: "danger" })),
+    button("Copy as curl", "curl", () => ask("Copy this", h("pre", curl(request)))))),
     h("p.bar." + KINDS[run.status], { id: "sentence" }, sentence(run)),
     h("div.two", box("request", "Request", h("code", `${method} ${url}`), h("pre", pairsOf(headers).join("\n")), body ? h("pre", body) : dim("No body.")),
       box("facts", "Facts", facts([["scheduled", when(run.scheduled_time, zone)], ["started", when(run.started_at, zone)],
         ["late by", late >= 1000 && span(late)], ["ended", when(run.completed_at, zone)], ["took", run.duration && took(run.duration)],
         ["started by", spoken(run.trigger)], ["replay of", original && runLink(jobId, original, original)],
-        ["job version", run.job_version], ["reason", run.reason], ["node", run.node_id], ["id", id]]))),
-    box("response", ["Response ", code && h("span.dim", `${code}, ${count(new Blob([response ?? ""]).size, "byte")}`)], response
+        ["job version", run.job_version], ["reason", run.reason], ["id", id]]))),
+    box("response", ["Response ", code && h("span.dim", code)], response
       ? h("pre", { tabindex: 0, "aria-label": "Response" }, response) : dim(code ? "It was empty." : run.completed_at ? "There was none." : "None yet.")),
     run.attempt_log.length > 0 && box("attempts", "Attempts", table("Attempts", ["Attempt", "Started", "Took", "Code", "What happened"],
       run.attempt_log.map(attempt)))];
@@ -4184,26 +4100,25 @@ function runPage(jobId, id) {
   return { title: () => `Run of ${run.job_name}`, load, draw };
 }
 
-// ---- the editor: starts from what GET gave, and sends that back with the changed fields replaced
+// ---- the editor: sends back what GET gave, the changed fields replaced
 
-const GROUPS = { // of fields, path: its kind or its choices ("": text), and what stands below it
+const GROUPS = { // path: kind or choices ("": text), and a hint
   Job: { name: [""], description: ["area"], enabled: ["check", "Its schedule fires."] },
-  When: { schedule: ["", "minute hour day month weekday, @hourly, @every 90s, @at 2027-01-31T09:00:00Z"], timezone: ["zone"] },
+  When: { schedule: ["", "minute hour day month weekday, @hourly, @every 90s"], timezone: ["zone"] },
   Request: {
-    "webhook.url": ["", "It is shown as it is: keep secrets out of it."],
+    "webhook.url": ["", "Keep secrets out of it."],
     "webhook.method": [["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]],
     "webhook.auth.type": [["", "basic", "bearer", "api_key"]], "webhook.auth.username": [""], "webhook.auth.password": ["secret"],
-    "webhook.auth.token": ["secret"], "webhook.auth.api_key": ["secret"], "webhook.auth.header": ["", "X-API-Key, if empty"],
+    "webhook.auth.token": ["secret"], "webhook.auth.api_key": ["secret"], "webhook.auth.header": [""],
     "webhook.headers": ["pairs", "One in a line, as X-Name: value"], "webhook.body": ["area"],
   },
-  "Retries, rules and tags": {
-    timeout: ["", "of all attempts and waits; 5m, if empty"], "retry_policy.max_attempts": ["number", "the server's default, if empty"],
-    "retry_policy.initial_interval": ["", "the first wait, such as 1s"], "retry_policy.multiplier": ["number", "2: it waits 1 s, 2 s, 4 s"],
-    "retry_policy.max_interval": ["", "the longest wait, such as 1m"], "retry_policy.attempt_timeout": ["", "none, if empty"],
-    concurrency: [["forbid", "allow", "replace"], "If a run is not over at the next: skip that, let both run, end the older"],
-    missed_run_policy: [["", "ignore", "execute_one", "execute_all"], "of fire times in a downtime"],
-    "webhook.success_codes": ["codes", "such as 200, 204; 200 to 299, if empty"],
-    "webhook.verify_tls": ["check", "Else any certificate is taken."], tags: ["pairs", "One in a line, as team: backend"],
+  "More": { // what is empty has its default
+    timeout: ["", "of all attempts and waits: 5m"], "retry_policy.max_attempts": ["number"],
+    "retry_policy.initial_interval": ["", "the first wait: 1s"], "retry_policy.multiplier": ["number", "2: waits of 1, 2, 4 s"],
+    "retry_policy.max_interval": [""], "retry_policy.attempt_timeout": [""],
+    concurrency: [["forbid", "allow", "replace"], "skip a run that meets an older one, let both run, end the older"],
+    missed_run_policy: [["", "ignore", "execute_one", "execute_all"]], "webhook.success_codes": ["codes"],
+    "webhook.verify_tls": ["check"], tags: ["pairs", "One in a line, as team: backend"],
   },
 };
 const AUTHS = { basic: ["username", "password"], bearer: ["token"], api_key: ["api_key", "header"] }, AUTH = "webhook.auth.";
@@ -4212,7 +4127,7 @@ function put(object, path, value) {
   if (rest.length) put(object[first] ??= {}, rest.join("."), value);
   else object[first] = value;
 }
-const numeric = word => word && !isNaN(word) ? Number(word) : word || null; // what is none the server refuses
+const numeric = word => word && !isNaN(word) ? Number(word) : word || null;
 function read({ value, checked, dataset: { kind } }) {
   if (kind === "check") return checked;
   if (kind === "number") return numeric(value.trim());
@@ -4228,20 +4143,19 @@ function fieldOf([path, [kind, hint]], original) {
     : kind === "area" || kind === "pairs" ? h("textarea", { rows: 3 }, common, text) : kind === "check"
     ? h("input", common, { type: "checkbox", checked: value !== false && "" }) : h("input", common, { value: text,
       type: kind === "secret" ? "password" : "text", list: kind === "zone" && "zones" });
-  const auth = Object.keys(AUTHS).find(each => AUTHS[each].some(name => AUTH + name === path));
+  const auth = keys(AUTHS).find(each => AUTHS[each].some(name => AUTH + name === path));
   return h("div.field." + kind, { "data-auth": auth }, h("label", { for: input.id }, spoken(path)), input,
     h("p.hint", { id: `h-${path}` }, hint), h("p.wrong", { id: `e-${path}` }));
 }
-function editor(id, copied) {
+function editor(id) {
   const initial = {}, place = h("div", { id: "preview" });
-  let original = { webhook: {}, timezone: "UTC", enabled: true }, version, form, saved = false;
+  let original = { webhook: {}, timezone: "UTC", enabled: true }, version, form;
   const at = path => form.elements[path];
   const load = async () => {
-    if (id || copied) ({ data: original, etag: version } = await api("GET", `/jobs/${id || copied}`));
-    if (copied) original.name += " copy";
+    if (id) ({ data: original, etag: version } = await api("GET", `/jobs/${id}`));
     form = h("form", { novalidate: "", oninput: refresh }, h("div.bar.fail", { id: "form-error", role: "alert", tabindex: "-1", hidden: "" }),
-      Object.entries(GROUPS).map(([name, fields]) => h("details.box", { open: name.length < 8 && "" }, h("summary", name),
-        h("div.fields", Object.entries(fields).map(each => fieldOf(each, original)), name === "When" && place))),
+      entries(GROUPS).map(([name, fields]) => h("details.box", { open: name.length < 8 && "" }, h("summary", name),
+        h("div.fields", entries(fields).map(each => fieldOf(each, original)), name === "When" && place))),
       h("datalist", { id: "zones" }, options(["UTC", ...Intl.supportedValuesOf("timeZone")])),
       line(h("button.primary", { "data-act": "save" }, "Save"), link(id ? `#/job/${id}` : "#/", { class: "button" }, "Cancel")));
     form.onsubmit = event => {
@@ -4256,7 +4170,7 @@ function editor(id, copied) {
     form.querySelectorAll("[data-auth]").forEach(each => { each.hidden = each.dataset.auth !== at(AUTH + "type").value; });
     if (!target || /schedule|timezone/.test(target.name)) preview(place, form.elements, target ? 300 : 0);
   };
-  const changed = () => Object.keys(initial).filter(path => JSON.stringify(read(at(path))) !== initial[path]);
+  const changed = () => keys(initial).filter(path => JSON.stringify(read(at(path))) !== initial[path]);
   const collect = () => {
     const body = structuredClone(original), paths = changed(), kind = at(AUTH + "type").value;
     for (const path of paths.filter(each => !each.startsWith(AUTH))) put(body, path, read(at(path)));
@@ -4264,7 +4178,7 @@ function editor(id, copied) {
       body.webhook.auth = kind ? { type: kind } : null;
       for (const name of AUTHS[kind] ?? []) body.webhook.auth[name] = read(at(AUTH + name));
     }
-    if (id && !paths.includes("enabled")) body.enabled = known(id)?.enabled ?? body.enabled; // who paused it meanwhile meant it
+    if (id && !paths.includes("enabled")) body.enabled = known(id)?.enabled ?? body.enabled;
     return body;
   };
   const show = (text, details = [], ...more) => {
@@ -4272,7 +4186,7 @@ function editor(id, copied) {
     form.querySelectorAll(".wrong").forEach(each => each.replaceChildren());
     form.querySelectorAll("[aria-invalid]").forEach(each => { each.ariaInvalid = null; });
     for (const { field, message } of details) {
-      const path = Object.keys(initial).find(each => field === each || field.startsWith(each + ".")), input = at(path ?? "");
+      const path = keys(initial).find(each => field === each || field.startsWith(each + ".")), input = at(path ?? "");
       if (!input) rest.push(`${field} ${message}.`);
       else {
         $("e-" + path).append(`${spoken(field)} ${message}. `);
@@ -4289,21 +4203,19 @@ function editor(id, copied) {
     show("");
     try {
       const { data } = await api(id ? "PUT" : "POST", id ? `/jobs/${id}` : "/jobs", collect(), id && { "If-Match": version });
-      saved = true;
       location.hash = `#/job/${data.id}`;
       done(`${data.name} is saved as version ${data.version}.`);
     } catch (error) {
       if (error.status !== 412) return show(`Not saved: ${error.message}.`, error.details);
-      const newer = await get(`/jobs/${id}`), text = `Not saved: it has changed since you opened it, to version ${newer.version}:`;
+      const newer = await get(`/jobs/${id}`), text = `Not saved: it was changed meanwhile, to version ${newer.version}:`;
       show(text, [], differences(original, newer), "Reload the page to edit that version.");
     }
   };
   const title = () => id ? `Edit ${original.name}` : "New job";
-  const self = { title, load, dirty: () => form && !saved && changed().length > 0, draw: () => [heading(title()),
-    stats.may_write ? form : dim("You may only read here.")] };
+  const self = { title, load, draw: () => [heading(title()), stats.may_write ? form : dim("You may only read here.")] };
   return self;
 }
-let asked; // the preview that runs: the last one wins
+let asked; // the last preview wins
 function preview(place, { schedule, timezone }, delay) {
   const mine = asked = {};
   setTimeout(async () => {
@@ -4319,8 +4231,8 @@ function preview(place, { schedule, timezone }, delay) {
 async function route() {
   const hash = location.hash || "#/", [page, id, part, run] = hash.slice(2).split("/");
   if (view?.hash === hash) return;
-  let next = opening = !page ? home() : page === "runs" ? allRuns() : page === "new" ? editor("", id) : page !== "job" || !id
-    ? lost({ status: 404 }) : part === "edit" ? editor(id) : part === "run" && run ? runPage(id, run) : jobPage(id);
+  let next = opening = !page ? home() : page === "runs" ? allRuns() : page === "new" ? editor() : page !== "job" || !id
+    ? lost({ status: 404, message: "There is no such page." }) : part === "edit" ? editor(id) : part === "run" && run ? runPage(id, run) : jobPage(id);
   try { await next.load?.(); } catch (error) {
     if (opening === next) next = opening = lost(error);
   }
@@ -4333,11 +4245,8 @@ async function route() {
   scrollTo(0, 0);
   if (!first) $("view").querySelector("h1").focus();
 }
-function lost({ status, message }) {
-  const text = status === 404 ? "There is no such job or run, or no more. " : `${message}. Reload to try again. `;
-  return { title: () => "Not found", draw: () => [heading(status === 404 ? "This job was deleted" : "This cannot be shown"),
-    h("p", text, link("#/", "All jobs"))] };
-}
+const lost = ({ status, message }) => ({ title: () => "Not found", draw: () => [
+  heading(status === 404 ? "This job was deleted" : "This cannot be shown"), h("p", message, " ", link("#/", "All jobs"))] });
 async function reload() {
   const mine = view;
   try { await mine.load(); } catch (error) {
@@ -4352,9 +4261,8 @@ function draw() {
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
   $("host").textContent = $("host").title = stats.node_id;
   $("new").hidden = !stats.may_write;
-  for (const each of document.querySelectorAll("nav a")) each.ariaCurrent = each.hash === view.hash ? "page" : null;
-  morph($("foot"), [h("span", `Chronos ${stats.version}`), h("span", "started ", when(stats.started_at, MINE, "ago")),
-    h("span", `signed in as ${stats.user}`), !stats.may_write && h("span", "may only read"), h("span", `your zone: ${MINE}`)]);
+  for (const each of $$("nav a")) each.ariaCurrent = each.hash === view.hash ? "page" : null;
+  $("foot").textContent = `Chronos ${stats.version}, signed in as ${stats.user}${stats.may_write ? "" : ", who may only read"}`;
   tick();
 }
 
@@ -4366,18 +4274,16 @@ addEventListener("keydown", event => {
   event.preventDefault();
   run();
 });
-for (const kind of ["pointermove", "keydown", "scroll"]) addEventListener(kind, () => { // who comes back sees what is true now
+for (const kind of ["pointermove", "keydown", "scroll"]) addEventListener(kind, () => {
   const idle = Date.now() - touchedAt;
   touchedAt = Date.now();
   if (idle > 60000 && !failures) poll();
 }, { passive: true });
 document.addEventListener("visibilitychange", poll);
-addEventListener("beforeunload", event => view?.dirty?.() && event.preventDefault());
 $("skip").onclick = event => {
   event.preventDefault();
   $("view").focus();
 };
-$("reload").onclick = () => location.reload();
 $("retry").onclick = poll;
 setInterval(() => document.hidden || tick(), 1000);
 poll();

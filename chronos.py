@@ -3519,7 +3519,7 @@ a { color: var(--run); text-decoration: none; } a:hover { text-decoration: under
 .vh, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .dim, .hint, dt, th, footer { color: var(--dim); }
 .hint, th, footer { font-size: 12.5px; font-weight: 400; }
-.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+td .cut { max-width: 300px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .line { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; }
 .grow, nav { flex: 1; min-width: 0; }
 code, pre, .mono { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
@@ -3552,15 +3552,14 @@ i { font-style: normal; width: 12px; text-align: center; }
 .state.ok { color: var(--ok); } .state.run, .state.wait { color: var(--run); }
 .state.fail, .error, .wrong, .danger { color: var(--fail); } .state.skip, .state.miss { color: var(--skip); }
 .tiles { display: flex; flex-wrap: wrap; gap: 8px; }
-.tiles > * { flex: 1 1 70px; padding: 7px 14px 8px; border: 1px solid var(--line); border-radius: 8px; color: var(--dim); }
+.tiles > * { flex: 1 1 80px; padding: 7px 10px 8px; border: 1px solid var(--line); border-radius: 8px; color: var(--dim); }
 .tiles > a { flex: 4 1 240px; min-width: 0; }
 .tiles b { display: block; font-size: 20px; font-weight: 600; line-height: 27px; color: var(--text); }
-.tiles a b { font-size: 14px; } .tiles a b.line { display: flex; }
 ul, ol { list-style: none; padding: 0; }
 #active li { display: grid; grid-template-columns: 92px minmax(100px, 1fr) auto auto; gap: 4px 16px; align-items: center; padding: 5px 0; }
 li + li { border-top: 1px solid var(--line); }
 .scroll { overflow: auto; max-height: 312px; }
-#timeline li { display: grid; grid-template-columns: minmax(80px, 170px) 1fr; gap: 12px; border: 0; font-size: 13px; }
+#timeline li { display: grid; grid-template-columns: minmax(80px, 170px) 1fr; gap: 12px; border: 0; align-items: center; }
 #timeline svg { width: 100%; height: 24px; fill: var(--run); overflow: hidden;
   background: repeating-linear-gradient(90deg, var(--line) 0 1px, transparent 1px calc(100% / 24)); }
 .dense { opacity: .5; } table { width: 100%; border-collapse: collapse; }
@@ -3578,7 +3577,7 @@ td .line { gap: 6px; flex-wrap: nowrap; justify-content: end; }
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 20px; align-items: start; }
 dl { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 5px 14px; } dd { white-space: pre-wrap; }
 dt::first-letter, label::first-letter, td::first-letter { text-transform: uppercase; }
-ol li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 14px; padding: 4px 0; }
+ol li { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 4px 0; } ol span:first-child { flex: 1 0 auto; }
 form { max-width: 860px; }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 14px; margin-top: 10px; }
 .field { display: grid; gap: 3px; align-content: start; min-width: 0; }
@@ -3622,7 +3621,7 @@ footer { margin-top: 32px; }
 <div id="offline" class="bar fail" hidden><b id="why" role="alert"></b> <span id="rest"></span>
   <button type="button" id="retry">Now</button></div>
 <main id="view" tabindex="-1"><h1>Loading …</h1></main>
-<noscript>This needs JavaScript; <a href="/api/v1/jobs">the API</a> does not.</noscript>
+<noscript>This needs JavaScript.</noscript>
 <footer class="line"><span id="foot"></span><span>Keys: / filter, n new job, r refresh. Bars: full green
   succeeded, notched red failed, half skipped, hollow missed, grey cancelled or replaced.</span></footer>
 <div id="messages"><div id="alert" role="alert"></div><div id="status" role="status"></div></div>
@@ -3962,7 +3961,7 @@ function summary() {
   const ended = entries(stats.last_24h).filter(([word, n]) => n || word === "success");
   return h("section.tiles", { "aria-label": "Summary" }, [[stats.jobs_total, "jobs"], [stats.failing, "failing"],
     [stats.running, "running"], [stats.jobs_total - stats.enabled, "paused"]].map(tile),
-  link("#/runs", h("b.line", ended.map(([word, n]) => h("span.state." + KINDS[word], `${n} ${word}`))), "in 24 hours"));
+  link("#/runs", line(ended.map(([word, n]) => h("span.state." + KINDS[word], `${n} ${word}`))), "in 24 hours"));
 }
 function activePanel() {
   const tell = run => run.status === "running" ? [`attempt ${run.attempts}, for `, when(run.started_at, MINE, "for")]
@@ -3977,7 +3976,7 @@ function timeline() { // a row per job, a mark per fire time, a line per hour fr
     "aria-label": times.slice(0, 9).map(at => stamp(Date.parse(at), MINE)).join(", ") }, has_more
     ? s("rect.dense", { x: percent(times[0]), width: "100%", y: 8, height: 8 })
     : times.map(at => s("rect", { x: percent(at), width: 3, y: 6, height: 12 }, s("title", stamp(Date.parse(at), MINE))))));
-  return box("timeline", "Next 24 hours, a line for each", upcoming.upcoming.length
+  return box("timeline", "Next 24 hours (a line per hour)", upcoming.upcoming.length
     ? h("ul.scroll", upcoming.upcoming.map(row)) : dim("Nothing is scheduled", !stats.enabled && ": all jobs are paused", "."));
 }
 const jobTable = table("Jobs", ["State", "Job", "Last 30 runs", "Last run", "Next run", "Actions"], []);

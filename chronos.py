@@ -3516,7 +3516,7 @@ h1 { font-size: 22px; font-weight: 650; line-height: 1.3; outline: none; }
 h2, summary { font-size: 14px; font-weight: 650; line-height: 24px; }
 a { color: var(--run); text-decoration: none; } a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--run); outline-offset: 2px; }
-.vh, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.vh, #skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .dim, .hint, dt, th, footer { color: var(--dim); }
 .hint, th, footer { font-size: 12.5px; font-weight: 400; }
 td .cut { max-width: 300px; } .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -3565,11 +3565,12 @@ li + li { border-top: 1px solid var(--line); }
 .dense { opacity: .5; } table { width: 100%; border-collapse: collapse; }
 th, td { padding: 7px 14px 7px 0; vertical-align: top; text-align: left; }
 tr { border-bottom: 1px solid var(--line); }
+#runs :is(th, td:not(:last-child)) { overflow-wrap: normal; }
 #jobs { table-layout: fixed; }
 #jobs th:nth-child(1) { width: 104px; } #jobs th:nth-child(3) { width: 196px; } #jobs th:nth-child(4) { width: 24%; }
-#jobs th:nth-child(5) { width: 150px; } #jobs th:nth-child(6) { width: 222px; }
+#jobs th:nth-child(5) { width: 150px; } #jobs th:nth-child(6) { width: 240px; }
 #jobs a .cut { font-size: 14px; font-weight: 600; color: var(--text); }
-td .line { gap: 6px; flex-wrap: nowrap; justify-content: end; }
+td .line { gap: 6px; flex-wrap: nowrap; }
 .strip { display: flex; justify-content: end; width: 180px; overflow: hidden; }
 .strip svg { flex: none; width: 180px; height: 24px; }
 .S { fill: var(--ok); } .F { fill: var(--fail); } .K { fill: var(--skip); } .C, .R { fill: var(--edge); }
@@ -3602,7 +3603,7 @@ footer { margin-top: 32px; }
   tr { display: flex; flex-wrap: wrap; gap: 2px 14px; padding: 10px 0; align-items: center; }
   #jobs :is(th, td) { display: block; padding: 1px 0; width: auto; }
   tr > :last-child, tr > th { flex: 1 1 100%; min-width: 0; }
-  td { padding: 1px 0; } td:empty { display: none !important; } td .line { justify-content: start; }
+  td { padding: 1px 0; } td:empty { display: none !important; }
   .strip { width: 90px; }
   #active li { grid-template-columns: minmax(0, 1fr) auto; }
 }
@@ -3611,7 +3612,7 @@ footer { margin-top: 32px; }
 <body>
 <!-- ==================================== markup -->
 
-<a class="skip" id="skip" href="#/">Skip to the content</a>
+<a id="skip" href="#/">Skip to the content</a>
 <header class="line">
   <a class="brand" href="#/"><svg viewBox="0 0 16 16"><path d="M8 4v4.5l3 1.5M8 1.5a6.5 6.5 0 1 0 .01 0"/></svg>Chronos</a>
   <span id="host" class="dim cut"></span>
@@ -3717,9 +3718,9 @@ function words(at, zone) {
   return formats[zone].format(at).replaceAll(",", "").split(" ");
 }
 const full = (at, zone) => words(at, zone).join(" ");
-function stamp(at, zone) { // the time of day, with the day unless it is today
-  const [, ...parts] = words(at, zone), today = words(clock(), zone).slice(1, 4).join(" ");
-  return today === parts.slice(0, 3).join(" ") ? parts[3] : parts.join(" ");
+function stamp(at, zone) { // the time of day, with the day unless it is today, the year unless this one
+  const [, day, month, year, time] = words(at, zone), [, d, m, y] = words(clock(), zone);
+  return year !== y ? `${day} ${month} ${year} ${time}` : day !== d || month !== m ? `${day} ${month} ${time}` : time;
 }
 const city = (at, zone) => full(at, zone) === full(at, MINE) ? "" : " " + zone.split("/").pop().replaceAll("_", " ");
 function span(ms) {

@@ -2177,18 +2177,16 @@ class Engine:
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
         self.last_pass = self._worked_at = clock.monotonic()
-        self._node_id: str = settings["cluster.node_id"]
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
-        self._attempts: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
+        self._attempts = queue.SimpleQueue[Attempt | None]()
         self._version = functools.lru_cache(VERSION_CACHE)(
             lambda job_id, number: Version(
                 job_id, number, store.versions(job_id, number)[0]["config"]
             )
         )
-        self._inbox: queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]
-        self._inbox = queue.SimpleQueue()
+        self._inbox = queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]()
         self._outcomes: list[Outcome] = []  # kept until a pass has written them
         self._changes: deque[tuple[Future[Any], Change]] = deque()
         self._in_flight: dict[str, Attempt] = {}
@@ -2258,10 +2256,7 @@ class Engine:
         return future
 
     def make(self, change: Callable[..., Result], *arguments: Any) -> Result:
-        """Let the engine make a change; return what it returned, once that is on disk.
-
-        Raises what it raised, or StoreError; then nothing of it has happened.
-        """
+        """Return what a change returned, once on disk; where this raises, nothing has changed."""
         future = self.hand_in(change, *arguments)
         try:
             return future.result(WRITE_PATIENCE_S)
@@ -2375,9 +2370,8 @@ class Engine:
         if replay_of:
             original = self.store.execution_of(job_id, replay_of)
             number, kind, at = original.job_version, "replay", original.scheduled_at
-        execution = self._new(self._version(job_id, number), kind, at, turn.now)
-        execution = execution._replace(id=new_id, replay_of=replay_of)
-        self._enqueue(turn, execution, job.config["concurrency"])
+        new = self._new(self._version(job_id, number), kind, at, turn.now)
+        self._enqueue(turn, new._replace(id=new_id, replay_of=replay_of), job.config["concurrency"])
 
     def cancel(self, turn: Pass, job_id: str, execution_id: str, user: str) -> Execution:
         """Fail an execution that has not ended, and abort its request."""
@@ -2544,7 +2538,6 @@ class Engine:
     # ------------------------------------------------------------------- the steps of a pass
 
     def _look_at_clock(self, turn: Pass, step: int) -> None:
-        """Notice steps of the clock, and work off what follows from them."""
         if not 0 <= turn.now - self._saved_at < HEARTBEAT:
             self.store.set_number("last_seen", turn.now)
             if turn.now // DAY != self._saved_at // DAY:
@@ -2612,8 +2605,7 @@ class Engine:
 
     def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
         """Deal with missed fire times as the policy says; return the newest of them."""
-        policy = version.config["missed_run_policy"]
-        policy = policy or self.settings["scheduler.missed_run_policy"]
+        policy = version.config["missed_run_policy"] or self.settings["scheduler.missed_run_policy"]
         most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
         zone = version.config["timezone"]
         count, newest = version.schedule.backlog(first, turn.now, zone, most + 1)
@@ -2668,7 +2660,7 @@ class Engine:
                     busy[execution.target] += 1
             if started:
                 ids = [attempt.execution.id for attempt in started]
-                self.store.start_executions(ids, turn.now, self._node_id)
+                self.store.start_executions(ids, turn.now, self.settings["cluster.node_id"])
                 turn.taken += started
                 room -= len(started)
 
@@ -2691,7 +2683,7 @@ class Engine:
     def _attempt(self, turn: Pass, execution: Execution, version: Version) -> Attempt:
         started = execution._replace(
             status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
-            started_at=execution.started_at or turn.now, node_id=self._node_id,
+            started_at=execution.started_at or turn.now, node_id=self.settings["cluster.node_id"],
         )  # fmt: skip
         limit = (version.timeout - execution.spent, "timeout")
         if version.attempt_timeout < limit[0]:
@@ -2703,10 +2695,10 @@ class Engine:
         self._untidy[version.job_id] = None
         fire_id, target = scheduled_id(version.job_id, at), version.webhook.target
         head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
-        return Execution(*head, node_id=self._node_id)
+        return Execution(*head, node_id=self.settings["cluster.node_id"])
 
     def _enqueue(self, turn: Pass, execution: Execution, concurrency: str) -> None:
-        """Add an execution as the concurrency policy has it: pending, or skipped."""
+        """Add an execution that is not in the ledger: pending, or skipped as the policy has it."""
         least = MAX_ACTIVE if concurrency == "allow" else 1
         most = MAX_ACTIVE if concurrency == "replace" else 1
         others = self.store.active_executions(execution.job_id, least, most)
@@ -2715,10 +2707,9 @@ class Engine:
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
             turn.ended[execution.id] = None
-        if not self.store.add_execution(execution):
-            return  # this fire time is in the ledger
-        for other in others if concurrency == "replace" else ():
-            self._end(turn, other, "replaced", f"replaced by {execution.id}")
+        if self.store.add_execution(execution) and concurrency == "replace":
+            for other in others:
+                self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
     def _end(self, turn: Pass, execution: Execution, reason: str, error: str) -> Execution:
         """Fail an execution that has not ended, and abort its request after the commit."""
@@ -3175,17 +3166,15 @@ class Api:
         ends = self.store.ends_since(now - DAY)
         kinds = {"success": "S", "failed": "FCR", "skipped": "K", "missed": "M"}
         day = {kind: sum(ends.get(n, 0) for n in letters) for kind, letters in kinds.items()}
-        active = [
-            execution.to_json(name) | {"due_at": format_time(execution.due_at)}
-            for execution, name in self.store.active(50)
-        ]
+        active = self.store.active(50)
+        shown = [e.to_json(name) | {"due_at": format_time(e.due_at)} for e, name in active]
         body = self._answer({
             "node_id": self._node_id, "version": __version__, "now": format_time(now),
             "started_at": format_time(now - self.clock.monotonic() + self._started),
             "user": user, "may_write": user not in viewers,
             "paused": self.engine.paused, "problem": problem, "jobs_total": total,
             "enabled": enabled, "failing": failing, **self.store.count_active(),
-            "last_24h": day, "active": active, "jobs": [],
+            "last_24h": day, "active": shown, "jobs": [],
         })  # fmt: skip
         with self._cards_lock:
             for since in (self._cards_at, -1):  # one that moves up may have changed long ago
@@ -3201,8 +3190,8 @@ class Api:
 
     def page(self) -> bytes:
         """Return the dashboard; it holds no data."""
-        parts = re.findall("(?s)<(?:style|script)>(.*?)</", DASHBOARD_HTML)
-        digests = [hashlib.sha256(part.encode()).digest() for part in parts]
+        parts = re.findall(r"(?s)<(style|script)>(.*?)</\1>", DASHBOARD_HTML)
+        digests = [hashlib.sha256(part.encode()).digest() for _tag, part in parts]
         policy = PAGE_POLICY.format(*(base64.b64encode(digest).decode() for digest in digests))
         own = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
         bottle.response.headers.update(SECURITY_HEADERS | own)
@@ -3219,7 +3208,6 @@ class Api:
 
     @staticmethod
     def _query(table: dict[str, Field]) -> Json:
-        """Return the query parameters of a table. Raises ApiError."""
         query = bottle.request.query.decode()
         return validate(table, dict(query), frozenset(query))
 
@@ -3320,15 +3308,14 @@ class Service:
             message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
         proxy = self.settings["server.trusted_proxy"]
-        names = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
-        trusted = {"trusted_proxy": proxy, "trusted_proxy_count": 1, "trusted_proxy_headers": names}
+        forwarded = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto") if proxy else ()
         self._server = waitress.create_server(
             self.api.app, map=self._channels, sockets=[listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
             max_request_body_size=MAX_BODY_BYTES + 1,
-            **(trusted if proxy else {}),
+            trusted_proxy=proxy, trusted_proxy_headers=forwarded,
         )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
@@ -3459,11 +3446,9 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
+    # Options stand before or after the command.
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
@@ -3472,7 +3457,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in COMMANDS:  # options stand before or after the command
+    for run in (run_serve, run_check_config, run_hash_password, run_backup):
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)

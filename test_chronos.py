@@ -8785,6 +8785,7 @@ def test_all_can_be_done_by_keyboard(page, service, target):
     wait_until(lambda: page.focused() == "Name of the job")
     page.press(ESCAPE)
     wait_until(lambda: page.focused() == "Delete")
+    wait_until(lambda: not page.js("return document.activeElement.ariaDisabled"))  # it is over
     page.press(ENTER)
     wait_until(lambda: page.focused() == "Name of the job")
     page.press("report", ENTER)

@@ -3562,7 +3562,7 @@ td .line { gap: 6px; flex-wrap: nowrap; }
 .M { fill: none; stroke: var(--skip); } .rail { stroke: var(--line); }
 .two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 20px; align-items: start; }
 dl { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 5px 14px; } dd { white-space: pre-wrap; }
-dt::first-letter, label::first-letter, td::first-letter { text-transform: uppercase; }
+dt::first-letter, label::first-letter { text-transform: uppercase; }
 ol li { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 4px 0; } ol span:first-child { flex: 1 0 auto; }
 form { max-width: 860px; }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 14px; margin-top: 10px; }
@@ -3972,7 +3972,7 @@ function home() {
     searched = $("search").value = text;
     draw();
   };
-  const draw = () => {
+  return { draw: () => {
     if (!stats.jobs_total) return [heading("Jobs"), banners(), firstJob()];
     const jobs = stats.jobs.filter(matches).sort((a, b) => rank(b) - rank(a)), all = jobs.length === stats.jobs_total;
     morph(jobTable.tBodies[0], jobs.map(jobRow));
@@ -3980,8 +3980,7 @@ function home() {
       h("h2.grow", all ? "All jobs" : `${jobs.length} of ${stats.jobs_total} jobs`), h("input", { type: "search", id: "search",
         placeholder: "Name, state or tag", "aria-label": "Filter the jobs", value: searched, oninput: event => search(event.target.value) }),
       !all && plain("Clear filter", () => search(""))), jobs.length ? jobTable : h("p.box", { id: "no-match" }, "No job matches.")];
-  };
-  return { draw: () => draw() };
+  } };
 }
 const firstJob = () => box("empty", "No jobs yet", h("p", "A job calls a URL at the times that its schedule names."),
   stats.may_write && h("p", link("#/new", { class: "button primary" }, "Create the first job")));
@@ -3993,7 +3992,7 @@ function history(path, named) { // a page of runs, the newest first
   let runs = [], before = "", status = "";
   self.load = async () => {
     const { executions, total } = await get(`${path}?limit=${limit}${status && `&status=${status}`}${before && `&before=${before}`}`);
-    [runs, self.total] = [executions, total];
+    [runs, self.total] = [executions, status ? self.total : total];
   };
   const go = (...change) => act("page", async () => {
     [before, status] = change;
@@ -4007,8 +4006,8 @@ function history(path, named) { // a page of runs, the newest first
   return self;
 }
 function allRuns() {
-  const runs = history("/executions", true), { load } = runs;
-  return { title: () => "Runs", load, draw: () => [line(heading({ class: "grow" }, "Runs"), runs.select()), runs.draw()] };
+  const runs = history("/executions", true);
+  return { title: () => "Runs", load: runs.load, draw: () => [line(heading({ class: "grow" }, "Runs"), runs.select()), runs.draw()] };
 }
 function jobPage(id) {
   const path = `/jobs/${id}`, runs = history(`${path}/executions`, false);
@@ -4056,7 +4055,7 @@ function sentence({ status, attempts, error, status_code: code }) {
 }
 function curl({ method, url, headers, body }) {
   const quote = text => `'${text.replaceAll("'", "'\\''")}'`, heads = pairsOf(headers).filter(pair => !/^content-length/i.test(pair));
-  return [`curl -X ${method} ${quote(url)}`, ...heads.map(pair => `-H ${quote(pair)}`),
+  return [`curl ${method === "HEAD" ? "-I" : "-X " + method} ${quote(url)}`, ...heads.map(pair => `-H ${quote(pair)}`),
     ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
 }
 function runPage(jobId, id) {
@@ -4097,7 +4096,7 @@ const GROUPS = { // path: kind or choices ("": text), and a hint
     "webhook.auth.token": ["secret"], "webhook.auth.api_key": ["secret"], "webhook.auth.header": [""],
     "webhook.headers": ["pairs", "One in a line, as X-Name: value"], "webhook.body": ["area"],
   },
-  "More": { // what is empty has its default
+  More: { // what is empty has its default
     timeout: ["", "of all attempts and waits: 5m"], "retry_policy.max_attempts": ["number"],
     "retry_policy.initial_interval": ["", "the first wait: 1s"], "retry_policy.multiplier": ["number", "2: waits of 1, 2, 4 s"],
     "retry_policy.max_interval": [""], "retry_policy.attempt_timeout": [""],
@@ -4139,7 +4138,7 @@ function editor(id) {
   const load = async () => {
     if (id) ({ data: original, etag: version } = await api("GET", `/jobs/${id}`));
     form = h("form", { novalidate: "", oninput: refresh }, h("div.bar.fail", { id: "form-error", role: "alert", tabindex: "-1", hidden: "" }),
-      entries(GROUPS).map(([name, fields]) => h("details.box", { open: name.length < 8 && "" }, h("summary", name),
+      entries(GROUPS).map(([name, fields]) => h("details.box", { open: name !== "More" && "" }, h("summary", name),
         h("div.fields", entries(fields).map(each => fieldOf(each, original)), name === "When" && place))),
       h("datalist", { id: "zones" }, options(["UTC", ...Intl.supportedValuesOf("timeZone")])),
       line(h("button.primary", { "data-act": "save" }, "Save"), link(id ? `#/job/${id}` : "#/", { class: "button" }, "Cancel")));
@@ -4215,7 +4214,7 @@ function preview(place, { schedule, timezone }, delay) {
 
 async function route() {
   const hash = location.hash || "#/", [page, id, part, run] = hash.slice(2).split("/");
-  if (view?.hash === hash) return;
+  if (view?.hash === hash) return opening = view;
   let next = opening = !page ? home() : page === "runs" ? allRuns() : page === "new" ? editor() : page !== "job" || !id
     ? lost({ status: 404, message: "There is no such page." }) : part === "edit" ? editor(id) : part === "run" && run ? runPage(id, run) : jobPage(id);
   try { await next.load?.(); } catch (error) {

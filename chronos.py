@@ -3408,10 +3408,14 @@ def run_serve(asked: argparse.Namespace) -> None:
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        while signals.get() == signal.SIGHUP:
-            try:
+        while True:
+            try:  # a signal that comes just before the wait does not end it: hence the limit
+                if signals.get(timeout=1) != signal.SIGHUP:
+                    break
                 service.reload(read_settings(asked))
                 log.info("the configuration was read again")
+            except queue.Empty:
+                continue
             except ChronosError as error:
                 log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])

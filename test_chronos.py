@@ -5533,7 +5533,7 @@ def test_a_body_of_one_mebibyte_is_accepted(service):
 
 
 @pytest.mark.parametrize(("sent", "status"), [
-    (b"garbage\r\n\r\n", "400 404"), (b"\x16\x03\x01\r\n\r\n", "400 404"),  # waitress 2.1: 404
+    (b"garbage\r\n\r\n", "400 405"), (b"\x16\x03\x01\r\n\r\n", "400 405"),  # waitress 2.1: 405
     (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", "400"), (b"GET /\xff HTTP/1.1\r\n\r\n", "400"),
     (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "400"),
     (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "400"),
@@ -5548,7 +5548,7 @@ def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
         connection.sendall(sent)
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
 
-    codes = {"413": "PAYLOAD_TOO_LARGE", "404": "NOT_FOUND"}
+    codes = {"413": "PAYLOAD_TOO_LARGE", "405": "METHOD_NOT_ALLOWED"}
     got, envelope = head.split()[1].decode(), json.loads(body)
     assert got in status.split()
     assert b"\r\nX-Content-Type-Options: nosniff" in head and b"\r\nCache-Control: no-store" in head
@@ -6854,8 +6854,9 @@ RAW = {  # by the statuses of the answers
                    b"2\r\n{}\r\n0\r\n\r\n",
             b"GET /health HTTP/1.1\r\n folded: x\r\n\r\n",
             b"GET /\xff\xfe HTTP/1.1\r\n\r\n"],
-    "400|404": [b"GET  /health HTTP/1.1 \r\n\r\n", b"\x80\x2e\x01\0\r\n\r\n" + bytes(range(256))],
-    "400 400|400 404": [POST + b"Content-Length: 1\r\n\r\n{ \x01\r\n\r\n"],  # two requests
+    "400|404|405": [
+        b"GET  /health HTTP/1.1 \r\n\r\n", b"\x80\x2e\x01\0\r\n\r\n" + bytes(range(256))],
+    "400 400|400 404|400 405": [POST + b"Content-Length: 1\r\n\r\n{ \x01\r\n\r\n"],  # two requests
     "404": [b"GET /" + b"x" * 8192 + CLOSE, b"CONNECT a:443" + CLOSE,
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"],
     "200": [b"GET /health\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",

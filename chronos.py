@@ -2229,6 +2229,8 @@ class Engine:
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
+        if not self._thread.is_alive():
+            return  # the start did not get so far
         self.stopping = True
         for ended in list(self._waiters.values()):
             ended.set()
@@ -3148,7 +3150,12 @@ class Api:
         hours = self._query({"hours": Field(query_number(1, 168), 24)})["hours"]
         until, found = self.clock.now() + hours * HOUR, []
         for job_id, _version, first in self.store.due_jobs(until, 100):
-            job = self.store.job(job_id)
+            try:
+                job = self.store.job(job_id)
+            except ApiError as error:
+                if error.code != "NOT_FOUND":
+                    raise
+                continue  # it was deleted meanwhile
             schedule, zone = parse_schedule(job.config["schedule"]), job.config["timezone"]
             later = takewhile(lambda at: at <= until, schedule.fire_times(first, zone))
             times = [format_time(at) for at in (first, *islice(later, 50))]
@@ -3285,6 +3292,7 @@ class Service:
         self.engine = Engine(self.store, Dispatcher(clock, settings), settings, clock)
         self.api = Api(self.engine, self.store, settings, clock)
         self._lock: IO[str] | None = None
+        self._listener: socket.socket | None = None
         self._channels: dict[int, Any] = {}  # waitress's sockets
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -3303,14 +3311,16 @@ class Service:
         host, port = split_address(address)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=1024)
+            self._listener = socket.create_server((host, port), family=family, backlog=1024)
         except (OSError, UnicodeError) as error:
             message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
+        self.engine.start()
+        self.reload(self.settings)  # nobody comes in before it is known who may
         proxy = self.settings["server.trusted_proxy"]
         forwarded = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto") if proxy else ()
         self._server = waitress.create_server(
-            self.api.app, map=self._channels, sockets=[listener],
+            self.api.app, map=self._channels, sockets=[self._listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
@@ -3319,8 +3329,6 @@ class Service:
         )  # fmt: skip
         answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
-        self.engine.start()
-        self.reload(self.settings)
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
 
@@ -3343,7 +3351,8 @@ class Service:
         """Refuse new connections, let running executions end within the grace, close all."""
         if self._thread:
             self._server.trigger.pull_trigger(lambda: wasyncore.dispatcher.close(self._server))
-            self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
+        self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
+        if self._thread:
             self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
             deadline = time.monotonic() + 1  # for the last answers to go out
             for channel in list(self._channels.values()):
@@ -3353,6 +3362,8 @@ class Service:
                 self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._channels))
             self._thread.join(timeout=2)
         self.store.close()
+        if self._listener:
+            self._listener.close()
         if self._lock:
             self._lock.close()
 
@@ -3382,20 +3393,19 @@ def read_settings(asked: argparse.Namespace) -> Json:
     return settings
 
 
-def start_logging(level: str) -> None:
-    """Log to stderr what is at least of this level."""
+def start_logging() -> None:
+    """Log to stderr, warnings until a level is set."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
-    log.setLevel(level.upper())
 
 
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    start_logging(settings["logging.level"])
+    start_logging()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

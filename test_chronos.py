@@ -5370,6 +5370,17 @@ def test_upcoming_names_the_fire_times_of_the_next_hours_job_by_job(service):
     assert wrong_fields(service, "GET", "/schedules/upcoming?hours=0") == ["hours"]
 
 
+def test_a_job_that_is_deleted_meanwhile_is_left_out_of_what_comes(service, monkeypatch):
+    service.create(NOBODY, name="stays", schedule="@daily", enabled=True)
+    store = service.service.store
+    gone, due_jobs = (str(uuid.uuid4()), 1, NOON), store.due_jobs
+
+    monkeypatch.setattr(store, "due_jobs", lambda *asked: [gone, *due_jobs(*asked)])
+
+    upcoming = service.get("/schedules/upcoming?hours=168")["upcoming"]
+    assert [job["job_name"] for job in upcoming] == ["stays"]
+
+
 def test_the_page_of_somebody_who_was_signed_out_is_not_answered_with_a_dialog(guarded):
     answer = requests.get(guarded.url + "/api/v1/stats", headers={"X-Chronos-UI": "1"}, timeout=5)
 
@@ -6573,6 +6584,18 @@ def test_a_hang_up_signal_sets_the_log_level_and_names_what_takes_a_restart(make
     assert "WARNING a restart is needed for server.shutdown_grace\n" in line
     wait_until(lambda: [line for line in process.log if "was created by" in line])
     assert sum("was created by" in line for line in process.log) == 1
+
+
+def test_a_start_that_fails_after_the_engine_runs_leaves_no_thread(tmp_path, monkeypatch):
+    service = chronos.Service(make_settings(tmp_path / "data"))
+    monkeypatch.setattr(service.engine, "declare_jobs", a_bug)
+
+    with pytest.raises(chronos.ApiError, match="a bug"):
+        service.start()
+    service.stop()
+
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"engine", "watchdog", "worker-1"}
 
 
 def test_a_reload_opens_no_door_to_everybody(make_service, caplog):
@@ -8437,6 +8460,20 @@ def test_a_job_with_runs_is_deleted_only_by_its_name(page, service, target):
 
     page.see("No jobs yet")
     assert service.get("/jobs")["total"] == 0
+
+
+def test_a_filter_of_its_runs_does_not_spare_the_name_of_a_job_to_be_deleted(page, service, target):
+    job = service.create(target.url, name="report")
+    run_to_end(service, job)
+    page.open(service, f"#/job/{job['id']}", "Settings")
+
+    select = page.find("Runs with the state")
+    select.find_element("css selector", "option[value=failed]").click()
+    page.see("No run here", "#runs")
+    page.click("Delete")
+
+    page.see("1 run of history", "dialog")
+    assert page.find("Name of the job")
 
 
 def test_a_double_click_is_one_request(page, service, target):

@@ -110,8 +110,7 @@ PRUNE_INTERVAL = 100_000  # while there is other work, µs
 MAX_ACTIVE = 1000  # executions of one job that have not ended
 QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean stop only
 MAX_FIRES_PER_PASS, PASS_TARGET = 256, 50_000  # after so many, or µs, the next pass goes on
-CLOCK_STEP = SECOND  # the wall clock moved by more than this against the monotonic one
-CLOCK_FAR_BACK = 3 * HOUR  # by so much the clock must go back before cursors are computed anew
+CLOCK_STEP, CLOCK_FAR_BACK = SECOND, 3 * HOUR  # seen as a step; so far back cursors begin anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S = 0.1
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
@@ -2135,17 +2134,17 @@ class Dispatcher:
 
 
 class Version:
-    """A job version, parsed once; shared by the engine and the workers, never changed."""
+    """A row of Store.versions(), parsed once; shared by engine and workers, never changed."""
 
-    def __init__(self, job_id: str, number: int, config: Json) -> None:
-        self.job_id, self.number, self.config = job_id, number, config
-        self.schedule = parse_schedule(config["schedule"])
-        self.timeout = parse_duration(config["timeout"])
-        own_limit = config["retry_policy"]["attempt_timeout"]
-        self.attempt_timeout = parse_duration(own_limit or config["timeout"])
-        self.webhook = Webhook(config["webhook"])
-        if not config["webhook"]["verify_tls"]:
-            log.warning("job %s takes any certificate: its verify_tls is false", job_id)
+    def __init__(self, row: Json) -> None:
+        self.job_id, self.number, self.config = (row[n] for n in ("job_id", "version", "config"))
+        self.schedule = parse_schedule(self.config["schedule"])
+        self.timeout = parse_duration(self.config["timeout"])
+        own_limit = self.config["retry_policy"]["attempt_timeout"]
+        self.attempt_timeout = parse_duration(own_limit or self.config["timeout"])
+        self.webhook = Webhook(self.config["webhook"])
+        if not self.config["webhook"]["verify_tls"]:
+            log.warning("job %s takes any certificate: its verify_tls is false", self.job_id)
 
 
 @dataclass(slots=True)
@@ -2182,9 +2181,7 @@ class Engine:
         self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
         self._attempts = queue.SimpleQueue[Attempt | None]()
         self._version = functools.lru_cache(VERSION_CACHE)(
-            lambda job_id, number: Version(
-                job_id, number, store.versions(job_id, number)[0]["config"]
-            )
+            lambda job_id, number: Version(store.versions(job_id, number)[0])
         )
         self._inbox = queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]()
         self._outcomes: list[Outcome] = []  # kept until a pass has written them
@@ -3432,6 +3429,10 @@ def run_serve(asked: argparse.Namespace) -> None:
     finally:
         service.stop()
     log.info("stopped")
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody reads it any more: Python would make that exit status 120
+        sys.stderr = None
 
 
 def run_check_config(asked: argparse.Namespace) -> None:

@@ -817,6 +817,7 @@ class Execution(NamedTuple):
     missed_to: int | None = None  # to this one
     attempt_log: str = "[]"  # JSON: what the API shows
     response: str | None = None
+    job_name: str = ""  # only where it is to be shown: the table has no such column
 
     @property
     def letter(self) -> str:
@@ -830,9 +831,9 @@ class Execution(NamedTuple):
         shown = {"id": self.id, "status": self.status, "reason": self.reason}
         return shown | {"scheduled_time": times[0], "completed_at": times[1]}
 
-    def to_json(self, job_name: str) -> Json:
+    def to_json(self) -> Json:
         """Return the execution as a list of the API shows it."""
-        shown = self._asdict() | self.to_summary() | {"job_name": job_name}
+        shown = self._asdict() | self.to_summary()
         shown["duration"] = self.spent * 1000 if self.completed_at and self.attempts else None
         for name in ("started_at", "missed_from", "missed_to"):
             shown[name] = format_time(shown[name])
@@ -1160,6 +1161,9 @@ CREATE TABLE executions (                -- class Execution says what each colum
     replay_of TEXT, missed_count INTEGER, missed_from INTEGER, missed_to INTEGER,
     attempt_log TEXT NOT NULL, response TEXT
 );
+CREATE VIEW named_executions AS
+    SELECT executions.*, json_extract(config, '$.name') AS job_name
+      FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id;
 CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
 CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
 CREATE INDEX executions_of_job ON executions (job_id, seq);
@@ -1172,6 +1176,8 @@ CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'faile
 CREATE TABLE ends (                      -- how many executions ended in an hour, and how
     hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
 );
+CREATE TRIGGER ends_forgotten AFTER INSERT ON ends
+    BEGIN DELETE FROM ends WHERE hour < NEW.hour - 48; END;
 PRAGMA application_id = 1130918511;
 """
 MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
@@ -1211,6 +1217,7 @@ class Store:
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             broken_off = self.path.with_name(f"{self.path.name}-journal").exists()  # amid open()
+            unclean = self.path.with_name(f"{self.path.name}-wal").exists()
             with contextlib.closing(self._connect_to("rw" if broken_off else "ro")) as connection:
                 version, application, changes = connection.execute(sql).fetchone()
                 if not changes:
@@ -1219,8 +1226,6 @@ class Store:
                     raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
                 if version > len(MIGRATIONS) + 1:
                     raise StartError(EXIT_CONFIG, f"{self.path} is of a newer Chronos: start that")
-                sql = "SELECT count(*) FROM meta WHERE key = 'stopped' AND value = 1"
-                unclean = connection.execute(sql).fetchone() == (0,)
                 if wholly or unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
                     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
                     if found != "ok":
@@ -1291,10 +1296,15 @@ class Store:
     @property
     def in_transaction(self) -> bool:
         """Say whether the calling thread is inside one; a full disk ends it unasked."""
-        return self._connections[threading.get_ident()].in_transaction
+        connection = self._connections.get(threading.get_ident())
+        return connection is not None and connection.in_transaction
 
     @contextlib.contextmanager
-    def _scope(self, begin: str, end: str, undo: str) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """Commit what happens inside, or nothing of it; one inside another is undone alone."""
+        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+        if self.in_transaction:
+            begin, end, undo = "SAVEPOINT s", "RELEASE s", "ROLLBACK TO s"
         self._run(begin)
         try:
             yield
@@ -1304,11 +1314,6 @@ class Store:
             if self.in_transaction:
                 self._run(undo)
             raise
-
-    # what happens inside is committed, or nothing of it
-    transaction = functools.partialmethod(_scope, "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
-    # what happened inside is undone if it raises, and nothing else of the transaction
-    savepoint = functools.partialmethod(_scope, "SAVEPOINT s", "RELEASE s", "ROLLBACK TO s")
 
     # -------------------------------------------------------------- numbers and instants
 
@@ -1366,10 +1371,14 @@ class Store:
         found = self._jobs(page, **values, most=most, offset=offset)
         return found, self._value("SELECT count(*)" + matching, **values)
 
-    def count_jobs(self) -> list[int]:
-        """Return how many jobs there are, how many are enabled, and how many of these fail."""
-        counts = "count(*), total(enabled), total(enabled AND failures)"
-        return list(map(int, self._run(f"SELECT {counts} FROM jobs")[0]))  # noqa: S608
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs there are, and of them what; how many executions wait and run."""
+        sql = """
+            SELECT count(*) AS jobs, sum(enabled) AS enabled, sum(enabled AND failures) AS failing,
+                   (SELECT count(*) FROM active WHERE status = 'pending') AS pending,
+                   (SELECT count(*) FROM active WHERE status = 'running') AS running
+              FROM jobs"""
+        return {name: count or 0 for name, count in dict(self._run(sql)[0]).items()}
 
     def declared_jobs(self, ids: list[str]) -> set[str]:
         """Return the ids of the jobs that are declared, or are among ``ids``."""
@@ -1465,41 +1474,37 @@ class Store:
     # ----------------------------------------------------------------------- executions
 
     def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
-        return [Execution._make(row[1:]) for row in self._run(statement, **values)]
+        return [Execution(*row[1:]) for row in self._run(statement, **values)]
 
     def add_execution(self, execution: Execution) -> bool:
         """Add an execution; False: there is one with this id, and nothing was done."""
-        values = ", ".join("?" * len(execution))
+        row = execution[:-1]
+        values = ", ".join("?" * len(row))
         sql = f"INSERT INTO executions VALUES (NULL, {values}) ON CONFLICT DO NOTHING"  # noqa: S608
-        added = bool(self._run(f"{sql} RETURNING seq", *execution))
+        added = bool(self._run(f"{sql} RETURNING seq", *row))
         if added and execution.completed_at is not None:
             self._count_end(execution)
         return added
 
     def execution_of(self, job_id: str | None, execution_id: str) -> Execution:
         """Return an execution of this job (None: of any). Raises ApiError NOT_FOUND."""
-        sql = "SELECT * FROM executions WHERE id = :id"
-        for execution in self._executions(sql, id=execution_id):
-            if job_id in (None, execution.job_id):
-                return execution
-        of_job = f" of job {job_id}" if job_id else ""
-        raise ApiError("NOT_FOUND", f"there is no execution {execution_id}{of_job}")
+        sql = "SELECT * FROM named_executions WHERE id = :id AND job_id = ifnull(:job_id, job_id)"
+        for execution in self._executions(sql, id=execution_id, job_id=job_id):
+            return execution
+        raise ApiError("NOT_FOUND", f"there is no execution {execution_id} of this job")
 
     def executions(
         self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
-    ) -> list[tuple[Execution, str]]:
-        """Return the newest executions of a job or of all, with its name, older than ``before``."""
-        of_job = "executions.job_id = :job_id" if job_id else "TRUE"
+    ) -> list[Execution]:
+        """Return the newest executions, of a job or of all, older than the one ``before``."""
+        of_job = "job_id = :job_id" if job_id else "TRUE"
         having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
         sql = f"""
-            SELECT executions.*, json_extract(config, '$.name') AS job_name
-              FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id
+            SELECT * FROM named_executions
              WHERE {of_job} AND {having}
-               AND executions.seq < coalesce(
-                       (SELECT seq FROM executions WHERE id = :before), 1 << 62)
-             ORDER BY executions.seq DESC LIMIT :most"""  # noqa: S608
-        rows = self._run(sql, job_id=job_id, most=most, before=before)
-        return [(Execution._make(row[1:-1]), row["job_name"]) for row in rows]
+               AND seq < coalesce((SELECT seq FROM executions WHERE id = :before), 1 << 62)
+             ORDER BY seq DESC LIMIT :most"""  # noqa: S608
+        return self._executions(sql, job_id=job_id, most=most, before=before)
 
     def count_executions(self, job_id: str, status: str | None = None) -> int:
         """Return how many executions a job has, with this status (None: any)."""
@@ -1507,12 +1512,8 @@ class Store:
         sql += " AND status = :status" if status else ""
         return int(self._value(sql, id=job_id, status=status))
 
-    def forget_ends(self, before: int) -> None:
-        """Forget how many executions ended in the hours before an instant."""
-        self._run("DELETE FROM ends WHERE hour < :hour", hour=before // HOUR)
-
-    def active(self, most: int) -> list[tuple[Execution, str]]:
-        """Return what runs, and then what is due soonest, each with the name of its job."""
+    def active(self, most: int) -> list[Execution]:
+        """Return what runs, and then what is due soonest."""
         sql = """
             WITH shown (number, at) AS (
                 SELECT * FROM (SELECT seq, 0 FROM executions WHERE status = 'running' LIMIT :most)
@@ -1520,17 +1521,9 @@ class Store:
                 SELECT * FROM (SELECT seq, due_at FROM executions
                                 WHERE status = 'pending' AND due_at > 0
                                 ORDER BY due_at, seq LIMIT :most))
-            SELECT executions.*, json_extract(config, '$.name') AS job_name
-              FROM shown JOIN executions ON executions.seq = number
-              JOIN configured_jobs AS job ON job.id = executions.job_id
+            SELECT named_executions.* FROM shown JOIN named_executions ON seq = number
              ORDER BY at, number LIMIT :most"""
-        rows = self._run(sql, most=most)
-        return [(Execution._make(row[1:-1]), row["job_name"]) for row in rows]
-
-    def count_active(self) -> dict[str, int]:
-        """Return how many executions are pending and how many are running."""
-        sql = "SELECT status, count(*) FROM active GROUP BY status"
-        return {"pending": 0, "running": 0} | {row[0]: row[1] for row in self._run(sql)}
+        return self._executions(sql, most=most)
 
     def active_executions(self, job_id: str, nth: int, most: int) -> list[Execution]:
         """Return pending and running executions of a job, the oldest first, from the nth on."""
@@ -1562,8 +1555,7 @@ class Store:
         """Write an execution, ``only_running``: where it still runs in this attempt; say if so."""
         sql = """
             UPDATE executions
-               SET status = :status, due_at = :due_at, attempts = :attempts, spent = :spent,
-                   started_at = :started_at, attempt_at = :attempt_at, node_id = :node_id,
+               SET status = :status, due_at = :due_at, spent = :spent,
                    completed_at = :completed_at, reason = :reason, error = :error,
                    status_code = :status_code, attempt_log = :attempt_log, response = :response
              WHERE id = :id
@@ -1621,16 +1613,14 @@ class Store:
 
     def prune_oldest(self, max_size: int) -> bool:
         """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
-        names = ("page_size", "page_count", "freelist_count")
-        size, pages, free = (int(self._value(f"PRAGMA {name}")) for name in names)
-        if (pages - free) * size <= max_size:
-            return False
         sql = """
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions
-                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)
+                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT (
+                    SELECT :rows * ((page_count - freelist_count) * page_size > :max_size)
+                      FROM pragma_page_count, pragma_freelist_count, pragma_page_size))
             RETURNING seq"""
-        return bool(self._run(sql, most=PRUNE_ROWS))
+        return bool(self._run(sql, max_size=max_size, rows=PRUNE_ROWS))
 
     def next_with_history(self, job_id: str) -> Any:
         """Return the next job id that has executions, also of a deleted one; None: no more."""
@@ -2389,12 +2379,11 @@ class Engine:
             last_seen = self.store.number("last_seen") or turn.now
             if turn.now < last_seen:
                 self._clock_moved(turn.now - last_seen)
-            for execution, _name in self.store.executions(None, -1, status="running")[::-1]:
+            for execution in self.store.executions(None, -1, status="running")[::-1]:
                 at, now = execution.attempt_at or turn.now, self.clock.monotonic()
                 self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
             self.store.release_oldest(turn.freed, turn.now)
             self.store.set_number("last_seen", turn.now)
-            self.store.set_number("stopped", 0)
 
     def _loop(self) -> None:
         wait = 0
@@ -2405,8 +2394,6 @@ class Engine:
                 self._report(error)
                 wait = SECOND
         self.run_pass()  # what came in meanwhile is written; nothing is started
-        with contextlib.suppress(StoreError), self.store.transaction():
-            self.store.set_number("stopped", int(not self.problem))
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
 
     def run_pass(self, wait: int = 0) -> int:
@@ -2541,7 +2528,6 @@ class Engine:
             self.store.set_number("last_seen", turn.now)
             if turn.now // DAY != self._saved_at // DAY:
                 self._walk = ""
-                self.store.forget_ends(turn.now - 2 * DAY)
             self._saved_at = turn.now
         held = turn.now < RELEASED_AT
         if held != self._held:
@@ -2631,7 +2617,7 @@ class Engine:
             turn.made.append((future, None))  # so _fail() finds it
             ended_before = dict(turn.ended)
             try:
-                with self.store.savepoint():
+                with self.store.transaction():
                     result = change(turn)
             except Exception as error:
                 if not self.store.in_transaction:
@@ -3081,8 +3067,7 @@ class Api:
         unanswered = execution.reason in ("no_answer", "timeout", "blocked")
         if unanswered and execution.status_code is None:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
-        data = execution.to_json(self.store.job(job_id).config["name"])
-        return (200 if execution.completed_at else 202), data
+        return (200 if execution.completed_at else 202), execution.to_json()
 
     def list_executions(self, job_id: str | None = None) -> Json:
         """Return the newest executions of a job, or over all jobs without what was answered."""
@@ -3093,7 +3078,7 @@ class Api:
         if before:
             self.store.execution_of(job_id, before)
         found = self.store.executions(job_id, limit + 1, before, status)
-        shown = [execution.to_json(name) for execution, name in found[:limit]]
+        shown = [execution.to_json() for execution in found[:limit]]
         if job_id:
             return {"executions": shown, "total": self.store.count_executions(job_id, status)}
         for execution in shown:
@@ -3102,14 +3087,14 @@ class Api:
 
     def get_execution(self, job_id: str, exec_id: str) -> Json:
         """Return one execution with its attempts and what it sends."""
-        job, execution = self.store.job(job_id), self.store.execution_of(job_id, exec_id)
+        execution = self.store.execution_of(job_id, exec_id)
         [version] = self.list_versions(job_id, execution.job_version)
         config = version["config"]["webhook"]
         headers = Webhook(config).request.headers.items()
         request = {name: config[name] for name in ("method", "url", "body")}
         request["headers"] = {n: MASK if is_secret_header(n) else v for n, v in headers}
         more = {"attempt_log": json.loads(execution.attempt_log), "request": request}
-        return execution.to_json(job.config["name"]) | more
+        return execution.to_json() | more
 
     def replay_execution(self, job_id: str, exec_id: str) -> tuple[int, Json]:
         """Send again what an execution sent."""
@@ -3121,9 +3106,7 @@ class Api:
 
     def cancel_execution(self, job_id: str, exec_id: str) -> Json:
         """End an execution that is pending or running."""
-        job = self.store.job(job_id)
-        execution = self.engine.make(self.engine.cancel, job_id, exec_id, self._user())
-        return execution.to_json(job.config["name"])
+        return self.engine.make(self.engine.cancel, job_id, exec_id, self._user()).to_json()
 
     def preview_schedule(self) -> Json:
         """Return the next fire times of a schedule that no job needs to have."""
@@ -3139,8 +3122,9 @@ class Api:
         next_runs = [{"job_id": job, "next_run": format_time(at)} for job, _n, at in soonest]
         node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
         node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
-        counts = {"jobs_total": self.store.count_jobs()[0], **self.store.count_active()}
-        return node | counts | {"next_runs": next_runs}
+        counts = self.store.counts()
+        node |= {"jobs_total": counts["jobs"], **{n: counts[n] for n in ("running", "pending")}}
+        return node | {"next_runs": next_runs}
 
     def upcoming(self) -> Json:
         """Return the next fire times of the jobs that fire soonest."""
@@ -3166,19 +3150,20 @@ class Api:
         viewers = sign_in.viewers if (sign_in := self.sign_in) else ()
         if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
             return b""
-        now, (total, enabled, failing) = self.clock.now(), self.store.count_jobs()
+        now, counts = self.clock.now(), self.store.counts()
         ends = self.store.ends_since(now - DAY)
         kinds = {"success": "S", "failed": "FCR", "skipped": "K", "missed": "M"}
         day = {kind: sum(ends.get(n, 0) for n in letters) for kind, letters in kinds.items()}
         active = self.store.active(50)
-        shown = [e.to_json(name) | {"due_at": format_time(e.due_at)} for e, name in active]
+        shown = [
+            execution.to_json() | {"due_at": format_time(execution.due_at)} for execution in active
+        ]
         body = self._answer({
             "node_id": self._node_id, "version": __version__, "now": format_time(now),
             "started_at": format_time(now - self.clock.monotonic() + self._started),
             "user": user, "may_write": user not in viewers,
-            "paused": self.engine.paused, "problem": problem, "jobs_total": total,
-            "enabled": enabled, "failing": failing, **self.store.count_active(),
-            "last_24h": day, "active": shown, "jobs": [],
+            "paused": self.engine.paused, "problem": problem, "jobs_total": counts.pop("jobs"),
+            **counts, "last_24h": day, "active": shown, "jobs": [],
         })  # fmt: skip
         with self._cards_lock:
             for since in (self._cards_at, -1):  # one that moves up may have changed long ago

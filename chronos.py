@@ -48,6 +48,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -68,7 +69,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from itertools import islice, product, takewhile
+from itertools import islice, product
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -287,17 +288,25 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
 
 
 class Schedule:
-    """What a schedule expression means. Immutable for its users; safe in several threads."""
+    """``@at <RFC 3339>``: once; or ``@every <duration>``: elapsed time, no wall clock.
+
+    Immutable for its users, and safe in several threads.
+    """
 
     warnings: tuple[str, ...] = ()  # what people who write such a schedule often do not mean
 
+    def __init__(self, at: int | None = None, interval: int = 0) -> None:
+        self.at, self.interval = at, interval
+
     def next_after(self, after: int, zone: str) -> int | None:
         """Return the first fire time later than ``after``; None: there is none any more."""
-        raise NotImplementedError
+        if self.at is None:
+            return after + self.interval
+        return self.at if self.at > after else None
 
-    def fire_times(self, after: int, zone: str) -> Iterator[int]:
-        """Yield the fire times later than ``after``, in order."""
-        while (at := self.next_after(after, zone)) is not None:
+    def fire_times(self, after: int, zone: str, last: float = math.inf) -> Iterator[int]:
+        """Yield the fire times later than ``after``, in order, up to ``last``."""
+        while (at := self.next_after(after, zone)) is not None and at <= last:
             yield at
             after = at
 
@@ -306,29 +315,8 @@ class Schedule:
 
         ``first`` is one of them. Where they are many, the count leaves changes of the clock out.
         """
-        return 1, [first]
-
-
-@dataclass(frozen=True)
-class AtSchedule(Schedule):
-    """``@at <RFC 3339>``: once."""
-
-    at: int
-
-    def next_after(self, after: int, zone: str) -> int | None:
-        return self.at if self.at > after else None
-
-
-@dataclass(frozen=True)
-class EverySchedule(Schedule):
-    """``@every <duration>``: elapsed time from one fire time to the next, no wall clock."""
-
-    interval: int
-
-    def next_after(self, after: int, zone: str) -> int | None:
-        return after + self.interval
-
-    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
+        if self.at is not None:
+            return 1, [first]
         count = (last - first) // self.interval + 1
         return count, [first + n * self.interval for n in range(max(0, count - most), count)]
 
@@ -338,6 +326,7 @@ class CronSchedule(Schedule):
 
     def __init__(self, texts: list[str]) -> None:
         """``texts`` are six fields, seconds first. Raises ValueError naming field and item."""
+        super().__init__()
         self.numbers = [_cron_numbers(text, *CRON_FIELDS[n]) for n, text in enumerate(texts)]
         self.repeating = any(text.startswith("*") for text in texts[:3])
         self.both_days = any(texts[n].startswith("*") for n in (3, 5))
@@ -391,8 +380,7 @@ class CronSchedule(Schedule):
 
     def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
         def since(after: int, most: int | None) -> list[int]:
-            times = takewhile(lambda at: at <= last, self.fire_times(after, zone))
-            return list(islice(times, most))
+            return list(islice(self.fire_times(after, zone, last), most))
 
         begin, end = (_wall(at, ZoneInfo(zone)) for at in (first, last))
         times = list(product(*self.numbers[2::-1]))  # hour, minute, second
@@ -437,11 +425,11 @@ def parse_schedule(text: str) -> Schedule:
     if keyword in ("@every", "@at") and len(words) == 2:
         try:
             if keyword == "@at":
-                return AtSchedule(parse_time(words[1]))
+                return Schedule(at=parse_time(words[1]))
             interval = parse_duration(words[1])
             if not SECOND <= interval <= 3650 * DAY:
                 raise ValueError("the shortest interval is 1s, the longest 10 years")
-            return EverySchedule(interval)
+            return Schedule(interval=interval)
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
     if len(words) == 1 and keyword in CRON_ALIASES:
@@ -600,7 +588,7 @@ is_secret_header = re.compile("(?i)authorization|cookie|token|secret|password|ap
 def _schedule(value: Any, now: int = 0) -> str:
     expression: str = text(200, lines=True)(value).strip(" \t")
     schedule = parse_schedule(expression)
-    if isinstance(schedule, AtSchedule) and schedule.at <= now:
+    if schedule.at is not None and schedule.at <= now:
         raise ValueError("is in the past")
     return expression
 
@@ -1140,8 +1128,7 @@ CREATE TABLE jobs (                      -- class Job says what each column is
     id           TEXT NOT NULL UNIQUE,   -- a UUID
     version INTEGER NOT NULL, enabled INTEGER NOT NULL,
     created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
-    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
-    changed      INTEGER NOT NULL        -- by this commit, or its history was
+    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT
 );
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE versions (                  -- config: JSON, in the form of the API
@@ -1189,7 +1176,7 @@ class Store:
     def __init__(self, path: Path, synchronous: str = "FULL") -> None:
         self.path, self._synchronous = path, synchronous
         self._connections: dict[int, sqlite3.Connection] = {}  # by the thread that uses it
-        self.changes = 0  # number of the newest commit; only the engine's thread writes it
+        self.changes = 0  # commits so far; only the engine's thread writes it
 
     def open(self) -> None:
         """Create, check or migrate the file; one that is not ours stays. Raises StartError."""
@@ -1209,7 +1196,6 @@ class Store:
                     self._run(statement)
             self._run(f"PRAGMA user_version = {newest:d}")
         self._inode = self.path.stat().st_ino
-        self.changes += self._value("SELECT max(changed) FROM jobs") or 0
 
     def _check(self, wholly: bool = False) -> int:
         """Return the version of the schema, 0: the file is empty or new. Raises StartError."""
@@ -1363,7 +1349,7 @@ class Store:
                               AND own.value = json_extract(tag.value, '$[1]')))"""
         if all(value in (None, []) for value in filters.values()):
             matching = " FROM jobs"  # an offset passes over 50,000 of these quickly
-        values = filters | {"tags": json.dumps(filters["tags"])}
+        values = filters | {"tags": json.dumps(filters.get("tags"))}
         page = f"""
             SELECT * FROM configured_jobs WHERE seq IN (
                 SELECT seq {matching} ORDER BY seq LIMIT :most OFFSET :offset)
@@ -1393,11 +1379,11 @@ class Store:
         sql = """
             INSERT INTO jobs
             VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
-                    :strip, :failures, :failing_since, :declared, :change)
+                    :strip, :failures, :failing_since, :declared)
             ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
-                   next_run_at = :next_run_at, declared = :declared, changed = :change"""
-        self._run(sql, **values, change=self.changes + 1)
+                   next_run_at = :next_run_at, declared = :declared"""
+        self._run(sql, **values)
         if created_by is not None:
             sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
             self._run(sql, **values)
@@ -1425,18 +1411,8 @@ class Store:
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
         """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
-        sql = """
-            UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL, changed = :change
-             WHERE id = :id"""
-        self._run(sql, id=job_id, at=next_run_at, change=self.changes + 1)
-
-    def oldest_jobs(self, most: int, since: int) -> tuple[list[str], list[Job]]:
-        """Return the ids of the oldest jobs, and those of them that changed since a commit."""
-        oldest = "SELECT id, seq FROM jobs ORDER BY seq LIMIT :most"
-        rows = self._run(oldest, most=most)
-        sql = "SELECT * FROM configured_jobs WHERE changed > :since AND seq <= :newest"
-        changed = self._jobs(sql, since=since, newest=rows[-1]["seq"] if rows else 0)
-        return [row["id"] for row in rows], changed
+        sql = "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id"
+        self._run(sql, id=job_id, at=next_run_at)
 
     def last_executions(self, jobs: list[Job], has_ended: bool = False) -> dict[str, Execution]:
         """Return the newest execution, or the newest that has ended, of each job that has one."""
@@ -1452,15 +1428,14 @@ class Store:
     def _count_end(self, execution: Execution) -> None:
         """Note in the job, and in the count of the hour, how an execution has ended."""
         letter, at = execution.letter, execution.completed_at or 0
-        values = {"id": execution.job_id, "letter": letter, "at": at, "change": self.changes + 1}
         sql = """
             UPDATE jobs
-               SET changed = :change, strip = substr(strip || :letter, -30),
+               SET strip = substr(strip || :letter, -30),
                    failures = iif(:letter = 'S', 0, failures + (:letter IN ('F', 'M'))),
                    failing_since = iif(:letter IN ('F', 'M'), coalesce(failing_since, :at),
                                        iif(:letter = 'S', NULL, failing_since))
              WHERE id = :id"""
-        self._run(sql, **values)
+        self._run(sql, id=execution.job_id, letter=letter, at=at)
         sql = """
             INSERT INTO ends VALUES (:hour, :letter, :number)
                 ON CONFLICT DO UPDATE SET number = number + :number"""
@@ -1959,14 +1934,18 @@ class Dispatcher:
                 failed = True
 
     def send(self, attempt: Attempt) -> Outcome:
-        """Make the request and say how it ended. Never raises."""
+        """Make the request and say how it ended; what raises is a bug."""
         started_at, start = self._clock.now(), self._clock.monotonic()
         attempt.limit = start + attempt.allowed
         self._in_flight.add(attempt)
         try:
             result = self._judge(attempt.webhook, self._exchange(attempt))
-        except Exception as error:
-            result = dict(zip(("reason", "error"), self._explain(attempt, error), strict=True))
+        except requests.RequestException as error:
+            reason = "blocked" if isinstance(error, BlockedTarget) else "no_answer"
+            result = {"reason": reason, "error": str(error)}
+            if attempt.reason:  # of any other abort than a timeout nobody sees the sentence
+                result["error"] = f"there was no whole answer within the {attempt.reason}"
+                result["reason"] = attempt.reason.replace("attempt_timeout", "no_answer")
         finally:
             self._in_flight.discard(attempt)
         ended = self._clock.monotonic()
@@ -1991,16 +1970,6 @@ class Dispatcher:
             return webhook.masked(text)
         text = webhook.masked(text.rstrip("\ufffd"), cut=True)
         return f"{text}\n[cut off after {self._max_bytes} bytes]"
-
-    def _explain(self, attempt: Attempt, error: Exception) -> tuple[str, str]:
-        """Return reason and sentence for the lack of an answer."""
-        if attempt.reason:  # of any other abort than a timeout nobody sees the sentence
-            reason = "no_answer" if attempt.reason == "attempt_timeout" else attempt.reason
-            return reason, f"there was no whole answer within the {attempt.reason}"
-        if isinstance(error, requests.RequestException):
-            return "blocked" if isinstance(error, BlockedTarget) else "no_answer", str(error)
-        log.error("execution %s: unexpected error", attempt.execution.id, exc_info=error)
-        return "no_answer", f"unexpected error: {type(error).__name__}"
 
     # ----------------------------------------------------------------------- connections
 
@@ -2123,6 +2092,9 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
+LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
+
+
 class Version:
     """A row of Store.versions(), parsed once; shared by engine and workers, never changed."""
 
@@ -2143,8 +2115,8 @@ class Pass:
 
     now: int
     made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
-    ended: dict[str, str | None] = field(default_factory=dict)  # execution -> why to abort it
-    freed: set[str] = field(default_factory=set)  # jobs: the next in order may become due
+    ended: dict[str, Execution] = field(default_factory=dict)  # also with their jobs deleted
+    caught_up: set[str] = field(default_factory=set)  # jobs with missed fire times
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
 
@@ -2269,8 +2241,8 @@ class Engine:
 
     def create_job(self, turn: Pass, config: Json, enabled: bool, user: str) -> Job:
         """Add a job; where enabled, its schedule counts from now."""
-        job = Job(str(uuid.uuid4()), 1, enabled, turn.now, turn.now, None, config)
-        return self._update(turn, job._replace(version=0, enabled=False), job, user)
+        new = Job(str(uuid.uuid4()), 0, False, turn.now, turn.now, None, {})
+        return self._update(turn, new, new._replace(config=config, enabled=enabled), user)
 
     def declare_jobs(self, turn: Pass, declared: dict[str, tuple[Json, bool, str]]) -> list[Job]:
         """Make jobs as chronos.yaml has them; return those that this has changed.
@@ -2283,44 +2255,47 @@ class Engine:
             new = Job(job_id, 0, False, turn.now, turn.now, None, {})
             job = self._settled_job(turn, job_id) if job_id in known else new
             config, enabled, digest = declared.get(job_id, (job.config, False, None))
-            version = job.version + (config != job.config)
-            wanted = job._replace(version=version, config=config, declared=digest)
+            wanted = job._replace(config=config, declared=digest)
             if digest != job.declared:
                 spent = enabled and wanted.next_after(turn.now) is None
                 wanted = wanted._replace(enabled=enabled and not spent)
-            if self._update(turn, job, wanted, DECLARED_BY) != job:
-                changed.append(wanted)
+            if (made := self._update(turn, job, wanted, DECLARED_BY)) != job:
+                changed.append(made)
         return changed
 
     def set_enabled(self, turn: Pass, job_id: str, enabled: bool) -> Job:
         """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
         job = self._settled_job(turn, job_id)
-        return self._update(turn, job, job._replace(enabled=enabled), None)
+        return self._update(turn, job, job._replace(enabled=enabled))
 
     def update_job(self, turn: Pass, base: Job, config: Json, state: bool | None, user: str) -> Job:
         """Replace the configuration of a job that is still as ``base``; None leaves its state."""
         job = self._settled_job(turn, base.id)
         if job.version != base.version:
             raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
-        version = job.version + (config != job.config)
         state = job.enabled if state is None else state
-        changed = job._replace(config=config, version=version, enabled=state)
-        return self._update(turn, job, changed, user)
+        return self._update(turn, job, job._replace(config=config, enabled=state), user)
 
     def roll_back(self, turn: Pass, job_id: str, number: int, user: str) -> Job:
         """Make a new version out of an older one; whether the job is enabled stays."""
         job = self._settled_job(turn, job_id)
-        changed = job._replace(
-            config=self.store.versions(job_id, number)[0]["config"], version=job.version + 1
-        )
+        changed = job._replace(config=self.store.versions(job_id, number)[0]["config"])
         if changed.next_after(turn.now) is None:
             changed = changed._replace(enabled=False)
-        return self._update(turn, job, changed, user)
+        return self._update(turn, job, changed, user, is_new=True)
 
-    def _update(self, turn: Pass, job: Job, changed: Job, user: str | None) -> Job:
-        """Write a changed job. Its cursor moves only where state, schedule or zone do."""
-        if changed.version != job.version and user != DECLARED_BY:
-            self._refuse_declared(job)
+    def _update(
+        self, turn: Pass, job: Job, changed: Job, user: str = "", is_new: bool = False
+    ) -> Job:
+        """Write a changed job. Its cursor moves only where state, schedule or zone do.
+
+        Another configuration is a new version by this user, and so is what ``is_new``.
+        """
+        is_new |= changed.config != job.config
+        if is_new:
+            changed = changed._replace(version=job.version + 1)
+            if user != DECLARED_BY:
+                self._refuse_declared(job)
         when = [(j.enabled, *map(j.config.get, ("schedule", "timezone"))) for j in (job, changed)]
         if not changed.enabled:
             changed = changed._replace(next_run_at=None)
@@ -2330,7 +2305,7 @@ class Engine:
                 raise ApiError("CONFLICT", f"{when[1][1]}: nothing comes any more")
         if changed != job:
             changed = changed._replace(updated_at=turn.now)
-            self.store.save_job(changed, user if changed.version != job.version else None)
+            self.store.save_job(changed, user if is_new else None)
         return changed
 
     @staticmethod
@@ -2348,7 +2323,7 @@ class Engine:
         self._version.cache_clear()  # a version that is not found: nothing of it is started
         self._untidy[job.id] = None
         active = self.store.active_executions(job.id, 1, sys.maxsize)
-        turn.ended |= dict.fromkeys((execution.id for execution in active), "deleted")
+        turn.ended |= {execution.id: execution._replace(reason="deleted") for execution in active}
 
     def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
         """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
@@ -2373,17 +2348,12 @@ class Engine:
 
     def recover(self) -> None:
         """Take up what the last process left running: its attempt counts as interrupted."""
-        turn = Pass(self.clock.now())
+        now, mono = self.clock.now(), self.clock.monotonic()
+        self._offset = max(self._offset, (self.store.number("last_seen") or 0) - mono)
         lost = "the server ended during the attempt: its outcome is unknown"
-        with self.store.transaction():
-            last_seen = self.store.number("last_seen") or turn.now
-            if turn.now < last_seen:
-                self._clock_moved(turn.now - last_seen)
-            for execution in self.store.executions(None, -1, status="running")[::-1]:
-                at, now = execution.attempt_at or turn.now, self.clock.monotonic()
-                self._record(turn, Outcome(execution, at, 0, now, reason="interrupted", error=lost))
-            self.store.release_oldest(turn.freed, turn.now)
-            self.store.set_number("last_seen", turn.now)
+        for execution in self.store.executions(None, -1, status="running")[::-1]:
+            at = execution.attempt_at or now
+            self._outcomes.append(Outcome(execution, at, 0, mono, reason="interrupted", error=lost))
 
     def _loop(self) -> None:
         wait = 0
@@ -2391,7 +2361,7 @@ class Engine:
             try:
                 wait = self.run_pass(wait)
             except Exception as error:  # a bug must not end the thread
-                self._report(error)
+                self._fail(Pass(self.clock.now()), error)
                 wait = SECOND
         self.run_pass()  # what came in meanwhile is written; nothing is started
         self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
@@ -2419,7 +2389,6 @@ class Engine:
                     log.warning("the engine goes on")
                 self.problem = None
         except Exception as error:
-            self._report(error)
             self._fail(turn, error)
         else:
             self._offset += step
@@ -2442,7 +2411,8 @@ class Engine:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
         self._make_changes(turn)
-        self.store.release_oldest(turn.freed, turn.now)
+        freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
+        self.store.release_oldest(freed, turn.now)
         if not (self.stopping or self.paused):
             self._take(turn)
         cursor, due_at = self.store.next_instants(turn.now)
@@ -2488,11 +2458,16 @@ class Engine:
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
-        for execution_id, reason in turn.ended.items():
-            if waiter := self._waiters.get(execution_id):
+        for execution in turn.ended.values():
+            if waiter := self._waiters.get(execution.id):
                 waiter.set()
-            if reason and (attempt := self._in_flight.get(execution_id)):
-                attempt.abort(reason)
+            if attempt := self._in_flight.get(execution.id):
+                attempt.abort(str(execution.reason))
+            if execution.completed_at is not None:  # else it was deleted
+                level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
+                why = execution.error or f"the server answered {execution.status_code}"
+                about = (execution.job_id, execution.id, execution.status, why)
+                log.log(level, "job %s: %s %s: %s", *about)
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2501,17 +2476,17 @@ class Engine:
         tell = future.set_exception if isinstance(result, ApiError) else future.set_result
         tell(result)
 
-    def _report(self, error: Exception) -> None:
-        """Log why a pass failed, once per kind and minute, and keep it for /health."""
-        self.problem = str(error) or repr(error)
+    def _fail(self, turn: Pass, error: Exception) -> None:
+        """The pass was rolled back: its writers are told, outcomes wait for the next pass.
+
+        Why is kept for /health, and logged once per kind and minute.
+        """
         kind, now = type(error).__name__, self.clock.monotonic()
-        if now - self._reported.get(kind, now - HOUR) > MINUTE:
+        self.problem = str(error) or repr(error)
+        if kind != "ApiError" and now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
             trace = None if isinstance(error, StoreError) else error
             log.error("the engine can't go on and tries again: %s", self.problem, exc_info=trace)
-
-    def _fail(self, turn: Pass, error: Exception) -> None:
-        """The pass was rolled back: its writers are told, outcomes wait for the next pass."""
         waiting = [made for made in self._changes if made[0].set_running_or_notify_cancel()]
         for future, _change in turn.made + waiting:
             self._answer(future, error)
@@ -2552,10 +2527,7 @@ class Engine:
         ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
         after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
         if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended[after.id] = None
-            turn.freed.add(after.job_id)
-            if after.status == "failed":
-                log.warning("job %s: %s failed: %s", after.job_id, after.id, after.error)
+            turn.ended[after.id] = after
 
     def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
         """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
@@ -2600,11 +2572,12 @@ class Engine:
             reason = f"{count} fire times {period} passed while no server was there"
             new = self._new(version, "schedule", last, None)
             new = new._replace(missed_count=count, missed_from=first, missed_to=last)
-            if self.store.add_execution(ended(new, "skipped", "missed", reason, turn.now)):
-                log.warning("job %s: %s", version.job_id, reason)
+            missed = ended(new, "skipped", "missed", reason, turn.now)
+            if self.store.add_execution(missed):
+                turn.ended[missed.id] = missed
         for fire_time in newest[-most:] if most else ():
             self.store.add_execution(self._new(version, "catch_up", fire_time, None))
-        turn.freed.add(version.job_id)
+        turn.caught_up.add(version.job_id)
         return newest[-1]
 
     def _make_changes(self, turn: Pass) -> None:
@@ -2660,7 +2633,7 @@ class Engine:
         except (LookupError, TypeError, ValueError) as error:  # another release took it
             log.exception("execution %s can't go on", execution.id)
             self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
-            self.store.release_oldest(turn.freed, turn.now)
+            self.store.release_oldest({execution.job_id}, turn.now)
         self._untidy[execution.job_id] = None
         turn.again = True  # others may be due behind it
         return None
@@ -2691,7 +2664,7 @@ class Engine:
             error = f"{others[0].id} was still {others[0].status}"
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
             execution = ended(execution, "skipped", "overlap", error, turn.now)
-            turn.ended[execution.id] = None
+            turn.ended[execution.id] = execution
         if self.store.add_execution(execution) and concurrency == "replace":
             for other in others:
                 self._end(turn, other, "replaced", f"replaced by {execution.id}")
@@ -2700,8 +2673,7 @@ class Engine:
         """Fail an execution that has not ended, and abort its request after the commit."""
         execution = ended(execution, "failed", reason, error, turn.now)
         self.store.save_execution(execution)
-        turn.freed.add(execution.job_id)
-        turn.ended[execution.id] = reason
+        turn.ended[execution.id] = execution
         return execution
 
 
@@ -2766,48 +2738,33 @@ class SignIn:
 
     def __init__(self, settings: Json, clock: Clock) -> None:
         self._users, self.viewers = settings["auth.users"], settings["auth.viewers"]
-        self._clock, self._key = clock, os.urandom(32)
-        self._verified: dict[bytes, str] = {}  # keyed digest of an Authorization header -> user
-        self._failures: dict[str, deque[int]] = {}  # address -> when; the newest address last
+        self._clock = clock
+        self._failures: deque[tuple[str, int]] = deque(maxlen=1000)  # addresses, and when
         self._lock = threading.Lock()  # for _failures; and one hash at a time: 50 ms and 16 MB
+        self._verified = functools.lru_cache(1000)(self._verify)  # it keeps who was right
 
-    def user(self, header: str, address: str, reads: bool) -> str:
+    def user(self, header: str, reads: bool) -> str:
         """Return who sends these credentials. Raises ApiError: 401, 403 or 429."""
-        digest = hmac.digest(self._key, header.encode("latin-1"), "sha256")
-        name = self._verified.get(digest)
-        if name is None:
-            name = self._verify(header, address)
-            if len(self._verified) >= 1000:
-                self._verified.clear()
-            self._verified[digest] = name
+        name = self._verified(header)
         if name in self.viewers and not reads:
             raise ApiError("FORBIDDEN", f"{name} may only read: see auth.viewers")
         return name
 
-    def _verify(self, header: str, address: str) -> str:
-        scheme, _blank, encoded = header.partition(" ")
-        pair = b""
-        with contextlib.suppress(ValueError):
-            pair = base64.b64decode(encoded.strip(), validate=True)
-        user, colon, password = pair.partition(b":")
-        if scheme.lower() == "basic" and colon:
-            name = user.decode(errors="replace")
-            known = self._users.get(name, f"scrypt:{'00' * 16}:")
+    def _verify(self, header: str) -> str:
+        name, password = bottle.parse_auth(header) or ("", None)
+        known = self._users.get(name, f"scrypt:{'00' * 16}:")
+        if password is not None:
             if not self._lock.acquire(timeout=0.1):
                 raise self._too_many(SECOND)
             try:
-                failures = self._failures.pop(address, None) or deque(maxlen=10)
-                self._failures[address] = failures
-                if len(self._failures) > 10_000:
-                    del self._failures[next(iter(self._failures))]
-                now = self._clock.monotonic()
-                wait = failures[0] + MINUTE - now if len(failures) == 10 else 0
-                if wait > 0:
-                    raise self._too_many(wait)
-                hashed = hash_password(password, bytes.fromhex(known.split(":")[1]))
+                now, address = self._clock.monotonic(), bottle.request.environ.get("REMOTE_ADDR")
+                waits = [at + MINUTE - now for who, at in self._failures if who == address]
+                if len(waits) >= 10 and waits[-10] > 0:
+                    raise self._too_many(waits[-10])
+                hashed = hash_password(password.encode(), bytes.fromhex(known.split(":")[1]))
                 if hmac.compare_digest(hashed, known):
-                    return name
-                failures.append(now)
+                    return str(name)
+                self._failures.append((address, now))
                 log.warning("somebody at %s could not sign in as %s", address, name[:100])
             finally:
                 self._lock.release()
@@ -2873,8 +2830,6 @@ class Api:
         self.sign_in: SignIn | None = None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
         self._hosts = {name.lower() for name in own}
-        self._cards: dict[str, str] = {}  # job id -> JSON, as of the commit _cards_at
-        self._cards_at, self._cards_lock = -1, threading.Lock()
         self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
         self.app = bottle.Bottle()
         for method, path, name in self.ROUTES:
@@ -2916,16 +2871,14 @@ class Api:
         if not sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
-            origin = environ.get("HTTP_ORIGIN", f"http://{host}").lower()
-            scheme, _colons, place = origin.partition("://")
-            default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
-            same = place.removesuffix(default_port) == re.sub(":(80|443)$", "", host)
+            name = re.sub(":(80|443)$", "", host)
+            own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
+            same = environ.get("HTTP_ORIGIN", own[0]).lower() in own
             if not same or environ.get("HTTP_SEC_FETCH_SITE", "none") not in OWN_PAGES:
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
         if sign_in:
-            header, address = environ.get("HTTP_AUTHORIZATION", ""), environ.get("REMOTE_ADDR", "")
-            environ["chronos.user"] = sign_in.user(header, address, reads)
+            environ["chronos.user"] = sign_in.user(environ.get("HTTP_AUTHORIZATION", ""), reads)
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
@@ -3138,7 +3091,7 @@ class Api:
                     raise
                 continue  # it was deleted meanwhile
             schedule, zone = parse_schedule(job.config["schedule"]), job.config["timezone"]
-            later = takewhile(lambda at: at <= until, schedule.fire_times(first, zone))
+            later = schedule.fire_times(first, zone, until)
             times = [format_time(at) for at in (first, *islice(later, 50))]
             about = {"job_id": job_id, "job_name": job.config["name"]}
             found.append({**about, "fire_times": times[:50], "has_more": len(times) > 50})
@@ -3158,24 +3111,16 @@ class Api:
         shown = [
             execution.to_json() | {"due_at": format_time(execution.due_at)} for execution in active
         ]
-        body = self._answer({
+        jobs, _total = self.store.jobs({}, 1000, 0)
+        last = self.store.last_executions(jobs, has_ended=True)
+        return self._answer({
             "node_id": self._node_id, "version": __version__, "now": format_time(now),
             "started_at": format_time(now - self.clock.monotonic() + self._started),
             "user": user, "may_write": user not in viewers,
             "paused": self.engine.paused, "problem": problem, "jobs_total": counts.pop("jobs"),
-            **counts, "last_24h": day, "active": shown, "jobs": [],
+            **counts, "last_24h": day, "active": shown,
+            "jobs": [job.to_card(last.get(job.id)) for job in jobs],
         })  # fmt: skip
-        with self._cards_lock:
-            for since in (self._cards_at, -1):  # one that moves up may have changed long ago
-                ids, changed = self.store.oldest_jobs(1000, since)
-                last = self.store.last_executions(changed, has_ended=True)
-                self._cards |= {j.id: json.dumps(j.to_card(last.get(j.id))) for j in changed}
-                if self._cards.keys() >= set(ids):
-                    break
-            self._cards_at = changes
-            self._cards = {job_id: self._cards[job_id] for job_id in ids if job_id in self._cards}
-            cards = ", ".join(self._cards.values())
-        return body.replace(b'"jobs": []', f'"jobs": [{cards}]'.encode(), 1)
 
     def page(self) -> bytes:
         """Return the dashboard; it holds no data."""

@@ -1422,6 +1422,7 @@ def test_a_commit_waits_for_the_disk_and_readers_do_not_wait_for_the_writer(worl
     values = [engine_connection(world).execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
     assert values == ["wal", 2, 0x4368_726F, 1]
+    world.engine.run_pass()
     with world.store.transaction():
         world.store.set_number("last_seen", 5)
         assert by_hand(world, "SELECT value FROM meta WHERE key = 'last_seen'") == [(NOON,)]
@@ -4004,7 +4005,6 @@ def test_after_a_crash_what_ran_is_due_at_once_and_its_attempt_counts(make_world
     execution_id = hang(before, target, job)
 
     world = make_world()
-    assert states(world, job, "status", "due_at") == [("pending", NOON)]
     world.settle()
 
     [execution] = world.executions(job)
@@ -4189,6 +4189,7 @@ def free_disk(world):
 
 
 def test_a_full_disk_refuses_every_change_of_the_pass(world):
+    world.engine.run_pass()
     fill_disk(world)
 
     writes = [set_number(world, key) for key in ("a", "b" * 90_000, "c")]
@@ -4379,12 +4380,14 @@ def test_an_error_of_passes_is_logged_once_a_minute_and_its_end_is_logged(world,
     assert caplog.messages[2:] == ["the engine goes on"]
 
 
-def test_an_error_that_leaves_a_pass_does_not_end_the_engine(service, target, caplog):
-    service.service.engine.make(lambda turn: setattr(turn, "ended", []))  # it can't be told
+def test_an_error_that_leaves_a_pass_does_not_end_the_engine(service, target, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.engine, "_settle", a_bug)
+        wait_until(lambda: service.call("GET", "/health")[0] == 503)
 
     service.create(target.url)
     wait_until(lambda: service.call("GET", "/health")[0] == 200)
-    assert "'list' object has no attribute" in caplog.text
+    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
 
 
 def test_an_outcome_that_arrives_during_the_stop_is_written(make_service, target, monkeypatch):
@@ -5670,16 +5673,18 @@ def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(m
     wrong = credentials("ada", "wrong")["Authorization"]
 
     codes = []
-    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(10_000)]:
+    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]:
+        chronos.bottle.request.bind({"REMOTE_ADDR": address})
         with pytest.raises(chronos.ApiError) as refusal:
-            sign_in.user(wrong, address, True)
+            sign_in.user(wrong, True)
         codes.append(refusal.value.code)
 
     assert clock.now() == NOON
-    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 10_000
-    assert len(sign_in._failures) == 10_000
+    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 1000
+    assert len(sign_in._failures) == 1000
+    chronos.bottle.request.bind({"REMOTE_ADDR": "10.0.0.1"})
     with pytest.raises(chronos.ApiError, match="missing or wrong"):
-        sign_in.user(wrong, "10.0.0.1", True)  # its failures are forgotten
+        sign_in.user(wrong, True)  # its failures are forgotten
 
 
 def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(
@@ -7467,7 +7472,7 @@ def test_an_error_in_passes_is_logged_once_and_shown_and_delays_fire_times(
     assert refused["code"] == "INTERNAL_ERROR"
     assert sorted(map(chronos.parse_time, fired)) == [first + n * SECOND for n in range(3)]
     assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
-    assert caplog.messages[-1] == "the engine goes on"
+    assert caplog.messages.count("the engine goes on") == 1
 
 
 def test_an_error_without_words_is_shown_too(world, monkeypatch):
@@ -7480,12 +7485,12 @@ def test_an_error_without_words_is_shown_too(world, monkeypatch):
     assert world.engine.problem
 
 
-def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target):
+def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target, monkeypatch):
     job = world.create(target.url)
-    world.engine.hand_in(lambda turn: setattr(turn, "ended", []))  # it can't be told
     world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
 
-    with pytest.raises(AttributeError):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(world.engine, "_answer", a_bug)
         world.engine.run_pass()
     world.settle()
 
@@ -7511,7 +7516,6 @@ def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target)
 
 @pytest.mark.parametrize("places", [
     ["_judge"],
-    ["_judge", "_explain"],
     ["send"],
 ])  # fmt: skip
 def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(

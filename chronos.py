@@ -19,7 +19,7 @@ The file is read from top to bottom; each section leans only on those above it.
     10  Dispatch         one HTTP request, its hard limit, the address check
     11  Engine           fire times become executions, executions become requests
     12  API              routes, sign-in, answers
-    13  Service          start, stop, signals, the command line
+    13  Service          start, stop, signals, logs, systemd, the command line
     14  Dashboard        the page
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.
@@ -63,7 +63,7 @@ import threading
 import time
 import uuid
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import islice, product
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -113,7 +113,8 @@ QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean sto
 MAX_FIRES_PER_PASS, PASS_TARGET = 256, 50_000  # after so many, or µs, the next pass goes on
 CLOCK_STEP, CLOCK_FAR_BACK = SECOND, 3 * HOUR  # seen as a step; so far back cursors begin anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
-WATCHDOG_TICK_S = 0.1
+WATCHDOG_TICK_S, SIGN_OF_LIFE_S = 0.1, 10  # how often limits are looked at, systemd is told
+SILENCE_LIMIT = 30 * SECOND  # an engine or watchdog that is silent for longer hangs
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
@@ -917,12 +918,14 @@ SETTINGS: dict[str, Field] = {
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
+    "metrics.public":                 Field(boolean,                            False),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
+    "logging.format":                 Field(one_of("text", "json"),             "text"),
     "jobs":                           Field(rule(
         lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
         "must be a list of jobs, each an object"),                              []),
 }
-RELOADED = ("jobs", "auth.", "logging.")  # keys that begin so need no restart
+RELOADED = ("jobs", "auth.", "logging.level")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -1934,7 +1937,7 @@ class Dispatcher:
                 failed = True
 
     def send(self, attempt: Attempt) -> Outcome:
-        """Make the request and say how it ended; what raises is a bug."""
+        """Make the request and say how it ended. Never raises."""
         started_at, start = self._clock.now(), self._clock.monotonic()
         attempt.limit = start + attempt.allowed
         self._in_flight.add(attempt)
@@ -1946,6 +1949,9 @@ class Dispatcher:
             if attempt.reason:  # of any other abort than a timeout nobody sees the sentence
                 result["error"] = f"there was no whole answer within the {attempt.reason}"
                 result["reason"] = attempt.reason.replace("attempt_timeout", "no_answer")
+        except Exception as error:  # a bug must not end the worker
+            log.exception("execution %s goes wrong", attempt.execution.id)
+            result = {"reason": "no_answer", "error": f"unexpected error: {type(error).__name__}"}
         finally:
             self._in_flight.discard(attempt)
         ended = self._clock.monotonic()
@@ -2092,7 +2098,79 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
+METRICS = {
+    "chronos_build_info": "gauge What runs.",
+    "chronos_is_leader": "gauge Whether this node turns fire times into executions.",
+    "chronos_last_pass_age_seconds": "gauge How long the engine, or its watchdog, is silent.",
+    "chronos_jobs": "gauge Jobs, by whether their schedule fires.",
+    "chronos_failing_jobs": "gauge Enabled jobs whose newest executions failed.",
+    "chronos_executions": "gauge Executions that have not ended, by status.",
+    "process_start_time_seconds": "gauge When Chronos was started, since the epoch.",
+    "process_resident_memory_bytes": "gauge Memory in use.",
+    "process_open_fds": "gauge Open file descriptors.",
+    "chronos_executions_ended_total": "counter Ended executions, by status and reason.",
+    "chronos_attempts_total": "counter Requests that were made, by result.",
+    "chronos_missed_fire_times_total": "counter Fire times that were passed over.",
+    "chronos_engine_passes_total": "counter Passes of the engine.",
+    "chronos_store_errors_total": "counter Passes that the database did not let end.",
+    "chronos_lateness_seconds": "histogram From fire times to their first requests.",
+    "chronos_execution_duration_seconds": "histogram Attempts, and the waits between them.",
+}
+BUCKETS = {  # seconds -> the bucket up to there
+    float(le): f'_bucket{{le="{le}"}}'
+    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
+}
 LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
+FAILURES = (*LOUD_REASONS[:-1], "cancelled", "replaced")  # the others need nobody to look at them
+
+
+class Metrics:
+    """What is counted for /metrics since the start, by the engine's thread alone."""
+
+    def __init__(self) -> None:
+        ends = [("success", ""), ("skipped", "overlap"), ("skipped", "missed")]
+        ends += [("failed", reason) for reason in FAILURES]
+        series = [f'executions_ended_total{{status="{end}",reason="{why}"}}' for end, why in ends]
+        series += [f'attempts_total{{result="{result}"}}' for result in ("success", *FAILURES)]
+        series += ["missed_fire_times_total", "engine_passes_total", "store_errors_total"]
+        for name in ("lateness_seconds", "execution_duration_seconds"):
+            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
+        # there from the start: a series that begins with 1 shows no alert an increase
+        self.counts = defaultdict[str, float](int, {f"chronos_{name}": 0 for name in series})
+
+    def _observe(self, name: str, us: int) -> None:
+        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
+            if us > bound * SECOND:
+                break
+            self.counts[name + bucket] += 1
+        self.counts[f"{name}_sum"] += us / SECOND
+        self.counts[f"{name}_count"] += 1
+
+    def add_attempt(self, outcome: Outcome) -> None:
+        """Count an attempt, and the lateness of one that is the first for a fire time."""
+        execution = outcome.execution
+        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
+        if execution.trigger == "schedule" and execution.attempts == 1:
+            lateness = max(0, outcome.started_at - execution.scheduled_at)
+            self._observe("chronos_lateness_seconds", lateness)
+
+    def add_end(self, execution: Execution) -> None:
+        """Count an execution that has ended."""
+        labels = f'status="{execution.status}",reason="{execution.reason or ""}"'
+        self.counts[f"chronos_executions_ended_total{{{labels}}}"] += 1
+        self.counts["chronos_missed_fire_times_total"] += execution.missed_count or 0
+        if execution.attempts:
+            self._observe("chronos_execution_duration_seconds", execution.spent)
+
+    def to_text(self, gauges: dict[str, float]) -> str:
+        """Return these and all that is counted in Prometheus' text format."""
+        text, samples = "", gauges | self.counts
+        for name, about in METRICS.items():
+            kind, _blank, meaning = about.partition(" ")
+            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)")
+            found = [f"{series} {samples[series]}\n" for series in samples if own.match(series)]
+            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
+        return text
 
 
 class Version:
@@ -2137,6 +2215,7 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
+        self.metrics = Metrics()
         self.last_pass = self._worked_at = clock.monotonic()
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
@@ -2178,13 +2257,7 @@ class Engine:
 
     def _worker(self) -> None:
         while attempt := self._attempts.get():
-            try:
-                outcome = self.dispatcher.send(attempt)
-            except Exception:  # a bug must not end the thread, nor hold the execution
-                log.exception("a worker goes on")
-                head = (attempt.execution, self.clock.now(), 0, self.clock.monotonic())
-                outcome = Outcome(*head, reason="no_answer", error="unexpected error")
-            self._inbox.put(outcome)
+            self._inbox.put(self.dispatcher.send(attempt))
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
@@ -2225,6 +2298,10 @@ class Engine:
             if future.cancel():
                 raise StoreError(f"nothing was changed within {WRITE_PATIENCE_S:g} s") from None
             return future.result()
+
+    def silence(self) -> int:
+        """Return how long ago the engine or the watchdog last went round, in µs."""
+        return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
 
     @contextlib.contextmanager
     def waiter(self, execution_id: str) -> Iterator[threading.Event]:
@@ -2393,6 +2470,7 @@ class Engine:
         else:
             self._offset += step
             self._settle(turn)
+        self.metrics.counts["chronos_engine_passes_total"] += 1
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
 
@@ -2452,6 +2530,11 @@ class Engine:
 
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
+        for outcome in self._outcomes:
+            self.metrics.add_attempt(outcome)
+            if (tried := outcome.execution).id not in turn.ended:  # it is tried again
+                what = (tried.job_id, tried.id, tried.attempts, outcome.error)
+                log.info("job %s: %s failed in attempt %s: %s", *what)
         self._outcomes.clear()
         for taken in turn.taken:
             self._in_flight[taken.execution.id] = taken
@@ -2464,6 +2547,7 @@ class Engine:
             if attempt := self._in_flight.get(execution.id):
                 attempt.abort(str(execution.reason))
             if execution.completed_at is not None:  # else it was deleted
+                self.metrics.add_end(execution)
                 level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
                 why = execution.error or f"the server answered {execution.status_code}"
                 about = (execution.job_id, execution.id, execution.status, why)
@@ -2483,6 +2567,7 @@ class Engine:
         """
         kind, now = type(error).__name__, self.clock.monotonic()
         self.problem = str(error) or repr(error)
+        self.metrics.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
         if kind != "ApiError" and now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
             trace = None if isinstance(error, StoreError) else error
@@ -2544,6 +2629,8 @@ class Engine:
                 self._enqueue(turn, execution, version.config["concurrency"])
             cursor = version.schedule.next_after(newest, version.config["timezone"])
             self.store.move_cursor(job_id, cursor)
+            if cursor is None:
+                log.info("job %s is disabled: its schedule is spent", job_id)
         except StoreError:
             raise
         except Exception:
@@ -2780,9 +2867,9 @@ class SignIn:
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
 OWN_PAGES = ("none", "same-origin")  # of Sec-Fetch-Site
-SECURITY_HEADERS = {
-    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+HEADERS = {
+    "Content-Type": "application/json", "Cache-Control": "no-store", "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
 PAGE_POLICY = (
@@ -2799,6 +2886,7 @@ class Api:
         # method    path                                                handler
         ("GET",    "/",                                                 "page"),
         ("GET",    "/health",                                           "health"),
+        ("GET",    "/metrics",                                          "metrics"),
         ("GET",    "/api/v1/jobs",                                      "list_jobs"),
         ("POST",   "/api/v1/jobs",                                      "create_job"),
         ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
@@ -2826,6 +2914,7 @@ class Api:
     def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
+        self._public: bool = settings["metrics.public"]
         self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
         self.sign_in: SignIn | None = None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
@@ -2835,17 +2924,29 @@ class Api:
         for method, path, name in self.ROUTES:
             self.app.route(path, method, functools.partial(self._handle, getattr(self, name)))
         self.app.default_error_handler = self._bottle_error
+        self.app.add_hook("before_request", self._note_request)
+        self.app.add_hook("after_request", self._log_request)
+
+    def _note_request(self) -> None:
+        bottle.request.environ["chronos.begun"] = self.clock.monotonic()
+
+    def _log_request(self) -> None:
+        request, status = bottle.request, bottle.response.status_code
+        took = format_duration(self.clock.monotonic() - request.environ["chronos.begun"])
+        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
+        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
 
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
         environ = bottle.request.environ
+        bottle.response.headers.update(HEADERS)
         try:
             raw_path = environ["bottle.raw_path"]
             raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
             if raw_path.endswith("\n"):  # Bottle's routes let that pass
                 raise ApiError("NOT_FOUND", "there is nothing")
             if handler != self.health:
-                self._check_sender(environ, bottle.request.method in SAFE_METHODS)
+                self._check_sender(environ, handler == self.metrics and self._public)
             result = handler(**path)
             if isinstance(result, bytes):  # not in the envelope
                 return result
@@ -2862,12 +2963,13 @@ class Api:
             bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
             return self._answer(None, bug)
 
-    def _check_sender(self, environ: Json, reads: bool) -> None:
+    def _check_sender(self, environ: Json, is_public: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
+        reads = bottle.request.method in SAFE_METHODS
         host = environ.get("HTTP_HOST", "").lower()
         name = re.sub(":[0-9]*$", "", host)
         is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
-        sign_in = self.sign_in  # a reload may replace it
+        sign_in = None if is_public else self.sign_in  # a reload may replace it
         if not sign_in and not is_own:  # a page may have rebound its name
             raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
         if not reads:
@@ -2882,6 +2984,7 @@ class Api:
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
+        bottle.response.headers.update(HEADERS)
         place = f"{bottle.request.method} {bottle.request.path}"
         codes = {400: "VALIDATION_ERROR", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
         code = codes.get(error.status_code, "INTERNAL_ERROR")
@@ -2892,8 +2995,6 @@ class Api:
     @staticmethod
     def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
         bottle.response.status = STATUS[error.code] if error else status
-        bottle.response.content_type = "application/json"
-        bottle.response.headers.update(SECURITY_HEADERS)
         return envelope(data, error)
 
     @staticmethod
@@ -2909,10 +3010,33 @@ class Api:
         return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
 
     def _problem(self) -> str | None:
-        last = min(self.engine.last_pass, self.engine.dispatcher.last_watch)
-        silent = (self.clock.monotonic() - last) // SECOND
-        hung = f"a thread has been silent for {silent} s" if silent > 30 else None
-        return self.engine.problem or hung
+        silent = self.engine.silence()
+        hung = f"a thread has been silent for {silent // SECOND} s"
+        return self.engine.problem or (hung if silent > SILENCE_LIMIT else None)
+
+    def metrics(self) -> bytes:
+        """Return what Prometheus scrapes."""
+        counts, python = self.store.counts(), platform.python_version()
+        gauges = {
+            f'chronos_build_info{{version="{__version__}",python="{python}"}}': 1.0,
+            "chronos_is_leader": 1,
+            "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
+            'chronos_jobs{state="enabled"}': counts["enabled"],
+            'chronos_jobs{state="disabled"}': counts["jobs"] - counts["enabled"],
+            "chronos_failing_jobs": counts["failing"],
+            'chronos_executions{status="pending"}': counts["pending"],
+            'chronos_executions{status="running"}': counts["running"],
+            "process_start_time_seconds": self._started_at() // SECOND,
+        }
+        with contextlib.suppress(OSError):  # only Linux has it
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return self.engine.metrics.to_text(gauges).encode()
+
+    def _started_at(self) -> int:  # by the clock of now: it may have been wrong then
+        return self.clock.now() - self.clock.monotonic() + self._started
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3115,7 +3239,7 @@ class Api:
         last = self.store.last_executions(jobs, has_ended=True)
         return self._answer({
             "node_id": self._node_id, "version": __version__, "now": format_time(now),
-            "started_at": format_time(now - self.clock.monotonic() + self._started),
+            "started_at": format_time(self._started_at()),
             "user": user, "may_write": user not in viewers,
             "paused": self.engine.paused, "problem": problem, "jobs_total": counts.pop("jobs"),
             **counts, "last_24h": day, "active": shown,
@@ -3128,8 +3252,7 @@ class Api:
         digests = [hashlib.sha256(part.encode()).digest() for _tag, part in parts]
         policy = PAGE_POLICY.format(*(base64.b64encode(digest).decode() for digest in digests))
         own = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
-        bottle.response.headers.update(SECURITY_HEADERS | own)
-        bottle.response.content_type = "text/html; charset=utf-8"
+        bottle.response.headers.update(own | {"Content-Type": "text/html; charset=utf-8"})
         return b"" if self._is_known(policy) else DASHBOARD_HTML.encode()
 
     def _is_known(self, state: str) -> bool:
@@ -3200,10 +3323,9 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         code, message = "VALIDATION_ERROR", f"{error.reason}: {error.body}"
         if error.code == 413:
             code, message = "PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes"
-        headers = [("Content-Type", "application/json"), *SECURITY_HEADERS.items()]
         heads = getattr(self.request, "command", "") == "HEAD"
         body = b"" if heads else envelope(None, ApiError(code, message))
-        answer = f"{error.code} {error.reason}", headers, body
+        answer = f"{error.code} {error.reason}", [*HEADERS.items()], body
         error.to_response = lambda *_: answer
         super().execute()
 
@@ -3303,12 +3425,28 @@ _UNPRINTABLE = re.compile(
 class LogFormatter(logging.Formatter):
     """One line an event: control characters of names and errors can't forge a line."""
 
+    def __init__(self, kind: str) -> None:
+        """``kind``: text, json, or journal, which has times of its own and reads <priority>."""
+        super().__init__("%(asctime)s %(levelname)s %(message)s" if kind == "text" else None)
+        self._kind = kind
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; only a traceback of our own has more than one."""
+        """Return the line; as text only a traceback of our own has more than one."""
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
-        line = super().format(record)
+        line, more = super().format(record), self.formatException(trace) if trace else ""
+        if self._kind == "json":
+            event = {"time": format_time(int(record.created * SECOND)), "message": line}
+            event |= {"level": record.levelname.lower(), "traceback": more}
+            for name, pattern in (
+                ("job_id", r"\bjob ([0-9a-f-]{36})"),
+                ("execution_id", r"\bexec-[0-9a-f-]{36}"),
+            ):
+                event[name] = "".join(re.findall(pattern, line)[:1])
+            return json.dumps({name: value for name, value in event.items() if value})
         line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
-        return f"{line}\n{self.formatException(trace)}" if trace else line
+        line = f"{line}\n{more}" if more else line
+        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # sd-daemon(3)
+        return re.sub("(?m)^", f"<{priority}>", line) if self._kind == "journal" else line
 
 
 def read_settings(asked: argparse.Namespace) -> Json:
@@ -3320,41 +3458,64 @@ def read_settings(asked: argparse.Namespace) -> Json:
     return settings
 
 
-def start_logging() -> None:
-    """Log to stderr, warnings until a level is set."""
+def start_logging(kind: str) -> None:
+    """Log to stderr as logging.format says, warnings until a level is set."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    with contextlib.suppress(OSError):  # stderr is closed
+        about = os.fstat(2)
+        if kind == "text" and os.getenv("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}":
+            kind = "journal"
+    handler.setFormatter(LogFormatter(kind))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     logging.raiseExceptions = False  # a closed stderr must not end the service
 
 
+def tell_systemd(*variables: str) -> None:
+    """Send variables such as ``READY=1`` (sd_notify(3)); that nobody takes them is no error."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        text = "\n".join(" ".join(variable.split()) for variable in variables)
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sender, contextlib.suppress(OSError):
+            sender.settimeout(1)
+            sender.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
+
+
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    start_logging()
+    start_logging(settings["logging.format"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may interrupt itself
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: signals.put(number))
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread: they wait to be taken
     service = Service(settings)
     try:
         service.start()
         log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
+        if sys.stdout.isatty():  # somebody has started it by hand
+            url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
+            print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
         if service.engine.paused:
             log.warning("paused: nothing fires")
+        tell_systemd("READY=1")
         while True:
-            try:  # a signal that comes just before the wait does not end it: hence the limit
-                if signals.get(timeout=1) != signal.SIGHUP:
-                    break
-                service.reload(read_settings(asked))
-                log.info("the configuration was read again")
-            except queue.Empty:
-                continue
-            except ChronosError as error:
-                log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
+            engine = service.engine  # a full disk is no reason to start anew, a hung thread is
+            alive = ["WATCHDOG=1"] if engine.silence() <= SILENCE_LIMIT else []
+            tell_systemd(f"STATUS={engine.problem or f'listens on {service.url}'}", *alive)
+            came = signal.sigtimedwait(signals, SIGN_OF_LIFE_S)
+            if came and came.si_signo != signal.SIGHUP:
+                break
+            if came:
+                tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+                try:
+                    service.reload(read_settings(asked))
+                    log.info("the configuration was read again")
+                except ChronosError as error:
+                    log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
+                tell_systemd("READY=1")
+        tell_systemd("STOPPING=1")
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
         service.stop()
@@ -3391,14 +3552,22 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Wrong arguments are told in one line, as all errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ChronosError(f"{message} (see --help)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
     # Options stand before or after the command.
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
     about = "A cron service that fires HTTP webhooks."
-    parser = argparse.ArgumentParser("chronos.py", description=about, parents=[options])
+    parser = ArgumentParser("chronos.py", description=about, parents=[options])
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -3412,8 +3581,8 @@ def main(arguments: list[str] | None = None) -> int:
         asked = parser.parse_args(arguments)
         asked.run(asked)
         return 0
-    except SystemExit as ended:  # argparse has printed what there is to say
-        return EXIT_FAILED if ended.code else 0
+    except SystemExit:  # argparse has printed help or version
+        return 0
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
         return getattr(error, "exit_status", EXIT_FAILED)

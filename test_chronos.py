@@ -28,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -59,7 +60,7 @@ import chronos
 
 CHRONOS = Path(chronos.__file__)
 SECOND = chronos.SECOND
-JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] != "/"]
+JSON_ROUTES = [route for route in chronos.Api.ROUTES if route[1] not in ("/", "/metrics")]
 NOON = chronos.parse_time("2027-03-01T12:00:00Z")  # where the clock of most tests begins
 
 
@@ -5592,9 +5593,9 @@ def credentials(name, password="pässwörd"):
 
 def test_every_route_but_health_asks_who_it_is(guarded):
     for method, path, _name in chronos.Api.ROUTES:
-        place = re.sub("<.*?>", "1", path.removeprefix("/api/v1"))
-        status = guarded.call(method, place)[0]
+        status, answer = send_as_is(guarded, method, re.sub("<.*?>", "1", path))
         assert status == (200 if path == "/health" else 401), path
+        assert json.loads(answer.text)["success"] == (status == 200)
     for path in ("//api/v1/jobs", "/%61pi/v1/jobs", "/api/v1/jobs?x"):
         answer = requests.get(guarded.url + path, timeout=5)
         assert answer.status_code == 401
@@ -5807,6 +5808,262 @@ def test_answers_are_not_kept_framed_or_sniffed(service):
             chronos.SECURITY_HEADERS
         )
         assert not [name for name in headers if name.startswith("Access-Control-")]
+
+
+# ======================================================================================
+# 12. API: metrics
+# ======================================================================================
+
+
+NEEDS_PROMTOOL = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="no promtool: Debian has it in the package prometheus"
+)
+SAMPLE = re.compile(
+    r'(?P<name>[a-z_]+)(?:\{(?P<labels>[a-z_]+="[^"\\\n]*"(?:,[a-z_]+="[^"\\\n]*")*)\})? '
+    r"(?P<value>[0-9.e+-]+)"
+)
+
+
+def scrape(client, **options):
+    """Return the samples of /metrics by name and labels, and check that its format is right."""
+    answer = requests.get(f"{client.url}/metrics", timeout=10, **options)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (
+        200, "text/plain; version=0.0.4; charset=utf-8",
+    )  # fmt: skip
+    assert re.findall("# TYPE ([^ ]+)", answer.text) == list(chronos.METRICS)
+    return parse_metrics(answer.text)
+
+
+def parse_metrics(text):
+    """Return name and labels -> value. It is stricter than Prometheus about order and names."""
+    samples, families, lines = {}, {}, text.split("\n")
+    assert lines.pop() == ""
+    while lines:
+        _hash, word, family, meaning = lines.pop(0).split(" ", 3)
+        assert (_hash, word) == ("#", "HELP") and meaning and family not in families
+        kind = families[family] = lines.pop(0).removeprefix(f"# TYPE {family} ")
+        assert kind in ("counter", "gauge", "histogram")
+        assert family.endswith("_total") == (kind == "counter")
+        own = {"histogram": ["_bucket", "_sum", "_count"]}.get(kind, [""])
+        while lines and not lines[0].startswith("#"):
+            sample = SAMPLE.fullmatch(lines[0])
+            assert sample and sample["name"].removeprefix(family) in own, lines[0]
+            key, _blank, value = lines.pop(0).rpartition(" ")
+            assert key not in samples
+            samples[key] = float(value)
+        if kind == "histogram":
+            buckets = [n for key, n in samples.items() if key.startswith(f"{family}_bucket")]
+            assert buckets == sorted(buckets) and buckets[-1] == samples[f"{family}_count"]
+    return samples
+
+
+def ends(samples, **expected):
+    """Check how many executions have ended for each reason; all others are 0."""
+    prefix = "chronos_executions_ended_total"
+    counts = {key: n for key, n in samples.items() if key.startswith(prefix) and n}
+    assert counts == {
+        f'{prefix}{{status="{status}",reason="{reason.removeprefix("success")}"}}': n
+        for reason, (status, n) in expected.items()
+    }
+
+
+@NEEDS_PROMTOOL
+def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(tmp_path):
+    readme = (CHRONOS.parent / "README.md").read_text()
+    rules = tmp_path / "rules.yml"
+    (rules_text,) = re.findall("```yaml\n(groups:.*?)```", readme, re.DOTALL)
+    rules.write_text(rules_text)
+
+    command = ["promtool", "check", "rules", rules]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert (checked.returncode, checked.stdout.count("SUCCESS: 3 rules found")) == (0, 1)
+    used = set(re.findall(r"((?:chronos|process)_[a-z_]+)[{`\[ )]", readme))
+    assert chronos.METRICS.keys() | {"chronos_lateness_seconds_bucket"} >= used
+    assert used >= chronos.METRICS.keys()
+
+
+@NEEDS_PROMTOOL
+def test_promtool_has_nothing_to_say_about_the_metrics(service, target):
+    service.post(trigger_path(service.create(target.url)))
+    text = requests.get(f"{service.url}/metrics", timeout=10).text
+
+    command = ["promtool", "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_metrics_show_what_there_is_and_what_the_process_uses(service, target):
+    before = time.time()
+    for enabled in (True, True, False):
+        service.create(target.url + "/hang", enabled=enabled)
+    start_hanging(service, target)
+
+    samples = scrape(service)
+
+    assert samples['chronos_jobs{state="enabled"}'] == 2
+    assert samples['chronos_jobs{state="disabled"}'] == 2
+    assert samples['chronos_executions{status="running"}'] == 1
+    assert samples['chronos_executions{status="pending"}'] == samples["chronos_is_leader"] - 1 == 0
+    assert 0 <= samples["chronos_last_pass_age_seconds"] < 10
+    assert before - 60 < samples["process_start_time_seconds"] < time.time()
+    assert 10e6 < samples["process_resident_memory_bytes"] < 1e9
+    open_files = len(os.listdir("/proc/self/fd"))
+    assert abs(samples["process_open_fds"] - open_files) < 10
+    (build,) = (key for key in samples if key.startswith("chronos_build_info"))
+    assert f'version="{chronos.__version__}"' in build
+    target.let_go.set()
+
+
+def test_every_end_is_counted_by_its_reason_and_every_attempt_by_its_result(service, target):
+    job = service.create(target.url, retry_policy=ONCE)
+    failing = service.create(f"{target.url}/status/404")
+    zeros = scrape(service)
+    ends(zeros)
+    assert zeros['chronos_executions_ended_total{status="failed",reason="timeout"}'] == 0
+
+    for _ in range(3):
+        service.post(trigger_path(job))
+    service.post(trigger_path(failing))
+    hanging = start_hanging(service, target)
+    assert service.post(f"{hanging.partition('/exec')[0]}/trigger")["reason"] == "overlap"
+    service.post(f"{hanging}/cancel")
+    service.error(500, "POST", trigger_path(service.create(NOBODY, retry_policy=ONCE)))
+    attempts = 'chronos_attempts_total{result="cancelled"}'
+    samples = wait_until(lambda: (now := scrape(service))[attempts] and now)
+
+    ends(samples, success=("success", 3), http_status=("failed", 1), overlap=("skipped", 1),
+         cancelled=("failed", 1), no_answer=("failed", 1))  # fmt: skip
+    made = {"success": 3, "http_status": 1, "no_answer": 1, "cancelled": 1}
+    for result, count in made.items():
+        assert samples[f'chronos_attempts_total{{result="{result}"}}'] == count
+    assert samples["chronos_execution_duration_seconds_count"] == 6  # the skipped one had none
+    assert samples["chronos_engine_passes_total"] > zeros["chronos_engine_passes_total"]
+    target.let_go.set()
+
+
+def text_of(world):
+    return parse_metrics(world.engine.metrics.to_text({}))
+
+
+def test_lateness_is_from_the_fire_time_to_the_first_attempt_of_a_scheduled_run(world, target):
+    script(target, "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(60.2)
+    world.settle()
+    world.advance(1)
+    world.do(world.engine.trigger, job.id, "exec-1")
+    world.settle()
+
+    samples = text_of(world)
+
+    assert samples["chronos_lateness_seconds_count"] == 1
+    assert samples["chronos_lateness_seconds_sum"] == pytest.approx(0.2)
+    name = "chronos_lateness_seconds_bucket"
+    assert [samples[f'{name}{{le="{le}"}}'] for le in (0.1, 0.25, "+Inf")] == [0, 1, 1]
+    assert samples["chronos_execution_duration_seconds_sum"] == pytest.approx(1.0)  # the wait
+    assert samples['chronos_attempts_total{result="http_status"}'] == 1
+
+
+def test_missed_fire_times_are_counted_each_and_made_up_runs_are_not_late(world, target):
+    world.create(target.url, schedule="* * * * *", missed_run_policy="execute_one")
+
+    world.advance(10 * 60)
+
+    samples = text_of(world)
+    assert samples["chronos_missed_fire_times_total"] == 9
+    assert samples["chronos_lateness_seconds_count"] == 0
+    ends(samples, success=("success", 1), missed=("skipped", 1))
+
+
+def test_what_the_store_did_not_take_is_no_end_and_an_error(world, target):
+    job = world.create(target.url)
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    world.engine.run_pass()
+    target.take()
+    wait_until(world.engine._inbox.qsize)
+    before = text_of(world)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine_connection(world).execute("PRAGMA busy_timeout = 1")
+        world.engine.run_pass()
+        during = text_of(world)
+    world.advance(2)
+
+    assert before["chronos_store_errors_total"] == 0
+    assert during["chronos_store_errors_total"] == 1
+    ends(during)
+    ends(text_of(world), success=("success", 1))
+    assert text_of(world)['chronos_attempts_total{result="success"}'] == 1
+
+
+def test_a_run_that_the_last_process_left_without_an_end_counts_as_interrupted(make_world, target):
+    world = make_world()
+    job = world.create(target.url + "/hang", retry_policy=ONCE)
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    world.engine.run_pass()
+    world.store.close()
+
+    samples = text_of(make_world())
+
+    ends(samples, interrupted=("failed", 1))
+    assert samples['chronos_attempts_total{result="interrupted"}'] == 1
+    target.let_go.set()
+
+
+def test_a_run_that_goes_with_its_job_counts_as_no_end(world, target):
+    job = world.create(target.url + "/hang")
+    hang(world, target, job)
+
+    world.do(world.engine.delete_job, job, False)
+    target.let_go.set()
+    world.settle()
+
+    samples = text_of(world)
+    ends(samples)
+    assert samples['chronos_attempts_total{result="deleted"}'] == 1
+
+
+def test_the_metrics_ask_who_it_is_unless_they_are_public(make_service):
+    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
+    guard = {"auth__type": "basic", "auth__users": {"ada": hashed}}
+    closed = make_service(**guard)
+
+    answer = requests.get(f"{closed.url}/metrics", timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "UNAUTHORIZED")
+    assert scrape(closed, headers=credentials("ada"))
+    closed.service.stop()
+    public = make_service(**guard, metrics__public=True)
+
+    assert scrape(public)
+    assert public.call("GET", "/jobs")[0] == 401
+    foreign = requests.get(f"{public.url}/metrics", headers={"Host": "evil.test"}, timeout=10)
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "FORBIDDEN")
+
+
+def test_errors_of_the_metrics_are_json_as_all_others(service):
+    foreign = requests.get(f"{service.url}/metrics", headers={"Host": "evil.test"}, timeout=10)
+    wrong = requests.post(f"{service.url}/metrics", timeout=10)
+
+    assert [a.status_code for a in (foreign, wrong)] == [403, 405]
+    assert all(a.json()["success"] is False for a in (foreign, wrong))
+
+
+def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
+    api = chronos.Api(world.engine, world.store, world.settings, world.clock)
+    run, plans = world.store._run, []
+
+    def explain(statement, /, *row, **values):
+        plans.extend(row[3] for row in run(f"EXPLAIN QUERY PLAN {statement}", *row, **values))
+        return run(statement, *row, **values)
+
+    monkeypatch.setattr(world.store, "_run", explain)
+    api.metrics()
+
+    looked = [plan for plan in plans if "executions" in plan]
+    partial = ("executions_due", "executions_listed (status=?)", "executions_active")
+    assert looked and all(plan.endswith(partial) for plan in looked), plans
 
 
 # ======================================================================================
@@ -6285,6 +6542,7 @@ def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypa
         clock.advance(seconds)
         wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
         shown = client.expect(status, "GET", "/health")
+        assert (engine.silence() <= chronos.SILENCE_LIMIT) == (status == 200)
     let_go.set()
     wait_until(lambda: client.call("GET", "/health")[0] == 200)
 
@@ -6305,6 +6563,417 @@ def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free)
 
     check_refused(result, result.returncode or "an error", str(directory))
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_next_prints_fire_times_in_utc_and_in_the_zone_with_a_note_at_a_clock_change():
+    # Europe/Madrid: on the last Sunday of March 02:00 becomes 03:00; 40 days of March have one
+    result = run_chronos("next", "30 2 * 3 *", "--timezone", "Europe/Madrid", "--count", "40")
+
+    lines = result.stdout.splitlines()
+    assert (result.returncode, result.stderr, len(lines)) == (0, "", 40)
+    for line in lines:
+        utc, local = line.split("  ")[:2]
+        assert utc.endswith(":00Z")
+        assert chronos.parse_time(utc) == chronos.parse_time(local)
+    (noted,) = {line.split("  ", 2)[2] for line in lines if line.count("  ") == 2}
+    assert noted == "the clock goes forward: a time that does not exist runs now"
+
+
+def test_next_counts_five_in_utc_and_warns_beside_its_output():
+    result = run_chronos("next", "0 0 1 * mon")
+
+    assert [line.count("T00:00:00") for line in result.stdout.splitlines()] == [2] * 5
+    assert result.stderr == "chronos: day-of-month and day-of-week are both set: either matches\n"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("next", "61 * * * *"), ("minute", "'61'")),
+    (("next", "@daily", "--timezone", "Mars/Base"), ("timezone", "Europe/Madrid")),
+    (("next", "@daily", "--count", "0"), ("count", "from 1 to 100")),
+    (("next", "@at 2020-01-01T00:00:00Z"), ("nothing comes any more",)),
+    (("next",), ("EXPR", "--help")),
+    (("nixt",), ("'nixt'", "--help")),
+    (("serve", "--confog"), ("--confog", "--help")),
+    (("backup",), ("FILE", "--help")),
+])  # fmt: skip
+def test_a_wrong_command_is_told_in_one_line(arguments, words):
+    result = run_chronos(*arguments)
+
+    check_refused(result, 1, "chronos: ", *words)
+    assert (len(result.stderr.splitlines()), result.stdout) == (1, "")
+
+
+def test_help_explains_every_command():
+    result = run_chronos("--help")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    told = " ".join(result.stdout.split())
+    for run in chronos.COMMANDS:
+        name = run.__name__.removeprefix("run_").replace("_", "-")
+        assert "\n" not in run.__doc__
+        assert f"{name} {run.__doc__}" in told
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0"])
+def test_whoever_starts_it_by_hand_is_told_which_address_to_open(tmp_path, configure, address):
+    config = configure("{server: {allow_unauthenticated: true}, logging: {level: error}}")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["CHRONOS_SERVER_HTTP_ADDRESS"] = address
+        os.execv(sys.executable, [sys.executable, str(CHRONOS), "--config", str(config)])
+    shown = b""
+    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
+        while b"Ctrl-C" not in shown:
+            if not select.select([console], [], [], 10)[0]:
+                os.kill(pid, signal.SIGKILL)
+            shown += console.read(1000)
+        url = re.search(rb"open (http://\S+) in a browser", shown)[1].decode()
+        assert requests.get(f"{url}/api/v1/jobs", timeout=5).status_code == 200
+        console.write(b"\x03")
+        while console.read(1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert url.startswith("http://localhost" if address[0] == "0" else "http://127.0.0.1")
+
+
+# ======================================================================================
+# 13. Service: logs
+# ======================================================================================
+
+
+def logged(caplog, text):
+    """Return the levels of the events whose message has this text."""
+    return [r.levelname for r in caplog.records if text in r.getMessage()]
+
+
+def test_json_logs_are_one_object_a_line_with_the_ids_of_what_they_are_about(make_process, target):
+    process = make_process("logging: {format: json, level: debug}")
+    job = process.create(target.url + "/status/404", name='"a\u2028b')
+    run = process.post(trigger_path(job))
+    assert process.end(signal.SIGTERM) == 0
+
+    events = [json.loads(line) for line in "".join(process.log).splitlines()]
+    assert all({"time", "level", "message"} <= event.keys() for event in events)
+    assert all(abs(chronos.parse_time(e["time"]) / SECOND - time.time()) < 60 for e in events)
+    created, triggered, failed = [e for e in events if e.get("job_id") == job["id"]]
+    assert (created["level"], created.get("execution_id")) == ("info", None)
+    assert '("a\u2028b) was created' in created["message"]
+    assert triggered["execution_id"] == failed["execution_id"] == run["id"]
+    assert failed["level"] == "warning" and run["error"] in failed["message"]
+    assert {event["level"] for event in events} == {"debug", "info", "warning"}
+
+
+@pytest.mark.parametrize("kind", ["json", "journal"])
+def test_a_traceback_is_part_of_its_event(kind):
+    try:
+        raise RuntimeError("a bug\nof ours")
+    except RuntimeError:
+        record = chronos.log.makeRecord("chronos", 40, "f", 1, "it %s", ("failed",), sys.exc_info())
+
+    told = chronos.LogFormatter(kind).format(record)
+
+    if kind == "json":
+        event = json.loads(told)
+        assert "\n" not in told and event["message"] == "it failed"
+        assert event["traceback"].startswith("Traceback") and "bug\nof" in event["traceback"]
+    else:
+        assert told.startswith("<3>it failed\n<3>Traceback")
+        assert all(line.startswith("<3>") for line in told.splitlines())
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_journal_gets_priorities_and_no_times_of_ours(configure, is_journal, style):
+    read_end, write_end = os.pipe()
+    about = os.fstat(write_end)
+    stream = f"{about.st_dev}:{about.st_ino + (not is_journal)}"
+    environment = {"JOURNAL_STREAM": stream, "CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
+    config = configure(f"logging: {{format: {style}}}")
+    command = [sys.executable, CHRONOS, "--paused", "--config", config]
+    with subprocess.Popen(command, stderr=write_end, env=os.environ | environment) as process:
+        os.close(write_end)
+        with open(read_end, encoding="utf-8") as log:
+            lines = [log.readline(), log.readline()]
+            process.terminate()
+            lines += log.read().splitlines(keepends=True)
+
+    first, paused = lines[:2]
+    if style == "json":
+        assert all(json.loads(line)["time"] for line in lines)
+    elif is_journal:
+        assert first.startswith("<6>Chronos ") and paused == "<4>paused: nothing fires\n"
+        assert all(re.match("<[46]>[A-Za-z]", line) for line in lines)
+    else:
+        assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+
+
+def test_each_request_is_logged_at_debug_and_what_it_asks_is_not(guarded, caplog):
+    caplog.set_level("DEBUG", "chronos")
+    guarded.expect(200, "GET", "/jobs?q=canary", headers=credentials("vera"))
+    guarded.expect(401, "POST", "/jobs", job_body(NOBODY), headers=credentials("eve", "canary"))
+    guarded.expect(404, "GET", "/nothing", headers=credentials("vera"))
+
+    told = [
+        r.getMessage() for r in caplog.records if r.levelname == "DEBUG" and r.name == "chronos"
+    ]
+    assert "canary" not in "".join(told)
+    for message, start, end in zip(
+        told,
+        (
+            "GET /api/v1/jobs: 200 after ",
+            "POST /api/v1/jobs: 401 after ",
+            "GET /api/v1/nothing: 404 ",
+        ),
+        ("s, vera at 127.0.0.1", "s, anonymous at 127.0.0.1", "s, anonymous at 127.0.0.1"),
+        strict=True,
+    ):
+        assert message.startswith(start) and message.endswith(end), message
+
+
+def test_what_a_run_becomes_is_logged_and_only_what_needs_somebody_as_a_warning(
+    world, target, caplog
+):
+    caplog.set_level("INFO", "chronos")
+    script(target, "/ok", "/status/503", "/ok", "/status/404")
+    job = world.create(target.url)
+    trigger(world, job)
+    world.settle()
+    trigger(world, job)
+    world.settle()
+    world.advance(1)
+    trigger(world, job)
+    world.settle()
+
+    assert logged(caplog, " success: the server answered 200") == ["INFO", "INFO"]
+    assert logged(caplog, "failed in attempt 1: the server answered 503") == ["INFO"]
+    assert logged(caplog, "failed: the server answered 404") == ["WARNING"]
+    assert len(logged(caplog, f"job {job.id}: exec-")) == 4
+
+
+def test_a_skipped_replaced_or_cancelled_run_needs_nobody(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/hang")
+    other = world.create(target.url + "/hang", concurrency="replace")
+    first = hang(world, target, job)
+    trigger(world, job)
+    world.do(world.engine.cancel, job.id, first, "ada")
+    hang(world, target, other)
+    hang(world, target, other)
+
+    for text in ("was still running", "failed: cancelled by ada", "failed: replaced by exec-"):
+        assert logged(caplog, text) == ["INFO"], text
+    target.let_go.set()
+
+
+def test_missed_fire_times_and_a_spent_schedule_are_logged(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url, schedule="* * * * *")
+    once = world.create(target.url, schedule="@at 2027-03-01T12:01:00Z")
+    world.advance(600)
+
+    assert logged(caplog, f"job {job.id}: ").count("WARNING") == 1
+    assert logged(caplog, "skipped: 9 fire times from") == ["WARNING"]
+    assert logged(caplog, f"job {once.id} is disabled: its schedule is spent") == ["INFO"]
+
+
+def test_an_end_is_told_once_and_not_before_it_is_on_disk(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/status/404")
+    trigger(world, job)
+    target.take()
+    wait_until(world.engine._inbox.qsize)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine_connection(world).execute("PRAGMA busy_timeout = 1")
+        world.engine.run_pass()
+        world.clock.advance(2)
+        world.engine.run_pass()
+        assert logged(caplog, "answered 404") == []
+    world.advance(2)
+
+    assert logged(caplog, "answered 404") == ["WARNING"]
+
+
+# ======================================================================================
+# 13. Service: systemd
+# ======================================================================================
+
+
+NEEDS_SYSTEMD = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt-get install -y systemd"
+)
+
+
+def print_unit(config, program=CHRONOS):
+    """Return what systemd-unit prints, and its settings; of one that is there twice the last."""
+    result = run_chronos("systemd-unit", "--config", config, program=program)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if re.match("[A-Z][A-Za-z]*=", line)]
+    return result, dict(line.split("=", 1) for line in lines)
+
+
+@NEEDS_SYSTEMD
+def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(configure, tmp_path):
+    result, _settings = print_unit(configure(""))
+    path = tmp_path / "chronos.service"
+    path.write_text(result.stdout)
+
+    def analyze(*arguments):
+        command = ["systemd-analyze", *arguments, path]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    verified = analyze("verify")
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+    exposed = analyze("security", "--offline=true", "--no-pager").stdout
+    assert float(re.search(r"exposure level for \S+: ([0-9.]+)", exposed)[1]) < 2.0
+
+
+def test_the_unit_starts_this_program_with_this_interpreter_and_configuration(tmp_path):
+    home = tmp_path / 'a "b" 100% é'
+    home.mkdir()
+    program = shutil.copy(CHRONOS, home)
+    (home / "own.yaml").write_text("cluster: {data_dir: ../state}")
+
+    _result, settings = print_unit(home / "own.yaml", program=program)
+
+    command = shlex.split(settings["ExecStart"].replace("%%", "%"))
+    assert command == [sys.executable, "-I", program, "--config", str(home / "own.yaml")]
+    assert "%%" in settings["ExecStart"]
+    assert settings["ReadWritePaths"] == f'"{tmp_path}/state"'
+    started = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True)
+    assert started.stdout.startswith(b"chronos ")
+
+
+def test_the_unit_without_a_configuration_names_none(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+
+    result = run_chronos("systemd-unit", program=program)
+
+    assert f'-I "{program}"\n' in result.stdout
+    assert f'\nReadWritePaths="{tmp_path}/data"\n' in result.stdout
+
+
+def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(configure):
+    _result, settings = print_unit(configure(
+        "{cluster: {data_dir: /var/lib/chronos}, server: {shutdown_grace: 2m}}"
+    ))  # fmt: skip
+
+    expected = {
+        "Type": "notify", "User": "chronos", "Restart": "on-failure", "WatchdogSec": "60",
+        "RestartPreventExitStatus": "75 78", "StateDirectory": "chronos", "TimeoutStopSec": "135",
+        "ExecReload": "/bin/kill -HUP $MAINPID", "StateDirectoryMode": "0700",
+    }  # fmt: skip
+    assert settings | expected == settings
+    assert "ReadWritePaths" not in settings
+    most = {"dispatcher.max_concurrent_jobs": 1000, "server.http.threads": 256}
+    for name, threads in most.items():
+        with pytest.raises(ValueError, match=f"to {threads}"):
+            chronos.SETTINGS[name].check(threads + 1)
+    assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
+
+
+class Manager:
+    """What systemd is to a service: a datagram socket, and the variables that name it."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(re.sub("^@", "\0", str(address)))
+        self.socket.settimeout(15)
+        self.environment = {"NOTIFY_SOCKET": str(address)}
+
+    def take(self):
+        """Return the next message: its variables."""
+        lines = self.socket.recv(4096).decode().split("\n")
+        return dict(line.split("=", 1) for line in lines)
+
+    def await_variables(self, **expected):
+        """Take messages until one has these variables; return it."""
+        while not expected.items() <= (message := self.take()).items():
+            pass
+        return message
+
+
+@pytest.fixture
+def make_manager(tmp_path):
+    with contextlib.ExitStack() as managers:
+
+        def make(address=tmp_path / "notify"):
+            manager = Manager(address)
+            managers.enter_context(manager.socket)
+            return manager
+
+        yield make
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_is_told_of_readiness_life_and_stopping(
+    make_manager, make_process, tmp_path, is_abstract
+):
+    address = f"@chronos-{uuid.uuid4()}" if is_abstract else tmp_path / "notify"
+    manager = make_manager(address)
+    process = make_process(environment=manager.environment)
+
+    assert manager.take() == {"READY": "1"}
+    assert process.get("/health")
+    begun, life = time.monotonic(), {"STATUS": f"listens on {process.url}", "WATCHDOG": "1"}
+    assert [manager.take(), manager.take()] == [life, life]
+    assert 8 < time.monotonic() - begun < 12  # WatchdogSec is 60
+    assert process.end(signal.SIGTERM) == 0
+    assert manager.take() == {"STOPPING": "1"}
+
+
+def test_a_store_that_fails_is_the_status_and_no_reason_to_be_killed(make_manager, make_process):
+    manager = make_manager()
+    process = make_process(environment=manager.environment)
+    assert "listens on" in manager.await_variables(WATCHDOG="1")["STATUS"]
+
+    with disk_error(process, None):
+        process.error(500, "POST", "/jobs", job_body(NOBODY))
+        assert "disk I/O error" in manager.await_variables(WATCHDOG="1")["STATUS"]
+
+    process.create(NOBODY)
+
+
+@pytest.mark.parametrize("change", ["logging: {level: error}", "nonsense: 1"])
+def test_reading_the_configuration_anew_is_told_with_its_instant(
+    make_manager, make_process, tmp_path, change
+):
+    manager = make_manager()
+    process = make_process(environment=manager.environment)
+    manager.await_variables(WATCHDOG="1")
+
+    before = time.monotonic_ns() // 1000
+    (tmp_path / "home" / "chronos.yaml").write_text(change)
+    process.process.send_signal(signal.SIGHUP)
+
+    message = manager.take()
+    assert message["RELOADING"] == "1"
+    assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assert manager.take()["READY"] == "1"
+
+
+@pytest.mark.parametrize("how", ["gone", "full", "none"])
+def test_a_manager_that_does_not_listen_is_no_problem(make_manager, make_process, how):
+    manager = make_manager()
+    if how == "full":
+        for _ in range(10):  # one has no room left for more before the queue is full
+            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with sender, contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"X=1", socket.MSG_DONTWAIT, manager.environment["NOTIFY_SOCKET"])
+    elif how == "gone":
+        manager.socket.close()
+    process = make_process(environment=manager.environment if how != "none" else {})
+
+    assert process.get("/health")
+    assert process.end(signal.SIGTERM) == 0
+
+
+def test_a_wrong_configuration_makes_no_unit(configure):
+    result = run_chronos("systemd-unit", "--config", configure("nonsense: 1"))
+
+    check_refused(result, 78, "nonsense")
+    assert result.stdout == ""
 
 
 # ======================================================================================
@@ -7514,19 +8183,14 @@ def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target)
     assert (states(world, broken), states(world, job)) == (["failed"], ["success"])
 
 
-@pytest.mark.parametrize("places", [
-    ["_judge"],
-    ["send"],
-])  # fmt: skip
 def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(
-    make_service, target, monkeypatch, caplog, places
+    make_service, target, monkeypatch, caplog
 ):
     service, died = make_service(dispatcher__max_concurrent_jobs=1), []
     monkeypatch.setattr(threading, "excepthook", died.append)
     job = service.create(target.url, retry_policy=ONCE)
     with monkeypatch.context() as patch:
-        for place in places:
-            patch.setattr(service.service.engine.dispatcher, place, a_bug)
+        patch.setattr(service.service.engine.dispatcher, "_judge", a_bug)
         status, envelope = service.call("POST", trigger_path(job, "?wait=2s"))
 
     assert (status, died) == (500, [])
@@ -8016,7 +8680,7 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
     for printed, used in (("localhost:8080", address), ("8000", str(port)), ("/tmp", tmp_path)):
         tour = tour.replace(printed, str(used))
     blocks = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
-    serve, create, history, trigger, change, versions, roll_back, replay, tidy = blocks
+    serve, create, history, trigger, change, versions, replay = blocks
     calls = tmp_path / "calls"
 
     def run(block):
@@ -8026,6 +8690,15 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
             command, capture_output=True, text=True, timeout=30, check=True
         ).stdout
 
+    def told(output):
+        """Return what each answer of several has, whatever white space they are printed with."""
+        decoder, answers = json.JSONDecoder(), []
+        while output := output.lstrip():
+            answer, end = decoder.raw_decode(output)
+            answers.append(answer["data"])
+            output = output[end:]
+        return answers
+
     command = serve.replace("python3 -m", "exec python3 -um").strip() + f" 2> {calls}"
     hook = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL)
     try:
@@ -8034,10 +8707,8 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
         triggered = json.loads(run(trigger))["data"]
         newest = json.loads(run(history))["data"]["executions"][0]
         changed = json.loads(run(change))["data"]
-        numbers = [version["version"] for version in json.loads(run(versions))["data"]]
-        back = json.loads(run(roll_back))["data"]
-        replayed = json.loads(run(replay))["data"]
-        tidied = [json.loads(line)["success"] for line in run(tidy).splitlines()]
+        listed, back = told(run(versions))
+        replayed, *tidied = told(run(replay))
     finally:
         hook.kill()
         hook.wait()
@@ -8046,10 +8717,10 @@ def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
     assert (triggered["status"], triggered["trigger"]) == ("success", "manual")
     assert (newest["status_code"], newest["response"]) == (200, "OK\n")
     assert changed["webhook"]["url"].endswith("/wrong")
-    assert numbers == [2, 1]
+    assert [version["version"] for version in listed] == [2, 1]
     assert (back["new_version"], back["job"]["webhook"]["url"][-7:]) == (3, "/report")
     assert replayed["message"] == "Execution replay triggered"
-    assert tidied == [True, True]
+    assert (tidied[0]["enabled"], tidied[1]) == (False, {"id": created["id"]})
 
 
 def test_chronos_yaml_holds_every_setting_with_its_default():

@@ -120,6 +120,8 @@ VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests p
 MASK = "********"
 DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declares
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
+ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
+ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 100  # what turns meanwhile is told at once; up to so many
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
@@ -641,6 +643,8 @@ RETRY_FIELDS: dict[str, Field] = {
     "multiplier":        Field(number(1, 100, whole=False),                 2.0),
     "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
 }
+ALERT_FIELDS = WEBHOOK_FIELDS | {"method": WEBHOOK_FIELDS["method"]._replace(default="POST")}
+del ALERT_FIELDS["body"]  # Chronos writes it
 EXECUTION_STATUSES = ("pending", "running", "success", "failed", "skipped")
 MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 JOB_FIELDS: dict[str, Field] = {
@@ -786,7 +790,7 @@ class Execution(NamedTuple):
     id: str
     job_id: str
     job_version: int
-    trigger: str  # schedule, catch_up, manual, replay
+    trigger: str  # schedule, catch_up, manual, replay, alert
     status: str  # pending, running, success, failed, skipped
     scheduled_at: int  # the fire time; of a trigger the instant of it
     target: str  # scheme://host:port, for the limit per target
@@ -813,6 +817,11 @@ class Execution(NamedTuple):
         """How it ended: success S, failed F, cancelled C, replaced R, overlap K, missed M."""
         others = {"cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M"}
         return "S" if self.status == "success" else others.get(self.reason or "", "F")
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether it says that its job is well or not."""
+        return self.completed_at is not None and self.letter in "SFM"
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
@@ -918,6 +927,8 @@ SETTINGS: dict[str, Field] = {
     "auth.type":                      Field(one_of("none", "basic"),            "none"),
     "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
     "auth.viewers":                   Field(list_of(text(256), 1000),           []),
+    "alerts.webhook":                 Field(functools.partial(validate, ALERT_FIELDS), None),
+    "alerts.after":                   Field(number(1, 100),                     1),
     "metrics.public":                 Field(boolean,                            False),
     "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
     "logging.format":                 Field(one_of("text", "json"),             "text"),
@@ -925,7 +936,7 @@ SETTINGS: dict[str, Field] = {
         lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
         "must be a list of jobs, each an object"),                              []),
 }
-RELOADED = ("jobs", "auth.", "logging.level")  # keys that begin so need no restart
+RELOADED = ("jobs", "auth.", "alerts.", "logging.level")  # keys that begin so need no restart
 # fmt: on
 
 
@@ -1127,12 +1138,16 @@ APPLICATION_ID = 1130918511  # "Chro", in the header of the file
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
-    seq          INTEGER PRIMARY KEY,    -- order of creation
+    seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
     id           TEXT NOT NULL UNIQUE,   -- a UUID
     version INTEGER NOT NULL, enabled INTEGER NOT NULL,
     created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
-    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT
+    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
+    is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
 );
+INSERT INTO jobs VALUES
+    (0, '00000000-0000-0000-0000-000000000000', 0, 0, 0, 0, NULL, '', 0, NULL, 'alerts', 0, NULL);
+CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE versions (                  -- config: JSON, in the form of the API
     job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
@@ -1315,11 +1330,12 @@ class Store:
         self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
     def next_instants(self, now: int) -> list[int | None]:
-        """Return the earliest cursor, and the earliest due_at later than now."""
+        """Return the earliest cursor, and later than now: a due_at, and when an alert is due."""
         sql = """
             SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
-                   (SELECT min(due_at) FROM pending WHERE due_at > :now)"""
-        return list(self._run(sql, now=now)[0])
+                   (SELECT min(due_at) FROM pending WHERE due_at > :now),
+                   (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
+        return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
 
     # ----------------------------------------------------------------------------- jobs
 
@@ -1339,7 +1355,7 @@ class Store:
         """Return a page of jobs that match JOBS_QUERY and all [name, value] tags; and how many."""
         matching = """
              FROM configured_jobs
-            WHERE (:enabled IS NULL OR enabled = :enabled)
+            WHERE seq > 0 AND (:enabled IS NULL OR enabled = :enabled)
               AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
                    OR instr(casefold(json_extract(config, '$.description')), casefold(:q)))
               AND (:status IS NULL OR :status = (
@@ -1351,7 +1367,7 @@ class Store:
                             WHERE own.key = json_extract(tag.value, '$[0]')
                               AND own.value = json_extract(tag.value, '$[1]')))"""
         if all(value in (None, []) for value in filters.values()):
-            matching = " FROM jobs"  # an offset passes over 50,000 of these quickly
+            matching = " FROM jobs WHERE seq > 0"  # an offset passes over 50,000 of these quickly
         values = filters | {"tags": json.dumps(filters.get("tags"))}
         page = f"""
             SELECT * FROM configured_jobs WHERE seq IN (
@@ -1366,13 +1382,13 @@ class Store:
             SELECT count(*) AS jobs, sum(enabled) AS enabled, sum(enabled AND failures) AS failing,
                    (SELECT count(*) FROM active WHERE status = 'pending') AS pending,
                    (SELECT count(*) FROM active WHERE status = 'running') AS running
-              FROM jobs"""
+              FROM jobs WHERE seq > 0"""
         return {name: count or 0 for name, count in dict(self._run(sql)[0]).items()}
 
     def declared_jobs(self, ids: list[str]) -> set[str]:
         """Return the ids of the jobs that are declared, or are among ``ids``."""
         sql = """
-            SELECT id FROM jobs WHERE declared IS NOT NULL
+            SELECT id FROM jobs WHERE seq > 0 AND declared IS NOT NULL
                 OR id IN (SELECT value FROM json_each(:ids))"""
         return {row[0] for row in self._run(sql, ids=json.dumps(ids))}
 
@@ -1382,7 +1398,7 @@ class Store:
         sql = """
             INSERT INTO jobs
             VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
-                    :strip, :failures, :failing_since, :declared)
+                    :strip, :failures, :failing_since, :declared, FALSE, NULL)
             ON CONFLICT (id) DO UPDATE
                SET version = :version, enabled = :enabled, updated_at = :updated_at,
                    next_run_at = :next_run_at, declared = :declared"""
@@ -1430,6 +1446,8 @@ class Store:
 
     def _count_end(self, execution: Execution) -> None:
         """Note in the job, and in the count of the hour, how an execution has ended."""
+        if execution.job_id == ALERTS_ID:
+            return
         letter, at = execution.letter, execution.completed_at or 0
         sql = """
             UPDATE jobs
@@ -1448,6 +1466,39 @@ class Store:
         """Return how many executions ended since the hour of ``at``, by letter."""
         sql = "SELECT letter, sum(number) FROM ends WHERE hour >= :hour GROUP BY letter"
         return {row[0]: row[1] for row in self._run(sql, hour=at // HOUR)}
+
+    # --------------------------------------------------------------------------- alerts
+
+    def note_news(self, job_ids: set[str], after: int, now: int) -> None:
+        """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
+        sql = """
+            UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
+             WHERE id IN (SELECT value FROM json_each(:job_ids))
+               AND iif(is_bad, failures = 0, failures >= :after)"""
+        self._run(sql, job_ids=json.dumps(list(job_ids)), after=after, now=now)
+
+    def news(self, before: int) -> list[Json]:
+        """Return all jobs that have turned, if the first of them has ``before``."""
+        sql = """
+            SELECT id, json_extract(config, '$.name') AS name, failures,
+                   iif(is_bad, 'failed', 'recovered') AS event
+              FROM configured_jobs
+             WHERE news_at IS NOT NULL
+               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
+             ORDER BY news_at, seq"""
+        return list(map(dict, self._run(sql, before=before)))
+
+    def save_alert(self, config: Json, now: int) -> int:
+        """Mark all news as told, by a new version of the built-in job; return its number."""
+        self._run("UPDATE jobs SET news_at = NULL WHERE news_at IS NOT NULL")
+        number = int(self._value("SELECT version + 1 FROM jobs WHERE seq = 0"))
+        job = Job(ALERTS_ID, number, False, now, now, None, config, declared=DECLARED_BY)
+        self.save_job(job, DECLARED_BY)
+        sql = """
+            DELETE FROM versions WHERE job_id = :id AND version < :number
+               AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)"""
+        self._run(sql, id=ALERTS_ID, number=number)
+        return number
 
     # ----------------------------------------------------------------------- executions
 
@@ -1608,6 +1659,7 @@ class Store:
         """Move every due_at with the wall clock; ``reset``: each cursor is to be computed anew."""
         sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
         self._run(sql, step=step)
+        self._run("UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL", step=step)
         if reset:  # 0 can't be true
             self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
 
@@ -2488,13 +2540,17 @@ class Engine:
         for job_id, number, fire_time in due:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
+        if not self.paused and self.store.news(turn.now - ALERT_GATHER):
+            self._changes.append((Future(), self._alert))  # so that a bug in it stops nothing else
         self._make_changes(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
         self.store.release_oldest(freed, turn.now)
+        if self.settings["alerts.webhook"]:
+            self.store.note_news(freed, self.settings["alerts.after"], turn.now)
         if not (self.stopping or self.paused):
             self._take(turn)
-        cursor, due_at = self.store.next_instants(turn.now)
-        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, due_at)
+        cursor, *others = self.store.next_instants(turn.now)
+        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, *others)
         self._wake_at = min(instant for instant in instants if instant is not None)
         if cursor is None or cursor > turn.now:
             self._seen_at = None
@@ -2687,6 +2743,29 @@ class Engine:
                     log.exception("a change failed")
                 result = error
             turn.made[-1] = (future, result)
+
+    def _alert(self, turn: Pass) -> None:
+        """Tell of all jobs that have turned: one alert at a time, so that none is overtaken."""
+        news, webhook = self.store.news(turn.now - ALERT_GATHER), self.settings["alerts.webhook"]
+        if not news or not webhook or self.store.active_executions(ALERTS_ID, 1, 1):
+            return
+        lines = [f"Chronos on {self.settings['cluster.node_id']}:"]
+        for job in news[:ALERT_JOBS]:
+            last = [e for e in self.store.executions(job["id"], 50) if e.is_verdict][:3]
+            job["executions"] = [e._replace(response=None).to_json() for e in last]
+            fails = f"fails: {last[0].error}" if last else "fails"
+            lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
+        lines[11:] = [f"and {len(news) - 10} more"] if len(news) > 10 else []
+        body = {"text": "\n".join(lines), "event": min(job["event"] for job in news)}
+        body |= {"jobs_total": len(news), "jobs": news[:ALERT_JOBS]}
+        config, _enabled = validate_job({
+            "name": "alerts", "schedule": "@at 2000-01-01T00:00:00Z", "timeout": "1h",
+            "webhook": webhook | {"body": json.dumps(body)}, "retry_policy": {"max_attempts": 10,
+            "initial_interval": "5s", "max_interval": "10m", "attempt_timeout": "10s"},
+        }, self.settings["scheduler.default_retry_policy"], now=0)  # fmt: skip
+        version = self._version(ALERTS_ID, self.store.save_alert(config, turn.now))
+        alert = self._new(version, "alert", turn.now, turn.now)
+        self.store.add_execution(alert)
 
     def _take(self, turn: Pass) -> None:
         """Start due executions, as many as workers are free and their targets may hold."""

@@ -6005,8 +6005,10 @@ def test_a_run_that_the_last_process_left_without_an_end_counts_as_interrupted(m
     world.engine.run_pass()
     world.store.close()
 
-    samples = text_of(make_world())
+    after = make_world()
+    after.engine.run_pass()
 
+    samples = text_of(after)
     ends(samples, interrupted=("failed", 1))
     assert samples['chronos_attempts_total{result="interrupted"}'] == 1
     target.let_go.set()
@@ -6977,6 +6979,371 @@ def test_a_wrong_configuration_makes_no_unit(configure):
 
 
 # ======================================================================================
+# 11. Engine: alerts
+# ======================================================================================
+
+ALERTS = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.fixture
+def bell():
+    """The target of the alerts."""
+    server = Target()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def make_watched(make_world, bell):
+    """Makes a world that sends its alerts to the bell."""
+
+    def make(after=1, path="", **overrides):
+        webhook = chronos.validate(chronos.ALERT_FIELDS, {"url": bell.url + path})
+        return make_world(alerts__webhook=webhook, alerts__after=after, **overrides)
+
+    return make
+
+
+@pytest.fixture
+def watched(make_watched):
+    return make_watched()
+
+
+def run(world, target, job, *statuses):
+    """Trigger a job once for each of these answers."""
+    world.dispatcher.close_idle(0)  # on a new connection the script holds
+    script(target, *(f"/status/{status}" for status in statuses))
+    for _ in statuses:
+        trigger(world, job)
+        world.settle()
+
+
+def rings(bell):
+    """Return the body of each alert that has come."""
+    return [json.loads(bell.take()[3]) for _ in range(bell.received.qsize())]
+
+
+def test_a_job_that_turns_bad_is_told_once_and_once_when_it_is_well_again(watched, target, bell):
+    job = watched.create(target.url)
+
+    run(watched, target, job, 200, 404, 404)
+    watched.advance(9.9)
+    assert rings(bell) == []
+    watched.advance(0.1)
+    [bad] = rings(bell)
+    run(watched, target, job, 404, 404)
+    watched.advance(60)
+    assert rings(bell) == []
+    run(watched, target, job, 200, 200)
+    watched.advance(10)
+    [well] = rings(bell)
+
+    node = platform.node()
+    assert bad["text"] == f"Chronos on {node}:\nreport fails: the server answered 404 Not Found"
+    assert well["text"] == f"Chronos on {node}:\nreport is well again"
+    assert (bad["event"], well["event"]) == ("failed", "recovered")
+    assert (bad["jobs"][0]["id"], bad["jobs"][0]["failures"]) == (job.id, 2)
+    assert [e["status"] for e in bad["jobs"][0]["executions"]] == ["failed", "failed", "success"]
+    assert [e["status"] for e in well["jobs"][0]["executions"]] == ["success", "success", "failed"]
+    assert rings(bell) == []
+
+
+def test_an_alert_is_an_execution_of_a_built_in_job(watched, target, bell):
+    run(watched, target, watched.create(target.url), 404)
+    watched.advance(10)
+
+    method, _path, headers, _body, _at = bell.take()
+    [alert] = watched.store.executions(ALERTS, 10)
+
+    assert (alert.trigger, alert.status, alert.job_name) == ("alert", "success", "alerts")
+    assert (method, headers["Content-Type"]) == ("POST", "application/json")
+    assert headers["X-Chronos-Execution-ID"] == alert.id
+
+
+def test_only_so_many_failures_in_a_row_are_an_alert(make_watched, target, bell):
+    world = make_watched(after=3)
+    job = world.create(target.url)
+
+    run(world, target, job, 404, 404, 200, 404, 404)
+    world.advance(60)
+    assert rings(bell) == []
+    run(world, target, job, 404)
+    world.advance(10)
+
+    assert [body["jobs"][0]["failures"] for body in rings(bell)] == [3]
+
+
+def test_fifty_jobs_that_fail_at_once_are_one_alert(watched, target, bell):
+    jobs = [watched.create(target.url + "/status/404", name=f"job {n}") for n in range(50)]
+    for job in jobs[:49]:
+        trigger(watched, job)
+    watched.settle()
+    watched.advance(9)
+    trigger(watched, jobs[49])
+    watched.settle()
+    watched.advance(1)
+
+    [body] = rings(bell)
+    assert [job["id"] for job in body["jobs"]] == [job.id for job in jobs]
+    lines = body["text"].splitlines()
+    assert (len(lines), lines[1][:12], lines[-1]) == (12, "job 0 fails:", "and 40 more")
+    watched.advance(600)
+    assert rings(bell) == []
+
+
+def test_an_alert_about_very_many_jobs_counts_those_that_it_does_not_show(watched, bell):
+    add_jobs(watched, 1000, NOBODY)
+    by_hand(watched, "UPDATE jobs SET failures = 1 WHERE seq > 0")
+    with watched.store.transaction():
+        watched.store.note_news({job.id for job in watched.all_jobs()}, 1, watched.clock.now())
+    watched.advance(10)
+
+    [body] = rings(bell)
+    assert (body["jobs_total"], len(body["jobs"])) == (1000, 100)
+    assert body["text"].endswith("and 990 more")
+
+
+def test_a_job_that_fails_and_is_well_again_within_ten_seconds_is_in_one_alert(
+    watched, target, bell
+):
+    job, other = watched.create(target.url), watched.create(target.url, name="other")
+
+    run(watched, target, job, 404)
+    watched.advance(5)
+    run(watched, target, job, 200)
+    run(watched, target, other, 404)
+    watched.advance(5)
+
+    [body] = rings(bell)
+    events = [(told["name"], told["event"]) for told in body["jobs"]]
+    assert (body["event"], events) == ("failed", [("report", "recovered"), ("other", "failed")])
+    assert [e["status"] for e in body["jobs"][0]["executions"]] == ["success", "failed"]
+
+
+def test_what_was_cancelled_replaced_or_in_the_way_neither_breaks_nor_mends(
+    make_watched, target, bell
+):
+    world = make_watched()
+    forbids, replaces, broken = [
+        world.create(target.url + "/hang", name=name, concurrency=concurrency)
+        for name, concurrency in (("a", "forbid"), ("b", "replace"), ("c", "forbid"))
+    ]
+    run(world, target, broken, 404)
+    world.advance(10)
+    assert len(rings(bell)) == 1
+
+    for job in (forbids, replaces, broken):
+        hang(world, target, job)
+        trigger(world, job)  # skipped, or replaces the one before
+    for job in (forbids, replaces, broken):
+        for execution in world.executions(job):
+            if execution.completed_at is None:
+                world.do(world.engine.cancel, job.id, execution.id, "ada")
+    world.settle()
+    world.advance(60)
+
+    ends = [reason for job in (forbids, replaces) for reason in states(world, job, "reason")]
+    assert {reason for (reason,) in ends} == {"cancelled", "replaced", "overlap"}
+    assert rings(bell) == []
+
+
+def test_an_alert_says_why_a_job_fails_whatever_ended_otherwise_since(watched, target, bell):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    watched.dispatcher.close_idle(0)
+    script(target, "/hang")
+    execution_id = hang(watched, target, job)
+    trigger(watched, job)  # skipped
+    watched.do(watched.engine.cancel, job.id, execution_id, "ada")
+    watched.settle()
+    watched.advance(10)
+
+    assert states(watched, job, "reason") == [("http_status",), ("cancelled",), ("overlap",)]
+    assert rings(bell)[0]["text"].endswith("report fails: the server answered 404 Not Found")
+
+
+def test_missed_fire_times_are_an_alert_as_failures_are(make_watched, target, bell):
+    world = make_watched()
+    world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    world.advance(300)
+    world.advance(10)
+
+    [body] = rings(bell)
+    assert body["jobs"][0]["executions"][0]["missed_count"] == 5
+    assert "report fails: 5 fire times from " in body["text"]
+
+
+def test_an_alert_that_fails_is_tried_again_and_raises_none(make_watched, target, bell):
+    world = make_watched(path="/status/503")
+    run(world, target, world.create(target.url), 404)
+
+    for _ in range(60):
+        world.advance(60)
+
+    [alert] = world.store.executions(ALERTS, 10)
+    assert (alert.status, alert.reason) == ("failed", "http_status")
+    assert (alert.attempts, bell.received.qsize()) == (10, 10)
+    assert {json.dumps(body) for body in rings(bell)} == {alert_body(world, alert)}
+
+
+def alert_body(world, alert):
+    config = world.store.versions(ALERTS, alert.job_version)[0]["config"]
+    return json.dumps(json.loads(config["webhook"]["body"]))
+
+
+def test_what_turns_while_an_alert_is_under_way_is_told_after_it(watched, target, bell):
+    script(bell, "/status/503", "/status/503", "/status/503")  # it waits for 5, 10 and 20 s
+    first, second = [watched.create(target.url, name=name) for name in "ab"]
+    run(watched, target, first, 404)
+    watched.advance(10)
+    run(watched, target, second, 404)
+
+    for seconds in (5, 10, 10):
+        watched.advance(seconds)
+    assert watched.engine.run_pass() > 0  # what is due and has to wait keeps nobody busy
+    assert len(watched.store.executions(ALERTS, 10)) == 1
+    watched.advance(10)
+
+    assert [[job["name"] for job in body["jobs"]] for body in rings(bell)] == [["a"]] * 4 + [["b"]]
+
+
+def test_a_bug_in_alerts_is_in_the_way_of_nothing_else(watched, target, bell, monkeypatch, caplog):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.store, "save_alert", None)
+        watched.advance(10)
+        run(watched, target, job, 200, 404)
+        assert "TypeError" in caplog.text
+        assert watched.engine.problem is None
+    watched.advance(60)
+
+    assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
+def test_the_built_in_job_is_in_no_list_and_no_total(watched, target, bell):
+    job = watched.create(target.url)
+    run(watched, target, job, 404)
+    watched.advance(10)
+
+    assert [job.id for job in watched.all_jobs()] == [job.id]
+    counts = watched.store.counts()
+    assert [counts[name] for name in ("jobs", "enabled", "failing")] == [1, 1, 1]
+    assert watched.store.job(ALERTS).config["name"] == "alerts"
+    assert declare(watched) == []
+
+
+def test_alerts_that_are_off_are_not_made_up_for(make_world, target, bell):
+    world = make_world()
+    job = world.create(target.url)
+    run(world, target, job, 404)
+    world.advance(60)
+
+    webhook = chronos.validate(chronos.ALERT_FIELDS, {"url": bell.url})
+    world.engine.settings |= {"alerts.webhook": webhook}
+    world.advance(60)
+    assert rings(bell) == []
+    run(world, target, job, 404)
+    world.advance(10)
+
+    assert [body["jobs"][0]["failures"] for body in rings(bell)] == [2]
+
+
+def test_old_alerts_leave_no_versions_behind(make_watched, target, bell):
+    world = make_watched(retention__executions_per_job=3)
+    job = world.create(target.url)
+
+    for _ in range(5):
+        run(world, target, job, 404, 200)
+        world.advance(10)
+
+    kept = [alert.job_version for alert in world.store.executions(ALERTS, 10)]
+    assert kept == [5, 4, 3]
+    assert {version["version"] for version in world.store.versions(ALERTS)} <= {5, 4, 3, 2}
+
+
+def test_the_clock_may_step_between_the_turn_and_its_alert(watched, target, bell):
+    run(watched, target, watched.create(target.url), 404)
+
+    watched.clock.step(-7200)
+    watched.advance(9)
+    assert rings(bell) == []
+    watched.advance(1)
+
+    assert len(rings(bell)) == 1
+
+
+def test_a_crash_between_the_turn_and_its_alert_loses_nothing(make_watched, target, bell):
+    before = make_watched()
+    run(before, target, before.create(target.url), 404)
+
+    world = make_watched()
+    world.advance(10)
+
+    assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
+def test_a_job_whose_last_attempt_a_crash_interrupted_is_told(make_watched, target, bell):
+    before = make_watched()
+    job = before.create(target.url + "/hang", retry_policy={"max_attempts": 1})
+    hang(before, target, job)
+
+    world = make_watched()
+    world.engine.run_pass()
+    world.advance(10)
+
+    assert "report fails: the server ended during the attempt" in rings(bell)[0]["text"]
+
+
+def test_alerts_are_found_in_the_history_and_their_job_is_nobodys_to_change(
+    make_service, target, bell, monkeypatch
+):
+    monkeypatch.setattr(chronos, "ALERT_GATHER", 1000)
+    webhook = {"url": bell.url, "headers": {"Authorization": "Bearer secret"}}
+    client = make_service(alerts__webhook=chronos.validate(chronos.ALERT_FIELDS, webhook))
+    job = client.create(target.url + "/status/404", enabled=True)
+    assert client.error(404, "GET", f"/jobs/{ALERTS}/executions")["code"] == "NOT_FOUND"
+    client.post(trigger_path(job))
+    assert bell.take()[2]["Authorization"] == "Bearer secret"
+
+    [alert, failed] = client.get("/executions")["executions"]
+    assert (alert["trigger"], alert["job_name"], failed["job_id"]) == ("alert", "alerts", job["id"])
+    request = client.get(f"/jobs/{ALERTS}/executions/{alert['id']}")["request"]
+    assert json.loads(request["body"])["jobs"][0]["executions"][0]["id"] == failed["id"]
+    assert request["headers"]["Authorization"] == "********"
+    assert client.get("/jobs")["total"] == client.get("/cluster/status")["jobs_total"] == 1
+    assert client.get("/stats")["jobs_total"] == len(client.get("/stats")["jobs"]) == 1
+    assert client.get("/stats")["last_24h"]["success"] == 0
+    for path in ("/jobs?q=alerts", "/jobs?enabled=false", "/jobs?status=success"):
+        assert client.get(path)["jobs"] == [], path
+    for method, rest, body in (("PATCH", "", {"timeout": "9s"}), ("DELETE", "", None),
+                               ("POST", "/enable", None)):  # fmt: skip
+        assert client.error(409, method, f"/jobs/{ALERTS}{rest}", body)["code"] == "CONFLICT"
+
+
+def test_killed_before_its_alert_or_during_it_a_process_tells_it_after_the_next_start(
+    make_process, target, bell
+):
+    script(bell, "/hang", "/ok")
+    config = f"alerts: {{webhook: {{url: '{bell.url}'}}}}"
+    process = make_process(config)
+    process.call("POST", trigger_path(process.create(target.url + "/status/404")))
+    process.end(signal.SIGKILL)
+
+    process = make_process(config)
+    assert bell.hanging.acquire(timeout=20)
+    process.end(signal.SIGKILL)
+    process = make_process(config)
+
+    calls = [bell.received.get(timeout=20) for _ in range(2)]
+    assert len({call[2]["X-Chronos-Execution-ID"] for call in calls}) == 1
+    assert [call[2]["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
+    assert len({call[3] for call in calls}) == 1
+    bell.let_go.set()
+
+
+# ======================================================================================
 # 13. Service: jobs as configuration, and SIGHUP
 # ======================================================================================
 
@@ -7253,7 +7620,7 @@ def test_a_hang_up_signal_sets_the_log_level_and_names_what_takes_a_restart(make
     process.process.send_signal(signal.SIGHUP)
     line = wait_until(lambda: next((x for x in process.log if "restart" in x), None))
     process.create(NOBODY)
-    reloaded.hang_up("")
+    reloaded.hang_up("alerts: {webhook: {url: 'http://127.0.0.1:1'}, after: 5}")
     process.create(NOBODY)
 
     assert "WARNING a restart is needed for server.shutdown_grace\n" in line
@@ -7271,6 +7638,15 @@ def test_a_start_that_fails_after_the_engine_runs_leaves_no_thread(tmp_path, mon
 
     names = {thread.name for thread in threading.enumerate()}
     assert not names & {"engine", "watchdog", "worker-1"}
+
+
+def test_a_hang_up_signal_sets_where_alerts_go(make_process, tmp_path, target, bell):
+    process = make_process("alerts: {webhook: {url: 'http://127.0.0.1:1'}, after: 5}")
+
+    Reloaded(process, tmp_path).hang_up(f"alerts: {{webhook: {{url: '{bell.url}/new'}}}}")
+    process.call("POST", trigger_path(process.create(target.url + "/status/404")))
+
+    assert bell.received.get(timeout=20)[1] == "/new"
 
 
 def test_a_reload_opens_no_door_to_everybody(make_service, caplog):
@@ -8553,7 +8929,7 @@ def test_a_suspend_amid_a_backlog_is_missed_time_too(make_process, target, tmp_p
     process.process.send_signal(signal.SIGCONT)
 
     job = process.get("/jobs")["jobs"][-1]  # the last one to be enqueued
-    wait_until(lambda: any(e["reason"] == "missed" for e in past_runs(process, job)), 20)
+    wait_until(lambda: any(e["reason"] == "missed" for e in past_runs(process, job)), 6)
 
 
 @pytest.fixture

@@ -3631,12 +3631,95 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
+UNIT = """\
+[Unit]
+Description=Chronos, a cron service that fires HTTP webhooks
+# Jobs fire by the right time, and the network goes down after their last requests.
+After=time-sync.target network.target
+
+[Service]
+Type=notify
+# -I: neither variables nor directories of a user decide what Python loads.
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+# Static, not DynamicUser: so a configuration with secrets can be root:chronos 0640.
+User=chronos
+# The only place that it writes to.
+{data}
+Restart=on-failure
+RestartSec=5
+# 75: it runs already, 78: configuration or database are wrong. Another start would not help.
+RestartPreventExitStatus=75 78
+# Only threads that hang stop its signs of life; a full disk, which no restart mends, does not.
+WatchdogSec=60
+# A large database is checked after a power cut, and copied before an upgrade changes it.
+TimeoutStartSec=15min
+# server.shutdown_grace as it was when this was printed, and a little.
+TimeoutStopSec={grace}
+# About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
+MemoryMax=512M
+
+# From here on: what it never needs, nor who would break in. ProtectHome hides /home and /root.
+# CPython makes no code at run time; one with a JIT compiler can't have MemoryDenyWriteExecute.
+# NETLINK is for resolving names. Webhooks may be anywhere: so there is no IPAddressDeny.
+{hardening}
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+
+[Install]
+WantedBy=multi-user.target
+"""
+HARDENING = """
+    CapabilityBoundingSet= LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+    PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
+    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
+    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
+    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+    SystemCallArchitectures=native UMask=0077"""
+
+
+def run_systemd_unit(asked: argparse.Namespace) -> None:
+    """Print a unit for systemd, with the paths of this program, Python and configuration."""
+    settings = read_settings(asked)
+
+    def quoted(path: str | Path) -> str:  # systemd.syntax(7)
+        return json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
+
+    data = Path(os.path.abspath(settings["cluster.data_dir"]))
+    place = f"ReadWritePaths={quoted(data)}"
+    if data.parent == Path("/var/lib"):  # systemd makes it
+        place = f"StateDirectory={data.name}\nStateDirectoryMode=0700"
+    command = f"{quoted(sys.executable)} -I {quoted(__file__)}"
+    command += f" --config {quoted(asked.config)}" if asked.config else ""
+    grace = parse_duration(settings["server.shutdown_grace"]) // SECOND + 15
+    hardening = "\n".join(HARDENING.split())
+    print(UNIT.format(command=command, data=place, grace=grace, hardening=hardening), end="")
+
+
+def run_next(asked: argparse.Namespace) -> None:
+    """Print when a schedule fires next: UTC, the local time, and a note where the clock changes."""
+    query = validate(PREVIEW_QUERY, {name: getattr(asked, name, None) for name in PREVIEW_QUERY})
+    schedule = parse_schedule(query["schedule"])
+    for warning in schedule.warnings:
+        print(f"chronos: {warning}", file=sys.stderr)
+    if not (runs := list(preview(schedule, Clock().now(), query["timezone"], query["count"]))):
+        raise ChronosError(f"{query['schedule']}: nothing comes any more")
+    for run in runs:
+        print("  ".join(filter(None, run.values())))
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise ChronosError(f"{message} (see --help)")
+
+
+COMMANDS = (
+    run_serve, run_check_config, run_hash_password, run_next, run_backup, run_systemd_unit,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3650,12 +3733,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in (run_serve, run_check_config, run_hash_password, run_backup):
+    for run in COMMANDS:
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)
         if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
+        elif run is run_next:
+            command.add_argument("schedule", metavar="EXPR", help='such as "30 9 * * mon-fri"')
+            command.add_argument("--timezone", metavar="Z", help="such as Europe/Madrid")
+            command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
         asked = parser.parse_args(arguments)
         asked.run(asked)

@@ -818,11 +818,6 @@ class Execution(NamedTuple):
         others = {"cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M"}
         return "S" if self.status == "success" else others.get(self.reason or "", "F")
 
-    @property
-    def is_verdict(self) -> bool:
-        """Whether it says that its job is well or not."""
-        return self.completed_at is not None and self.letter in "SFM"
-
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
         times = (format_time(self.scheduled_at), format_time(self.completed_at))
@@ -2652,13 +2647,8 @@ class Engine:
             log.warning("the clock shows %s, which %s", format_time(turn.now), state)
         if abs(step) > CLOCK_STEP:
             log.warning("the clock was moved by %s s", step / SECOND)
-            self._clock_moved(step)
-
-    def _clock_moved(self, step: int) -> None:
-        """Waits stay as long as they were; far back, cursors are computed anew by _fire()."""
-        far_back = step < -CLOCK_FAR_BACK and self.clock.now() >= RELEASED_AT
-        self.store.shift_times(step, reset=far_back)
-        self._seen_at = None
+            self.store.shift_times(step, reset=step < -CLOCK_FAR_BACK and not held)
+            self._seen_at = None
 
     def _record(self, turn: Pass, outcome: Outcome) -> None:
         """Write down how an attempt ended, unless its execution ended otherwise before."""
@@ -2751,8 +2741,9 @@ class Engine:
             return
         lines = [f"Chronos on {self.settings['cluster.node_id']}:"]
         for job in news[:ALERT_JOBS]:
-            last = [e for e in self.store.executions(job["id"], 50) if e.is_verdict][:3]
-            job["executions"] = [e._replace(response=None).to_json() for e in last]
+            ends = [e for e in self.store.executions(job["id"], 50) if e.completed_at is not None]
+            last = [e._replace(response=None) for e in ends if e.letter in "SFM"][:3]
+            job["executions"] = [execution.to_json() for execution in last]
             fails = f"fails: {last[0].error}" if last else "fails"
             lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
         lines[11:] = [f"and {len(news) - 10} more"] if len(news) > 10 else []
@@ -2980,7 +2971,7 @@ class Api:
         ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/replay", "replay_execution"),
         ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/cancel", "cancel_execution"),
         ("GET",    "/api/v1/jobs/<job_id>/versions",                    "list_versions"),
-        ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "get_version"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "list_versions"),
         ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "roll_back_job"),
         ("GET",    "/api/v1/executions",                                "list_executions"),
         ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
@@ -3187,18 +3178,14 @@ class Api:
         bottle.response.set_header("ETag", f'"{job.version}"')
         return job.to_json(None) if is_new else self._jobs_json([job])[0]
 
-    def list_versions(self, job_id: str, number: int | None = None) -> list[Json]:
-        """Return the versions of a job, the newest first."""
+    def list_versions(self, job_id: str, number: str | None = None) -> list[Json] | Json:
+        """Return the versions of a job, the newest first, or one."""
         self.store.job(job_id)
-        versions = self.store.versions(job_id, number)
+        versions = self.store.versions(job_id, int(number) if number else None)
         for version in versions:
             version["config"] = masked_config(version["config"])
             version["created_at"] = format_time(version["created_at"])
-        return versions
-
-    def get_version(self, job_id: str, number: str) -> Json:
-        """Return one version of a job."""
-        return self.list_versions(job_id, int(number))[0]
+        return versions[0] if number else versions
 
     def roll_back_job(self, job_id: str, number: str) -> Json:
         """Make a new version out of an older one."""
@@ -3244,8 +3231,8 @@ class Api:
     def get_execution(self, job_id: str, exec_id: str) -> Json:
         """Return one execution with its attempts and what it sends."""
         execution = self.store.execution_of(job_id, exec_id)
-        [version] = self.list_versions(job_id, execution.job_version)
-        config = version["config"]["webhook"]
+        [version] = self.store.versions(job_id, execution.job_version)
+        config = masked_config(version["config"])["webhook"]
         headers = Webhook(config).request.headers.items()
         request = {name: config[name] for name in ("method", "url", "body")}
         request["headers"] = {n: MASK if is_secret_header(n) else v for n, v in headers}

@@ -784,6 +784,11 @@ def masked_config(config: Json) -> Json:
     return config | {"webhook": webhook | {"headers": headers, "auth": auth}}
 
 
+LETTERS = {  # how an execution ended
+    "success": "S", "failed": "F", "cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M",
+}  # fmt: skip
+
+
 class Execution(NamedTuple):
     """One run of a job for a fire time, a trigger or a replay; in the order of its table."""
 
@@ -814,9 +819,8 @@ class Execution(NamedTuple):
 
     @property
     def letter(self) -> str:
-        """How it ended: success S, failed F, cancelled C, replaced R, overlap K, missed M."""
-        others = {"cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M"}
-        return "S" if self.status == "success" else others.get(self.reason or "", "F")
+        """How it ended, as LETTERS has it."""
+        return LETTERS.get(self.reason or self.status, "F")
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
@@ -1176,8 +1180,6 @@ CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'faile
 CREATE TABLE ends (                      -- how many executions ended in an hour, and how
     hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
 );
-CREATE TRIGGER ends_forgotten AFTER INSERT ON ends
-    BEGIN DELETE FROM ends WHERE hour < NEW.hour - 48; END;
 PRAGMA application_id = 1130918511;
 """
 MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
@@ -2145,79 +2147,12 @@ class Dispatcher:
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
 
 
-METRICS = {
-    "chronos_build_info": "gauge What runs.",
-    "chronos_is_leader": "gauge Whether this node turns fire times into executions.",
-    "chronos_last_pass_age_seconds": "gauge How long the engine, or its watchdog, is silent.",
-    "chronos_jobs": "gauge Jobs, by whether their schedule fires.",
-    "chronos_failing_jobs": "gauge Enabled jobs whose newest executions failed.",
-    "chronos_executions": "gauge Executions that have not ended, by status.",
-    "process_start_time_seconds": "gauge When Chronos was started, since the epoch.",
-    "process_resident_memory_bytes": "gauge Memory in use.",
-    "process_open_fds": "gauge Open file descriptors.",
-    "chronos_executions_ended_total": "counter Ended executions, by status and reason.",
-    "chronos_attempts_total": "counter Requests that were made, by result.",
-    "chronos_missed_fire_times_total": "counter Fire times that were passed over.",
-    "chronos_engine_passes_total": "counter Passes of the engine.",
-    "chronos_store_errors_total": "counter Passes that the database did not let end.",
-    "chronos_lateness_seconds": "histogram From fire times to their first requests.",
-    "chronos_execution_duration_seconds": "histogram Attempts, and the waits between them.",
-}
+LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
+RESULTS = ("success", *LOUD_REASONS[:-1], "cancelled", "replaced")  # of attempts
 BUCKETS = {  # seconds -> the bucket up to there
     float(le): f'_bucket{{le="{le}"}}'
     for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
 }
-LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
-FAILURES = (*LOUD_REASONS[:-1], "cancelled", "replaced")  # the others need nobody to look at them
-
-
-class Metrics:
-    """What is counted for /metrics since the start, by the engine's thread alone."""
-
-    def __init__(self) -> None:
-        ends = [("success", ""), ("skipped", "overlap"), ("skipped", "missed")]
-        ends += [("failed", reason) for reason in FAILURES]
-        series = [f'executions_ended_total{{status="{end}",reason="{why}"}}' for end, why in ends]
-        series += [f'attempts_total{{result="{result}"}}' for result in ("success", *FAILURES)]
-        series += ["missed_fire_times_total", "engine_passes_total", "store_errors_total"]
-        for name in ("lateness_seconds", "execution_duration_seconds"):
-            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
-        # there from the start: a series that begins with 1 shows no alert an increase
-        self.counts = defaultdict[str, float](int, {f"chronos_{name}": 0 for name in series})
-
-    def _observe(self, name: str, us: int) -> None:
-        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
-            if us > bound * SECOND:
-                break
-            self.counts[name + bucket] += 1
-        self.counts[f"{name}_sum"] += us / SECOND
-        self.counts[f"{name}_count"] += 1
-
-    def add_attempt(self, outcome: Outcome) -> None:
-        """Count an attempt, and the lateness of one that is the first for a fire time."""
-        execution = outcome.execution
-        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
-        if execution.trigger == "schedule" and execution.attempts == 1:
-            lateness = max(0, outcome.started_at - execution.scheduled_at)
-            self._observe("chronos_lateness_seconds", lateness)
-
-    def add_end(self, execution: Execution) -> None:
-        """Count an execution that has ended."""
-        labels = f'status="{execution.status}",reason="{execution.reason or ""}"'
-        self.counts[f"chronos_executions_ended_total{{{labels}}}"] += 1
-        self.counts["chronos_missed_fire_times_total"] += execution.missed_count or 0
-        if execution.attempts:
-            self._observe("chronos_execution_duration_seconds", execution.spent)
-
-    def to_text(self, gauges: dict[str, float]) -> str:
-        """Return these and all that is counted in Prometheus' text format."""
-        text, samples = "", gauges | self.counts
-        for name, about in METRICS.items():
-            kind, _blank, meaning = about.partition(" ")
-            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)")
-            found = [f"{series} {samples[series]}\n" for series in samples if own.match(series)]
-            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
-        return text
 
 
 class Version:
@@ -2262,7 +2197,12 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
-        self.metrics = Metrics()
+        series = [f'chronos_attempts_total{{result="{result}"}}' for result in RESULTS]
+        series += ["chronos_engine_passes_total", "chronos_store_errors_total"]
+        for name in ("chronos_lateness_seconds", "chronos_execution_duration_seconds"):
+            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
+        # there from the start: a series that begins with 1 shows no alert an increase
+        self.counts = defaultdict[str, float](int, dict.fromkeys(series, 0))
         self.last_pass = self._worked_at = clock.monotonic()
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
@@ -2517,7 +2457,7 @@ class Engine:
         else:
             self._offset += step
             self._settle(turn)
-        self.metrics.counts["chronos_engine_passes_total"] += 1
+        self.counts["chronos_engine_passes_total"] += 1
         self.last_pass = self.clock.monotonic()
         return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
 
@@ -2582,7 +2522,7 @@ class Engine:
     def _settle(self, turn: Pass) -> None:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
         for outcome in self._outcomes:
-            self.metrics.add_attempt(outcome)
+            self._count_attempt(outcome)
             if (tried := outcome.execution).id not in turn.ended:  # it is tried again
                 what = (tried.job_id, tried.id, tried.attempts, outcome.error)
                 log.info("job %s: %s failed in attempt %s: %s", *what)
@@ -2598,11 +2538,27 @@ class Engine:
             if attempt := self._in_flight.get(execution.id):
                 attempt.abort(str(execution.reason))
             if execution.completed_at is not None:  # else it was deleted
-                self.metrics.add_end(execution)
+                if execution.attempts:
+                    self._observe("chronos_execution_duration_seconds", execution.spent)
                 level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
                 why = execution.error or f"the server answered {execution.status_code}"
                 about = (execution.job_id, execution.id, execution.status, why)
                 log.log(level, "job %s: %s %s: %s", *about)
+
+    def _count_attempt(self, outcome: Outcome) -> None:
+        execution = outcome.execution
+        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
+        if execution.trigger == "schedule" and execution.attempts == 1:
+            late = max(0, outcome.started_at - execution.scheduled_at)
+            self._observe("chronos_lateness_seconds", late)
+
+    def _observe(self, name: str, us: int) -> None:
+        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
+            if us > bound * SECOND:
+                break
+            self.counts[name + bucket] += 1
+        self.counts[f"{name}_sum"] += us / SECOND
+        self.counts[f"{name}_count"] += 1
 
     def _answer(self, future: Future[Any], result: Any) -> None:
         """Tell a writer what its change returned or raised; of a bug the log has more."""
@@ -2618,7 +2574,7 @@ class Engine:
         """
         kind, now = type(error).__name__, self.clock.monotonic()
         self.problem = str(error) or repr(error)
-        self.metrics.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
+        self.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
         if kind != "ApiError" and now - self._reported.get(kind, now - HOUR) > MINUTE:
             self._reported[kind] = now
             trace = None if isinstance(error, StoreError) else error
@@ -2887,6 +2843,24 @@ PREVIEW_QUERY = {
     "count":    Field(query_number(1, 100),                         5),
     "from":     Field(parse_time,                                   None),
 }
+METRICS = {
+    # name                               kind          meaning
+    "chronos_build_info":               ("gauge",     "What runs."),
+    "chronos_is_leader":                ("gauge",     "Whether fire times become executions here."),
+    "chronos_last_pass_age_seconds":    ("gauge",     "How long engine or watchdog are silent."),
+    "chronos_jobs":                     ("gauge",     "Jobs, by whether their schedule fires."),
+    "chronos_failing_jobs":             ("gauge",     "Enabled jobs whose newest runs failed."),
+    "chronos_executions":               ("gauge",     "Executions that have not ended."),
+    "process_start_time_seconds":       ("gauge",     "When Chronos started, since the epoch."),
+    "process_resident_memory_bytes":    ("gauge",     "Memory in use."),
+    "process_open_fds":                 ("gauge",     "Open file descriptors."),
+    "chronos_executions_ended_total":   ("counter",   "Ended executions; missed: fire times."),
+    "chronos_attempts_total":           ("counter",   "Requests that were made."),
+    "chronos_engine_passes_total":      ("counter",   "Passes of the engine."),
+    "chronos_store_errors_total":       ("counter",   "Passes that the database did not let end."),
+    "chronos_lateness_seconds":         ("histogram", "From fire times to their first requests."),
+    "chronos_execution_duration_seconds": ("histogram", "Attempts, and the waits between them."),
+}
 # fmt: on
 
 
@@ -3085,10 +3059,10 @@ class Api:
         return self.engine.problem or (hung if silent > SILENCE_LIMIT else None)
 
     def metrics(self) -> bytes:
-        """Return what Prometheus scrapes."""
-        counts, python = self.store.counts(), platform.python_version()
-        gauges = {
-            f'chronos_build_info{{version="{__version__}",python="{python}"}}': 1.0,
+        """Return what Prometheus scrapes, in its text format."""
+        counts, ends = self.store.counts(), self.store.ends_since(0)
+        samples = self.engine.counts | {
+            f'chronos_build_info{{version="{__version__}"}}': 1,
             "chronos_is_leader": 1,
             "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
             'chronos_jobs{state="enabled"}': counts["enabled"],
@@ -3098,12 +3072,18 @@ class Api:
             'chronos_executions{status="running"}': counts["running"],
             "process_start_time_seconds": self._started_at() // SECOND,
         }
+        for result, letter in LETTERS.items():
+            samples[f'chronos_executions_ended_total{{result="{result}"}}'] = ends.get(letter, 0)
         with contextlib.suppress(OSError):  # only Linux has it
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
-            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return self.engine.metrics.to_text(gauges).encode()
+            samples["process_resident_memory_bytes"] = pages * resource.getpagesize()
+            samples["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        bottle.response.content_type, text = "text/plain; version=0.0.4; charset=utf-8", ""
+        for name, (kind, meaning) in METRICS.items():
+            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)").match
+            found = [f"{series} {samples[series]}\n" for series in samples if own(series)]
+            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
+        return text.encode()
 
     def _started_at(self) -> int:  # by the clock of now: it may have been wrong then
         return self.clock.now() - self.clock.monotonic() + self._started

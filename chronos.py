@@ -839,11 +839,6 @@ class Execution(NamedTuple):
         return shown
 
 
-def scheduled_id(job_id: str, fire_time: int) -> str:
-    """Return the one id that an execution of this job for this fire time can have."""
-    return f"exec-{uuid.uuid5(uuid.UUID(job_id), str(format_time(fire_time)))}"
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How one attempt ended; a worker hands it to the engine."""
@@ -2187,8 +2182,8 @@ Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside 
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
-    Workers and API threads put into _inbox, API threads their own into _waiters; stop() sets both
-    flags once, a reload settings; /health reads problem and last_pass. The engine owns the rest.
+    Workers and API threads put into _inbox and wait for settled; stop() sets both flags once, a
+    reload settings; /health reads problem and last_pass. The engine owns the rest.
     """
 
     def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
@@ -2215,7 +2210,7 @@ class Engine:
         self._outcomes: list[Outcome] = []  # kept until a pass has written them
         self._changes: deque[tuple[Future[Any], Change]] = deque()
         self._in_flight: dict[str, Attempt] = {}
-        self._waiters: dict[str, threading.Event] = {}
+        self.settled = threading.Condition()  # notified when a pass has ended executions
         self._offset = clock.now() - clock.monotonic()  # a change of it is a step of the clock
         self._wake_at = 0  # nothing is due before this instant
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
@@ -2251,8 +2246,8 @@ class Engine:
         if not self._thread.is_alive():
             return  # the start did not get so far
         self.stopping = True
-        for ended in list(self._waiters.values()):
-            ended.set()
+        with self.settled:
+            self.settled.notify_all()
         with contextlib.suppress(ApiError):
             self.make(lambda _turn: None)  # after it no pass is under way that starts something
         deadline = self.clock.monotonic() + grace
@@ -2289,17 +2284,6 @@ class Engine:
     def silence(self) -> int:
         """Return how long ago the engine or the watchdog last went round, in µs."""
         return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
-
-    @contextlib.contextmanager
-    def waiter(self, execution_id: str) -> Iterator[threading.Event]:
-        """Return an event that is set when the execution has ended or the engine stops."""
-        ended = self._waiters[execution_id] = threading.Event()
-        if self.stopping:  # looked at after the event is where stop() finds it
-            ended.set()
-        try:
-            yield ended
-        finally:
-            del self._waiters[execution_id]
 
     # ---------------------------------------------- changes: call them through make(), any thread
 
@@ -2532,12 +2516,12 @@ class Engine:
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
+        with self.settled:
+            self.settled.notify_all()
         for execution in turn.ended.values():
-            if waiter := self._waiters.get(execution.id):
-                waiter.set()
             if attempt := self._in_flight.get(execution.id):
                 attempt.abort(str(execution.reason))
-            if execution.completed_at is not None:  # else it was deleted
+            if execution.completed_at is not None:  # else its job was deleted
                 if execution.attempts:
                     self._observe("chronos_execution_duration_seconds", execution.spent)
                 level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
@@ -2762,9 +2746,10 @@ class Engine:
         return Attempt(started, version.webhook, *limit)
 
     def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
-        """Return a pending execution for the instant ``at``, with the id of a fire time."""
+        """Return a pending execution for a fire time, with the one id that it can have."""
         self._untidy[version.job_id] = None
-        fire_id, target = scheduled_id(version.job_id, at), version.webhook.target
+        fire_id = f"exec-{uuid.uuid5(uuid.UUID(version.job_id), str(format_time(at)))}"
+        target = version.webhook.target
         head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
         return Execution(*head, node_id=self.settings["cluster.node_id"])
 
@@ -3177,16 +3162,18 @@ class Api:
     def trigger_job(self, job_id: str) -> tuple[int, Json]:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
         wait = self._query({"wait": Field(parse_duration, None)})["wait"]
-        execution_id = f"exec-{uuid.uuid4()}"
-        with self.engine.waiter(execution_id) as ended:  # from before the commit: no end is missed
-            self.engine.make(self.engine.trigger, job_id, execution_id)
-            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
-            if not self.engine.stopping and self._may_wait.acquire(blocking=False):
-                try:
-                    ended.wait(None if wait is None else min(wait, DAY) / SECOND)
-                finally:
-                    self._may_wait.release()
-        execution = self.store.execution_of(job_id, execution_id)
+        engine, execution_id = self.engine, f"exec-{uuid.uuid4()}"
+        engine.make(engine.trigger, job_id, execution_id)
+        log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
+        look = functools.partial(self.store.execution_of, job_id, execution_id)
+        if self._may_wait.acquire(blocking=False):
+            try:
+                limit = None if wait is None else min(wait, DAY) / SECOND
+                with engine.settled:  # from the look on: no end is missed
+                    engine.settled.wait_for(lambda: look().completed_at or engine.stopping, limit)
+            finally:
+                self._may_wait.release()
+        execution = look()
         unanswered = execution.reason in ("no_answer", "timeout", "blocked")
         if unanswered and execution.status_code is None:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
@@ -3579,14 +3566,10 @@ def run_check_config(asked: argparse.Namespace) -> None:
 
 
 def run_hash_password(_asked: argparse.Namespace) -> None:
-    """Print the hash for auth.users of a password: typed twice, or one line of the input."""
-    if sys.stdin.isatty():
-        password = getpass.getpass("password: ").encode()
-        if getpass.getpass("again: ").encode() != password:
-            raise ChronosError("the two are not the same")
-    else:
-        password = sys.stdin.buffer.readline().rstrip(b"\r\n")
-    if not password:
+    """Print the hash for auth.users of a password: typed in, or one line of the input."""
+    is_typed = sys.stdin.isatty()
+    password = getpass.getpass().encode() if is_typed else sys.stdin.buffer.readline()
+    if not (password := password.rstrip(b"\r\n")):
         raise ChronosError("an empty password is none")
     print(hash_password(password, os.urandom(16)))
 

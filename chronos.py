@@ -2143,7 +2143,6 @@ class Dispatcher:
 
 
 LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
-RESULTS = ("success", *LOUD_REASONS[:-1], "cancelled", "replaced")  # of attempts
 BUCKETS = {  # seconds -> the bucket up to there
     float(le): f'_bucket{{le="{le}"}}'
     for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
@@ -2192,12 +2191,8 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
-        series = [f'chronos_attempts_total{{result="{result}"}}' for result in RESULTS]
-        series += ["chronos_engine_passes_total", "chronos_store_errors_total"]
-        for name in ("chronos_lateness_seconds", "chronos_execution_duration_seconds"):
-            series += [name + part for part in (*BUCKETS.values(), "_sum", "_count")]
-        # there from the start: a series that begins with 1 shows no alert an increase
-        self.counts = defaultdict[str, float](int, dict.fromkeys(series, 0))
+        none = {"chronos_engine_passes_total": 0, "chronos_store_errors_total": 0}
+        self.counts = defaultdict[str, float](int, none)  # since the start, for /metrics
         self.last_pass = self._worked_at = clock.monotonic()
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
@@ -2537,10 +2532,8 @@ class Engine:
             self._observe("chronos_lateness_seconds", late)
 
     def _observe(self, name: str, us: int) -> None:
-        for bound, bucket in reversed(BUCKETS.items()):  # whoever reads meanwhile sees them grow
-            if us > bound * SECOND:
-                break
-            self.counts[name + bucket] += 1
+        for bound, bucket in BUCKETS.items():
+            self.counts[name + bucket] += us <= bound * SECOND
         self.counts[f"{name}_sum"] += us / SECOND
         self.counts[f"{name}_count"] += 1
 

@@ -3366,8 +3366,7 @@ class Service:
         self.store = Store(self.data_dir / "chronos.db", settings["store.synchronous"])
         self.engine = Engine(self.store, Dispatcher(clock, settings), settings, clock)
         self.api = Api(self.engine, self.store, settings, clock)
-        self._lock: IO[str] | None = None
-        self._listener: socket.socket | None = None
+        self._open = contextlib.ExitStack()  # what stop() closes last
         self._channels: dict[int, Any] = {}  # waitress's sockets
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -3380,22 +3379,24 @@ class Service:
 
     def start(self) -> None:
         """Lock, open, bind, run. Raises StartError or StoreError."""
-        self._lock = lock_data_dir(self.data_dir)
+        self._open.enter_context(lock_data_dir(self.data_dir))
+        self._open.callback(self.store.close)
         self.store.open()
         address = self.settings["server.http.address"]
         host, port = split_address(address)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, port), family=family, backlog=1024)
+            listener = socket.create_server((host, port), family=family, backlog=1024)
         except (OSError, UnicodeError) as error:
             message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             raise StartError(EXIT_FAILED, message) from error
+        self._open.enter_context(listener)
         self.engine.start()
         self.reload(self.settings)  # nobody comes in before it is known who may
         proxy = self.settings["server.trusted_proxy"]
         forwarded = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto") if proxy else ()
         self._server = waitress.create_server(
-            self.api.app, map=self._channels, sockets=[self._listener],
+            self.api.app, map=self._channels, sockets=[listener],
             threads=self.settings["server.http.threads"], connection_limit=1000,
             channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,  # select() ends the process at descriptor 1024
@@ -3436,11 +3437,7 @@ class Service:
             with contextlib.suppress(OSError):  # the http thread may have closed all meanwhile
                 self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._channels))
             self._thread.join(timeout=2)
-        self.store.close()
-        if self._listener:
-            self._listener.close()
-        if self._lock:
-            self._lock.close()
+        self._open.close()
 
 
 _UNPRINTABLE = re.compile(
@@ -3463,11 +3460,8 @@ class LogFormatter(logging.Formatter):
         if self._kind == "json":
             event = {"time": format_time(int(record.created * SECOND)), "message": line}
             event |= {"level": record.levelname.lower(), "traceback": more}
-            for name, pattern in (
-                ("job_id", r"\bjob ([0-9a-f-]{36})"),
-                ("execution_id", r"\bexec-[0-9a-f-]{36}"),
-            ):
-                event[name] = "".join(re.findall(pattern, line)[:1])
+            event["job_id"] = "".join(re.findall(r"\bjob ([0-9a-f-]{36})", line)[:1])
+            event["execution_id"] = "".join(re.findall(r"\bexec-[0-9a-f-]{36}", line)[:1])
             return json.dumps({name: value for name, value in event.items() if value})
         line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
         line = f"{line}\n{more}" if more else line
@@ -3511,9 +3505,8 @@ def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
     start_logging(settings["logging.format"])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread: they wait to be taken
     service = Service(settings)
@@ -3525,11 +3518,11 @@ def run_serve(asked: argparse.Namespace) -> None:
             print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
         if service.engine.paused:
             log.warning("paused: nothing fires")
-        tell_systemd("READY=1")
         while True:
             engine = service.engine  # a full disk is no reason to start anew, a hung thread is
             alive = ["WATCHDOG=1"] if engine.silence() <= SILENCE_LIMIT else []
-            tell_systemd(f"STATUS={engine.problem or f'listens on {service.url}'}", *alive)
+            status = f"STATUS={engine.problem or f'listens on {service.url}'}"
+            tell_systemd("READY=1", status, *alive)
             came = signal.sigtimedwait(signals, SIGN_OF_LIFE_S)
             if came and came.si_signo != signal.SIGHUP:
                 break
@@ -3540,7 +3533,6 @@ def run_serve(asked: argparse.Namespace) -> None:
                     log.info("the configuration was read again")
                 except ChronosError as error:
                     log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
-                tell_systemd("READY=1")
         tell_systemd("STOPPING=1")
         log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
     finally:
@@ -3599,6 +3591,8 @@ WatchdogSec=60
 TimeoutStartSec=15min
 # server.shutdown_grace as it was when this was printed, and a little.
 TimeoutStopSec={grace}
+# At most 1000 workers, 256 threads of the API and 16 look-ups.
+TasksMax=1400
 # About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
 MemoryMax=512M
 
@@ -3640,29 +3634,12 @@ def run_systemd_unit(asked: argparse.Namespace) -> None:
     print(UNIT.format(command=command, data=place, grace=grace, hardening=hardening), end="")
 
 
-def run_next(asked: argparse.Namespace) -> None:
-    """Print when a schedule fires next: UTC, the local time, and a note where the clock changes."""
-    query = validate(PREVIEW_QUERY, {name: getattr(asked, name, None) for name in PREVIEW_QUERY})
-    schedule = parse_schedule(query["schedule"])
-    for warning in schedule.warnings:
-        print(f"chronos: {warning}", file=sys.stderr)
-    if not (runs := list(preview(schedule, Clock().now(), query["timezone"], query["count"]))):
-        raise ChronosError(f"{query['schedule']}: nothing comes any more")
-    for run in runs:
-        print("  ".join(filter(None, run.values())))
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise ChronosError(f"{message} (see --help)")
-
-
-COMMANDS = (
-    run_serve, run_check_config, run_hash_password, run_next, run_backup, run_systemd_unit,
-)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3676,16 +3653,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in COMMANDS:
+    for run in (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit):
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)
         if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
-        elif run is run_next:
-            command.add_argument("schedule", metavar="EXPR", help='such as "30 9 * * mon-fri"')
-            command.add_argument("--timezone", metavar="Z", help="such as Europe/Madrid")
-            command.add_argument("--count", metavar="N", help="how many (5), 100 at most")
     try:
         asked = parser.parse_args(arguments)
         asked.run(asked)

@@ -1129,7 +1129,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 # engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
 
 APPLICATION_ID = 1130918511  # "Chro", in the header of the file
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
     seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
@@ -1151,14 +1151,9 @@ CREATE VIEW configured_jobs AS
     SELECT jobs.*, config FROM jobs
       JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
 CREATE TABLE executions (                -- class Execution says what each column is
-    seq          INTEGER PRIMARY KEY,    -- order of creation
-    id           TEXT NOT NULL UNIQUE,   -- one per fire time, whatever crashes or restarts
-    job_id TEXT NOT NULL, job_version INTEGER NOT NULL, trigger TEXT NOT NULL,
-    status TEXT NOT NULL, scheduled_at INTEGER NOT NULL, target TEXT NOT NULL, due_at INTEGER,
-    attempts INTEGER NOT NULL, spent INTEGER NOT NULL, started_at INTEGER, attempt_at INTEGER,
-    completed_at INTEGER, reason TEXT, error TEXT, status_code INTEGER, node_id TEXT,
-    replay_of TEXT, missed_count INTEGER, missed_from INTEGER, missed_to INTEGER,
-    attempt_log TEXT NOT NULL, response TEXT
+    seq INTEGER PRIMARY KEY,             -- order of creation
+    {", ".join(Execution._fields[:-1])},
+    UNIQUE (id)                          -- one per fire time, whatever crashes or restarts
 );
 CREATE VIEW named_executions AS
     SELECT executions.*, json_extract(config, '$.name') AS job_name
@@ -1176,7 +1171,7 @@ CREATE TABLE ends (                      -- how many executions ended in an hour
     hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
 );
 PRAGMA application_id = 1130918511;
-"""
+"""  # noqa: S608 - the names of our own columns
 MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
 
 
@@ -2821,24 +2816,6 @@ PREVIEW_QUERY = {
     "count":    Field(query_number(1, 100),                         5),
     "from":     Field(parse_time,                                   None),
 }
-METRICS = {
-    # name                               kind          meaning
-    "chronos_build_info":               ("gauge",     "What runs."),
-    "chronos_is_leader":                ("gauge",     "Whether fire times become executions here."),
-    "chronos_last_pass_age_seconds":    ("gauge",     "How long engine or watchdog are silent."),
-    "chronos_jobs":                     ("gauge",     "Jobs, by whether their schedule fires."),
-    "chronos_failing_jobs":             ("gauge",     "Enabled jobs whose newest runs failed."),
-    "chronos_executions":               ("gauge",     "Executions that have not ended."),
-    "process_start_time_seconds":       ("gauge",     "When Chronos started, since the epoch."),
-    "process_resident_memory_bytes":    ("gauge",     "Memory in use."),
-    "process_open_fds":                 ("gauge",     "Open file descriptors."),
-    "chronos_executions_ended_total":   ("counter",   "Ended executions; missed: fire times."),
-    "chronos_attempts_total":           ("counter",   "Requests that were made."),
-    "chronos_engine_passes_total":      ("counter",   "Passes of the engine."),
-    "chronos_store_errors_total":       ("counter",   "Passes that the database did not let end."),
-    "chronos_lateness_seconds":         ("histogram", "From fire times to their first requests."),
-    "chronos_execution_duration_seconds": ("histogram", "Attempts, and the waits between them."),
-}
 # fmt: on
 
 
@@ -3056,11 +3033,15 @@ class Api:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             samples["process_resident_memory_bytes"] = pages * resource.getpagesize()
             samples["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        families: dict[str, str] = {}
+        for series, value in samples.items():
+            name = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", series)
+            families[name] = f"{families.get(name, '')}{series} {value}\n"
         bottle.response.content_type, text = "text/plain; version=0.0.4; charset=utf-8", ""
-        for name, (kind, meaning) in METRICS.items():
-            own = re.compile(rf"{name}(_bucket|_sum|_count)?(\{{|$)").match
-            found = [f"{series} {samples[series]}\n" for series in samples if own(series)]
-            text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(found)}"
+        for name, lines in families.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            kind = "histogram" if "_bucket" in lines else kind
+            text += f"# HELP {name} See the README of Chronos.\n# TYPE {name} {kind}\n{lines}"
         return text.encode()
 
     def _started_at(self) -> int:  # by the clock of now: it may have been wrong then

@@ -1768,7 +1768,7 @@ def test_an_older_schema_is_migrated_and_the_file_of_before_is_kept(
 
     world.store.open()
 
-    assert by_hand(world, "SELECT id, colour FROM jobs") == [(job.id, "red")]
+    assert by_hand(world, "SELECT id, colour FROM jobs WHERE seq > 0") == [(job.id, "red")]
     assert by_hand(world, "PRAGMA user_version") == [(3,)]
     with contextlib.closing(sqlite3.connect(tmp_path / "data" / "chronos.db.v1")) as aside:
         assert aside.execute("PRAGMA user_version").fetchone() == (1,)
@@ -5789,9 +5789,7 @@ def test_a_request_whose_end_is_unclear_is_refused_and_nothing_behind_it_is_read
 def test_answers_are_not_kept_framed_or_sniffed(service):
     for path in ("/health", "/api/v1/jobs", "/nothing"):
         headers = requests.get(service.url + path, timeout=5).headers
-        assert {name: headers[name] for name in chronos.SECURITY_HEADERS} == (
-            chronos.SECURITY_HEADERS
-        )
+        assert {name: headers[name] for name in chronos.HEADERS} == (chronos.HEADERS)
         assert not [name for name in headers if name.startswith("Access-Control-")]
 
 
@@ -5815,7 +5813,6 @@ def scrape(client, **options):
     assert (answer.status_code, answer.headers["Content-Type"]) == (
         200, "text/plain; version=0.0.4; charset=utf-8",
     )  # fmt: skip
-    assert re.findall("# TYPE ([^ ]+)", answer.text) == list(chronos.METRICS)
     return parse_metrics(answer.text)
 
 
@@ -5852,8 +5849,15 @@ def ends(samples, **expected):
     assert counts == {f'{prefix}{{result="{result}"}}': n for result, n in expected.items()}
 
 
+def names_of_metrics(client):
+    text = requests.get(f"{client.url}/metrics", timeout=10).text
+    return set(re.findall("# TYPE ([^ ]+)", text))
+
+
 @NEEDS_PROMTOOL
-def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(tmp_path):
+def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(
+    service, target, tmp_path
+):
     readme = (CHRONOS.parent / "README.md").read_text()
     rules = tmp_path / "rules.yml"
     (rules_text,) = re.findall("```yaml\n(groups:.*?)```", readme, re.DOTALL)
@@ -5864,8 +5868,9 @@ def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(tmp_pa
 
     assert (checked.returncode, checked.stdout.count("SUCCESS: 3 rules found")) == (0, 1)
     used = set(re.findall(r"((?:chronos|process)_[a-z_]+)[{`\[ )]", readme))
-    assert chronos.METRICS.keys() | {"chronos_lateness_seconds_bucket"} >= used
-    assert used >= chronos.METRICS.keys()
+    service.create(target.url, schedule="@every 1s", enabled=True)
+    names = wait_until(lambda: (now := names_of_metrics(service)) and len(now) == 15 and now)
+    assert names | {"chronos_lateness_seconds_bucket"} == used
 
 
 @NEEDS_PROMTOOL
@@ -8366,7 +8371,7 @@ def test_50000_due_executions_cost_no_more_memory_than_500(make_process, target,
     add = """
         INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
                                 due_at, attempts, spent, attempt_log)
-        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs"""
+        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs WHERE seq > 0"""
 
     for count in (500, 50_000):
         ids = [f"exec-{count}-{n}" for n in range(count)]

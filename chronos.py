@@ -765,15 +765,11 @@ class Job(NamedTuple):
 
     def to_card(self, last: Execution | None) -> Json:
         """Return what the dashboard shows of the job in a list; ``last``: that has ended."""
-        told, since = self.to_json(last), format_time(self.failing_since)
+        card = self.to_json(last) | {"strip": self.strip, "failures": self.failures}
         if last:
-            told["last_execution"]["error"] = last.error
-        names = (
-            "id", "name", "schedule", "timezone", "enabled", "tags", "concurrency", "version",
-            "next_run", "last_execution", "managed_by",
-        )  # fmt: skip
-        card = {name: told[name] for name in names}
-        return card | {"strip": self.strip, "failures": self.failures, "failing_since": since}
+            card["last_execution"]["error"] = last.error
+        del card["webhook"]
+        return card | {"failing_since": format_time(self.failing_since)}
 
 
 def masked_config(config: Json) -> Json:
@@ -1450,9 +1446,10 @@ class Store:
         self._run(sql, hour=at // HOUR, letter=letter, number=execution.missed_count or 1)
 
     def ends_since(self, at: int) -> dict[str, int]:
-        """Return how many executions ended since the hour of ``at``, by letter."""
+        """Return how many executions ended since the hour of ``at``, by the names of LETTERS."""
         sql = "SELECT letter, sum(number) FROM ends WHERE hour >= :hour GROUP BY letter"
-        return {row[0]: row[1] for row in self._run(sql, hour=at // HOUR)}
+        found = dict(map(tuple, self._run(sql, hour=at // HOUR)))
+        return {name: found.get(letter, 0) for name, letter in LETTERS.items()}
 
     # --------------------------------------------------------------------------- alerts
 
@@ -1721,11 +1718,9 @@ class Webhook:
             headers["Authorization"] = f"Bearer {auth['token']}"
         elif auth["type"] == "api_key":
             headers[auth["header"]] = auth["api_key"]
-        prepared = requests.PreparedRequest()  # step by step: without cookies it takes a third
-        prepared.prepare_method(self.method)
-        prepared.prepare_url(config["url"], None)
-        prepared.prepare_headers(headers)
-        prepared.prepare_body(body.encode(), None)
+        prepared = requests.Request(
+            self.method, config["url"], headers, data=body.encode()
+        ).prepare()
         prepared.headers.setdefault("Host", urlsplit(prepared.url).netloc)
         return prepared
 
@@ -3015,7 +3010,7 @@ class Api:
 
     def metrics(self) -> bytes:
         """Return what Prometheus scrapes, in its text format."""
-        counts, ends = self.store.counts(), self.store.ends_since(0)
+        counts = self.store.counts()
         samples = self.engine.counts | {
             f'chronos_build_info{{version="{__version__}"}}': 1,
             "chronos_is_leader": 1,
@@ -3027,8 +3022,8 @@ class Api:
             'chronos_executions{status="running"}': counts["running"],
             "process_start_time_seconds": self._started_at() // SECOND,
         }
-        for result, letter in LETTERS.items():
-            samples[f'chronos_executions_ended_total{{result="{result}"}}'] = ends.get(letter, 0)
+        for result, number in self.store.ends_since(0).items():
+            samples[f'chronos_executions_ended_total{{result="{result}"}}'] = number
         with contextlib.suppress(OSError):  # only Linux has it
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             samples["process_resident_memory_bytes"] = pages * resource.getpagesize()
@@ -3235,9 +3230,6 @@ class Api:
         if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
             return b""
         now, counts = self.clock.now(), self.store.counts()
-        ends = self.store.ends_since(now - DAY)
-        kinds = {"success": "S", "failed": "FCR", "skipped": "K", "missed": "M"}
-        day = {kind: sum(ends.get(n, 0) for n in letters) for kind, letters in kinds.items()}
         active = self.store.active(50)
         shown = [
             execution.to_json() | {"due_at": format_time(execution.due_at)} for execution in active
@@ -3249,7 +3241,7 @@ class Api:
             "started_at": format_time(self._started_at()),
             "user": user, "may_write": user not in viewers,
             "paused": self.engine.paused, "problem": problem, "jobs_total": counts.pop("jobs"),
-            **counts, "last_24h": day, "active": shown,
+            **counts, "last_24h": self.store.ends_since(now - DAY), "active": shown,
             "jobs": [job.to_card(last.get(job.id)) for job in jobs],
         })  # fmt: skip
 
@@ -3561,7 +3553,7 @@ ExecReload=/bin/kill -HUP $MAINPID
 # Static, not DynamicUser: so a configuration with secrets can be root:chronos 0640.
 User=chronos
 # The only place that it writes to.
-{data}
+ReadWritePaths={data}
 Restart=on-failure
 RestartSec=5
 # 75: it runs already, 78: configuration or database are wrong. Another start would not help.
@@ -3600,19 +3592,14 @@ HARDENING = """
 def run_systemd_unit(asked: argparse.Namespace) -> None:
     """Print a unit for systemd, with the paths of this program, Python and configuration."""
     settings = read_settings(asked)
-
-    def quoted(path: str | Path) -> str:  # systemd.syntax(7)
-        return json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
-
-    data = Path(os.path.abspath(settings["cluster.data_dir"]))
-    place = f"ReadWritePaths={quoted(data)}"
-    if data.parent == Path("/var/lib"):  # systemd makes it
-        place = f"StateDirectory={data.name}\nStateDirectoryMode=0700"
-    command = f"{quoted(sys.executable)} -I {quoted(__file__)}"
-    command += f" --config {quoted(asked.config)}" if asked.config else ""
+    python, program, config, data = (  # as systemd.syntax(7) has them
+        json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
+        for path in (sys.executable, __file__, asked.config or "", settings["cluster.data_dir"])
+    )
+    command = f"{python} -I {program}" + (f" --config {config}" if asked.config else "")
     grace = parse_duration(settings["server.shutdown_grace"]) // SECOND + 15
     hardening = "\n".join(HARDENING.split())
-    print(UNIT.format(command=command, data=place, grace=grace, hardening=hardening), end="")
+    print(UNIT.format(command=command, data=data, grace=grace, hardening=hardening), end="")
 
 
 class ArgumentParser(argparse.ArgumentParser):

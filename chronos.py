@@ -662,6 +662,7 @@ JOB_FIELDS: dict[str, Field] = {
 }
 SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and ignored
     "id", "version", "created_at", "updated_at", "next_run", "last_execution", "managed_by",
+    "strip", "failures", "failing_since",
 })
 # fmt: on
 
@@ -760,16 +761,9 @@ class Job(NamedTuple):
             "version": self.version, "created_at": format_time(self.created_at),
             "updated_at": format_time(self.updated_at), "next_run": format_time(self.next_run_at),
             "last_execution": last and last.to_summary(),
-            "managed_by": DECLARED_BY if self.declared else None,
+            "managed_by": DECLARED_BY if self.declared else None, "strip": self.strip,
+            "failures": self.failures, "failing_since": format_time(self.failing_since),
         }  # fmt: skip
-
-    def to_card(self, last: Execution | None) -> Json:
-        """Return what the dashboard shows of the job in a list; ``last``: that has ended."""
-        card = self.to_json(last) | {"strip": self.strip, "failures": self.failures}
-        if last:
-            card["last_execution"]["error"] = last.error
-        del card["webhook"]
-        return card | {"failing_since": format_time(self.failing_since)}
 
 
 def masked_config(config: Json) -> Json:
@@ -821,16 +815,16 @@ class Execution(NamedTuple):
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
         times = (format_time(self.scheduled_at), format_time(self.completed_at))
-        shown = {"id": self.id, "status": self.status, "reason": self.reason}
+        shown = {name: getattr(self, name) for name in ("id", "status", "reason", "error")}
         return shown | {"scheduled_time": times[0], "completed_at": times[1]}
 
     def to_json(self) -> Json:
         """Return the execution as a list of the API shows it."""
         shown = self._asdict() | self.to_summary()
         shown["duration"] = self.spent * 1000 if self.completed_at and self.attempts else None
-        for name in ("started_at", "missed_from", "missed_to"):
+        for name in ("due_at", "started_at", "missed_from", "missed_to"):
             shown[name] = format_time(shown[name])
-        for name in ("scheduled_at", "target", "due_at", "attempt_at", "spent", "attempt_log"):
+        for name in ("scheduled_at", "target", "attempt_at", "spent", "attempt_log"):
             del shown[name]  # they are our own
         return shown
 
@@ -1260,19 +1254,21 @@ class Store:
         while self._connections:
             self._connections.popitem()[1].close()
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = self._connect_to("rw")
-        connection.row_factory = sqlite3.Row
-        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-        connection.execute("PRAGMA journal_size_limit = 16777216")
-        connection.create_function("casefold", 1, lambda text: text and text.casefold())
-        self._connections[threading.get_ident()] = connection
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """The connection of the calling thread."""
+        if not (connection := self._connections.get(threading.get_ident())):
+            connection = self._connect_to("rw")
+            connection.row_factory = sqlite3.Row
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            connection.execute("PRAGMA journal_size_limit = 16777216")
+            connection.create_function("casefold", 1, lambda text: text and text.casefold())
+            self._connections[threading.get_ident()] = connection
         return connection
 
     def _run(self, statement: str, /, *row: Any, **values: Any) -> list[Any]:
         try:
-            connection = self._connections.get(threading.get_ident()) or self._connect()
-            return list(connection.execute(statement, row or values))
+            return list(self._connection.execute(statement, row or values))
         except sqlite3.Error as error:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
@@ -1362,9 +1358,9 @@ class Store:
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are, and of them what; how many executions wait and run."""
         sql = """
-            SELECT count(*) AS jobs, sum(enabled) AS enabled, sum(enabled AND failures) AS failing,
-                   (SELECT count(*) FROM active WHERE status = 'pending') AS pending,
-                   (SELECT count(*) FROM active WHERE status = 'running') AS running
+            SELECT count(*) AS jobs_total, sum(enabled) AS enabled,
+                   sum(enabled AND failures) AS failing, (SELECT count(*) FROM pending) AS pending,
+                   (SELECT count(*) FROM executions WHERE status = 'running') AS running
               FROM jobs WHERE seq > 0"""
         return {name: count or 0 for name, count in dict(self._run(sql)[0]).items()}
 
@@ -3016,7 +3012,7 @@ class Api:
             "chronos_is_leader": 1,
             "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
             'chronos_jobs{state="enabled"}': counts["enabled"],
-            'chronos_jobs{state="disabled"}': counts["jobs"] - counts["enabled"],
+            'chronos_jobs{state="disabled"}': counts["jobs_total"] - counts["enabled"],
             "chronos_failing_jobs": counts["failing"],
             'chronos_executions{status="pending"}': counts["pending"],
             'chronos_executions{status="running"}': counts["running"],
@@ -3104,8 +3100,8 @@ class Api:
 
     disable_job = functools.partialmethod(enable_job, enabled=False)
 
-    def _jobs_json(self, jobs: list[Job]) -> list[Json]:
-        last = self.store.last_executions(jobs)
+    def _jobs_json(self, jobs: list[Job], has_ended: bool = False) -> list[Json]:
+        last = self.store.last_executions(jobs, has_ended)
         return [job.to_json(last.get(job.id)) for job in jobs]
 
     def _show_job(self, job: Job, is_new: bool = False) -> Json:
@@ -3201,9 +3197,7 @@ class Api:
         next_runs = [{"job_id": job, "next_run": format_time(at)} for job, _n, at in soonest]
         node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
         node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
-        counts = self.store.counts()
-        node |= {"jobs_total": counts["jobs"], **{n: counts[n] for n in ("running", "pending")}}
-        return node | {"next_runs": next_runs}
+        return node | self.store.counts() | {"next_runs": next_runs}
 
     def upcoming(self) -> Json:
         """Return the next fire times of the jobs that fire soonest."""
@@ -3229,20 +3223,14 @@ class Api:
         viewers = sign_in.viewers if (sign_in := self.sign_in) else ()
         if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
             return b""
-        now, counts = self.clock.now(), self.store.counts()
-        active = self.store.active(50)
-        shown = [
-            execution.to_json() | {"due_at": format_time(execution.due_at)} for execution in active
-        ]
-        jobs, _total = self.store.jobs({}, 1000, 0)
-        last = self.store.last_executions(jobs, has_ended=True)
-        return self._answer({
-            "node_id": self._node_id, "version": __version__, "now": format_time(now),
-            "started_at": format_time(self._started_at()),
-            "user": user, "may_write": user not in viewers,
-            "paused": self.engine.paused, "problem": problem, "jobs_total": counts.pop("jobs"),
-            **counts, "last_24h": self.store.ends_since(now - DAY), "active": shown,
-            "jobs": [job.to_card(last.get(job.id)) for job in jobs],
+        jobs = self._jobs_json(self.store.jobs({}, 1000, 0)[0], has_ended=True)
+        for job in jobs:
+            del job["webhook"]  # it may be large
+        return self._answer(self.cluster_status() | {
+            "now": format_time(self.clock.now()), "started_at": format_time(self._started_at()),
+            "user": user, "may_write": user not in viewers, "paused": self.engine.paused,
+            "problem": problem, "last_24h": self.store.ends_since(self.clock.now() - DAY),
+            "active": [execution.to_json() for execution in self.store.active(50)], "jobs": jobs,
         })  # fmt: skip
 
     def page(self) -> bytes:
@@ -3539,69 +3527,6 @@ def run_backup(asked: argparse.Namespace) -> None:
     print(f"{asked.file} is a consistent copy")
 
 
-UNIT = """\
-[Unit]
-Description=Chronos, a cron service that fires HTTP webhooks
-# Jobs fire by the right time, and the network goes down after their last requests.
-After=time-sync.target network.target
-
-[Service]
-Type=notify
-# -I: neither variables nor directories of a user decide what Python loads.
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-# Static, not DynamicUser: so a configuration with secrets can be root:chronos 0640.
-User=chronos
-# The only place that it writes to.
-ReadWritePaths={data}
-Restart=on-failure
-RestartSec=5
-# 75: it runs already, 78: configuration or database are wrong. Another start would not help.
-RestartPreventExitStatus=75 78
-# Only threads that hang stop its signs of life; a full disk, which no restart mends, does not.
-WatchdogSec=60
-# A large database is checked after a power cut, and copied before an upgrade changes it.
-TimeoutStartSec=15min
-# server.shutdown_grace as it was when this was printed, and a little.
-TimeoutStopSec={grace}
-# At most 1000 workers, 256 threads of the API and 16 look-ups.
-TasksMax=1400
-# About 60M are usual. A leak ends Chronos, not the machine; nothing acknowledged is lost.
-MemoryMax=512M
-
-# From here on: what it never needs, nor who would break in. ProtectHome hides /home and /root.
-# CPython makes no code at run time; one with a JIT compiler can't have MemoryDenyWriteExecute.
-# NETLINK is for resolving names. Webhooks may be anywhere: so there is no IPAddressDeny.
-{hardening}
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-
-[Install]
-WantedBy=multi-user.target
-"""
-HARDENING = """
-    CapabilityBoundingSet= LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
-    PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
-    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
-    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
-    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
-    SystemCallArchitectures=native UMask=0077"""
-
-
-def run_systemd_unit(asked: argparse.Namespace) -> None:
-    """Print a unit for systemd, with the paths of this program, Python and configuration."""
-    settings = read_settings(asked)
-    python, program, config, data = (  # as systemd.syntax(7) has them
-        json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
-        for path in (sys.executable, __file__, asked.config or "", settings["cluster.data_dir"])
-    )
-    command = f"{python} -I {program}" + (f" --config {config}" if asked.config else "")
-    grace = parse_duration(settings["server.shutdown_grace"]) // SECOND + 15
-    hardening = "\n".join(HARDENING.split())
-    print(UNIT.format(command=command, data=data, grace=grace, hardening=hardening), end="")
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
@@ -3621,7 +3546,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit):
+    for run in (run_serve, run_check_config, run_hash_password, run_backup):
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)

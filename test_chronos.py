@@ -5448,6 +5448,7 @@ def test_the_cluster_counts_what_there_is_and_names_the_ten_soonest(make_service
     assert 0 <= status.pop("uptime") < 60
     assert status == {
         "is_leader": True, "node_id": "n1", "version": chronos.__version__, "jobs_total": 13,
+        "enabled": 12, "failing": 0,
         "running": 1, "pending": 2, "next_runs": soonest}  # fmt: skip
 
 
@@ -7189,7 +7190,7 @@ def test_the_built_in_job_is_in_no_list_and_no_total(watched, target, bell):
 
     assert [job.id for job in watched.all_jobs()] == [job.id]
     counts = watched.store.counts()
-    assert [counts[name] for name in ("jobs", "enabled", "failing")] == [1, 1, 1]
+    assert [counts[name] for name in ("jobs_total", "enabled", "failing")] == [1, 1, 1]
     assert watched.store.job(ALERTS).config["name"] == "alerts"
     assert declare(watched) == []
 

@@ -101,7 +101,7 @@ SECOND = 1_000_000  # instants and durations are integers, in microseconds
 MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
-MAX_BODY_BYTES, MAX_CONFIG_BYTES = 1 << 20, 256 << 10  # of a request to the API; of chronos.yaml
+MAX_BODY_BYTES = 1 << 20  # of a request to the API
 MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
 MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
@@ -985,8 +985,6 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
     lines: dict[str, str] = {}
     try:
         content = path.read_text("utf-8") if path else ""
-        if len(content) > MAX_CONFIG_BYTES:
-            raise ValueError(f"is larger than {MAX_CONFIG_BYTES} bytes")
         data = read_yaml(content, environment, lines)
         if not isinstance(data, dict | None):
             raise ValueError("must be a mapping of sections, such as server: …")

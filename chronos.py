@@ -7,20 +7,9 @@
 
 The file is read from top to bottom; each section leans only on those above it.
 
-     1  Constants        the version, limits with their units
-     2  Errors           one tree; each error is a status, a code and a sentence
-     3  Time             the clock, RFC 3339, durations such as "1m30s"
-     4  Schedules        cron expressions and their fire times, on croniter
-     5  Validation       fields declared in tables, checked all at once
-     6  Records          jobs and executions, as the rest of the program sees them
-     7  Settings         chronos.yaml: every key with its check and its default
-     8  Policies         what an attempt makes of its execution: pure functions
-     9  Store            sqlite3: every SQL statement is here
-    10  Dispatch         one HTTP request, its hard limit, the address check
-    11  Engine           fire times become executions, executions become requests
-    12  API              routes, sign-in, answers
-    13  Service          start, stop, signals, logs, systemd, the command line
-    14  Dashboard        the page
+     1 Constants      4 Schedules      7 Settings     10 Dispatch     13 Service, command line
+     2 Errors         5 Validation     8 Policies     11 Engine       14 Dashboard
+     3 Time           6 Records        9 Store        12 API
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.
 
@@ -91,12 +80,12 @@ except ImportError as error:
 
 # ======================================================================================
 # 1. Constants
-# ======================================================================================
 
 __version__ = "0.1.0"
 log = logging.getLogger("chronos")
 Json = dict[str, Any]
 Result = TypeVar("Result")
+Change = Callable[["Pass"], Any]  # what an API thread wants done; it runs inside a savepoint
 SECOND = 1_000_000  # instants and durations are integers, in microseconds
 MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
@@ -118,14 +107,22 @@ SILENCE_LIMIT = 30 * SECOND  # an engine or watchdog that is silent for longer h
 HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
+LETTERS = {  # how an execution ended
+    "success": "S", "failed": "F", "cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M",
+}  # fmt: skip
+LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
+BUCKETS = {  # of histograms: seconds -> the bucket up to there
+    float(le): f'_bucket{{le="{le}"}}'
+    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
+}
 DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declares
+NOT_HERE = f"the job is declared in {DECLARED_BY}: change it there"
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
 ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
 ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 100  # what turns meanwhile is told at once; up to so many
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
-# ======================================================================================
 
 STATUS = {
     "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "UNAUTHORIZED": 401,
@@ -176,7 +173,6 @@ class Problems(ApiError, ValueError):
 
 # ======================================================================================
 # 3. Time: instants are integers, µs since the epoch, UTC; so are durations, in µs
-# ======================================================================================
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RFC_3339 = re.compile(r"(?ai)\d{4}(-\d\d){2}T(?!24)(\d\d:){2}\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
@@ -242,7 +238,6 @@ def format_duration(us: int) -> str:
 
 # ======================================================================================
 # 4. Schedules: when a job fires; no clock, no I/O
-# ======================================================================================
 #
 # croniter never sees a time zone, a day or an expression as it was typed, because its releases
 # disagree about them. A strict gate turns each field into its plain list of numbers; croniter
@@ -291,10 +286,7 @@ def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) 
 
 
 class Schedule:
-    """``@at <RFC 3339>``: once; or ``@every <duration>``: elapsed time, no wall clock.
-
-    Immutable for its users, and safe in several threads.
-    """
+    """``@at <time>``: once; ``@every <duration>``: elapsed time. Immutable, safe in threads."""
 
     warnings: tuple[str, ...] = ()  # what people who write such a schedule often do not mean
 
@@ -461,7 +453,6 @@ def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[J
 
 # ======================================================================================
 # 5. Validation: an object is a table of fields; every wrong field is reported at once
-# ======================================================================================
 #
 # A check takes a value as it came from JSON or YAML and returns it in its normal form, or raises
 # ValueError with a sentence that goes on after the field's name ("timeout must be …").
@@ -568,8 +559,8 @@ def query_number(low: int, high: int) -> Check:
 
 
 # -------------------------------------------------------------------------- a job's fields
-
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
+_no_constant = rule(lambda _name: False, "NaN and Infinity are no numbers in JSON")
 _user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
 _zones = functools.cache(lambda: [*available_timezones()])
 _timezone = rule(lambda name: name in _zones(), "must be an IANA time zone such as Europe/Madrid")
@@ -732,7 +723,6 @@ def merge_patch(target: Any, patch: Any, path: str = "") -> Any:
 
 # ======================================================================================
 # 6. Records: jobs and executions as the rest of the program sees them
-# ======================================================================================
 
 
 class Job(NamedTuple):
@@ -772,11 +762,6 @@ def masked_config(config: Json) -> Json:
     headers = {n: MASK if is_secret_header(n) else v for n, v in webhook["headers"].items()}
     auth = webhook["auth"] and {k: MASK if k in secret else v for k, v in webhook["auth"].items()}
     return config | {"webhook": webhook | {"headers": headers, "auth": auth}}
-
-
-LETTERS = {  # how an execution ended
-    "success": "S", "failed": "F", "cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M",
-}  # fmt: skip
 
 
 class Execution(NamedTuple):
@@ -847,7 +832,6 @@ class Outcome:
 
 # ======================================================================================
 # 7. Settings: chronos.yaml, every key with its check and its default
-# ======================================================================================
 #
 # Settings are a flat dict: "dispatcher.connect_timeout" -> "10s". The file nests them; an
 # environment variable CHRONOS_DISPATCHER_CONNECT_TIMEOUT overrides, read as a YAML scalar.
@@ -1049,7 +1033,6 @@ def check_door(settings: Json) -> None:
 
 # ======================================================================================
 # 8. Policies: pure functions
-# ======================================================================================
 
 
 def retry_wait(policy: Json, attempt: int, retry_after: int | None) -> int:
@@ -1094,9 +1077,8 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
     may_help = code == 429 or code >= 500 or outcome.reason in ("no_answer", "interrupted")
     if outcome.success or not may_help or execution.attempts >= retry["max_attempts"]:
         return after
-    wait = 0  # what the server broke off begins again at once
-    if outcome.reason != "interrupted":
-        wait = retry_wait(retry, execution.attempts, outcome.retry_after)
+    broken_off = outcome.reason == "interrupted"  # by ourselves: it begins again at once
+    wait = 0 if broken_off else retry_wait(retry, execution.attempts, outcome.retry_after)
     if after.spent + wait >= timeout:
         return after._replace(reason="timeout", error=f"{error}; no time is left to try again")
     waiting = after._replace(status="pending", completed_at=None, reason=None)
@@ -1111,7 +1093,6 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 
 # ======================================================================================
 # 9. Store: every SQL statement of Chronos is in this section
-# ======================================================================================
 #
 # Methods take and return records, never rows. Each thread has a connection of its own; only the
 # engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
@@ -1160,7 +1141,7 @@ CREATE TABLE ends (                      -- how many executions ended in an hour
 );
 PRAGMA application_id = 1130918511;
 """  # noqa: S608 - the names of our own columns
-MIGRATIONS: tuple[str, ...] = ()  # what leads from version 1 of the schema to 2, from 2 to 3 …
+SCHEMA_VERSION = 1
 
 
 class Store:
@@ -1172,22 +1153,15 @@ class Store:
         self.changes = 0  # commits so far; only the engine's thread writes it
 
     def open(self) -> None:
-        """Create, check or migrate the file; one that is not ours stays. Raises StartError."""
-        newest, is_new = len(MIGRATIONS) + 1, not self.path.exists()
-        version = self._check()
+        """Create or check the file; one that is not ours stays as it is. Raises StartError."""
+        is_new, version = not self.path.exists(), self._check()
         if not version and not is_new:
             log.warning("%s was empty: it begins anew", self.path)
-        if 0 < version < newest:
-            aside = self.path.with_name(f"{self.path.name}.v{version}")
-            aside.unlink(missing_ok=True)  # of a migration that was broken off
-            self.backup(aside)
-            log.warning("%s is brought to version %s; %s is as before", self.path, newest, aside)
         self._run("PRAGMA journal_mode = WAL")
         with self.transaction():
-            for script in MIGRATIONS[version - 1 :] if version else (SCHEMA,):
-                for statement in script.split(";\n"):
-                    self._run(statement)
-            self._run(f"PRAGMA user_version = {newest:d}")
+            for statement in () if version else SCHEMA.split(";\n"):
+                self._run(statement)
+            self._run(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
         self._inode = self.path.stat().st_ino
 
     def _check(self, wholly: bool = False) -> int:
@@ -1203,7 +1177,7 @@ class Store:
                     return 0
                 if application != APPLICATION_ID:
                     raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
-                if version > len(MIGRATIONS) + 1:
+                if version > SCHEMA_VERSION:
                     raise StartError(EXIT_CONFIG, f"{self.path} is of a newer Chronos: start that")
                 if wholly or unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
                     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -1297,7 +1271,6 @@ class Store:
             raise
 
     # -------------------------------------------------------------- numbers and instants
-
     def number(self, key: str) -> Any:
         """Return a number of meta, such as last_seen; None without it."""
         return self._value("SELECT value FROM meta WHERE key = :key", key=key)
@@ -1315,7 +1288,6 @@ class Store:
         return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
 
     # ----------------------------------------------------------------------------- jobs
-
     def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
         return [
             Job._make([*row[1:3], bool(row[3]), *row[4:7], json.loads(row["config"]), *row[7:11]])
@@ -1446,7 +1418,6 @@ class Store:
         return {name: found.get(letter, 0) for name, letter in LETTERS.items()}
 
     # --------------------------------------------------------------------------- alerts
-
     def note_news(self, job_ids: set[str], after: int, now: int) -> None:
         """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
         sql = """
@@ -1479,7 +1450,6 @@ class Store:
         return number
 
     # ----------------------------------------------------------------------- executions
-
     def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
         return [Execution(*row[1:]) for row in self._run(statement, **values)]
 
@@ -1644,7 +1614,6 @@ class Store:
 
 # ======================================================================================
 # 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
-# ======================================================================================
 #
 # Sockets and the reading of answers are our own, because no timeout of requests is a limit: a
 # server that drips bytes renews them all. What ends a blocked call from another thread is
@@ -1924,13 +1893,10 @@ class Dispatcher:
     """Runs attempts and owns the connections: send() in a worker, the watchdog beside."""
 
     def __init__(self, clock: Clock, settings: Json) -> None:
-        self._clock = clock
+        self._clock, self._settings = clock, settings
         self._max_bytes: int = settings["dispatcher.max_response_bytes"]
         self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
-        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
-        self._blocked: list[str] = settings["dispatcher.blocked_networks"]
-        self._allowed: list[str] = settings["dispatcher.allowed_networks"]
-        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
+        self._networks = [settings[f"dispatcher.{x}_networks"] for x in ("blocked", "allowed")]
         self._idle: list[Connection] = []  # the oldest first
         self._lock = threading.Lock()  # protects _idle; one at a time reads certificates
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
@@ -2006,7 +1972,6 @@ class Dispatcher:
         return f"{text}\n[cut off after {self._max_bytes} bytes]"
 
     # ----------------------------------------------------------------------- connections
-
     def _exchange(self, attempt: Attempt) -> Answer:
         """Send the request on an idle connection, or on a new one. Raises RequestException."""
         webhook = attempt.webhook
@@ -2053,14 +2018,15 @@ class Dispatcher:
         host = str(parts.hostname)
         with self._lock:  # so that only one of many reads the certificates
             tls = self._context(key[1]) if parts.scheme == "https" else None
-        limit = self._clock.monotonic() + self._connect_timeout
+        patience = parse_duration(self._settings["dispatcher.connect_timeout"])
+        limit = self._clock.monotonic() + patience
 
         def left(shared_by: int = 1) -> float:
             return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
 
         addresses = self._resolve(host, parts.port or 0, left(), attempt)
         for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
-            check_address(str(address[0]), self._blocked, self._allowed)
+            check_address(str(address[0]), *self._networks)
             connection = Connection(key, family)
             try:
                 with attempt.blocking(connection.cut):
@@ -2084,7 +2050,8 @@ class Dispatcher:
     @functools.lru_cache  # noqa: B019 - there is one dispatcher
     def _context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        context = ssl.create_default_context(cafile=self._ca_bundle)
+        usual = requests.certs.where()  # type: ignore[attr-defined]
+        context = ssl.create_default_context(cafile=self._settings["dispatcher.ca_bundle"] or usual)
         context.check_hostname = verify
         context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
         return context
@@ -2119,18 +2086,10 @@ class Dispatcher:
 
 # ======================================================================================
 # 11. Engine: fire times become executions, executions become requests
-# ======================================================================================
 #
 # One thread is the only writer of the database. Each pass of it is one transaction, in this
 # order: outcomes of attempts, fire times, changes of the API, take what is due. What others wait
 # for happens after the commit, and only then: so whatever was told or sent is on disk.
-
-
-LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
-BUCKETS = {  # seconds -> the bucket up to there
-    float(le): f'_bucket{{le="{le}"}}'
-    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
-}
 
 
 class Version:
@@ -2157,9 +2116,6 @@ class Pass:
     caught_up: set[str] = field(default_factory=set)  # jobs with missed fire times
     taken: list[Attempt] = field(default_factory=list)
     again: bool = False  # the next pass follows at once
-
-
-Change = Callable[[Pass], Any]  # what an API thread wants done; it runs inside a savepoint
 
 
 class Engine:
@@ -2203,18 +2159,13 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # --------------------------------------------------------------- called by other threads
-
     def start(self) -> None:
         """Take up what the last process left, and begin with the passes."""
         self.recover()
         self.dispatcher.start()
-        self.start_workers()
-        self._thread.start()
-
-    def start_workers(self) -> None:
-        """Start the pool: all at once, so that none can fail to come when it is needed."""
-        for n in range(self._workers):
+        for n in range(self._workers):  # all at once: none can fail to come when it is needed
             threading.Thread(target=self._worker, name=f"worker-{n + 1}", daemon=True).start()
+        self._thread.start()
 
     def _worker(self) -> None:
         while attempt := self._attempts.get():
@@ -2265,7 +2216,6 @@ class Engine:
         return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
 
     # ---------------------------------------------- changes: call them through make(), any thread
-
     def create_job(self, turn: Pass, config: Json, enabled: bool, user: str) -> Job:
         """Add a job; where enabled, its schedule counts from now."""
         new = Job(str(uuid.uuid4()), 0, False, turn.now, turn.now, None, {})
@@ -2321,8 +2271,8 @@ class Engine:
         is_new |= changed.config != job.config
         if is_new:
             changed = changed._replace(version=job.version + 1)
-            if user != DECLARED_BY:
-                self._refuse_declared(job)
+            if job.declared and user != DECLARED_BY:
+                raise ApiError("CONFLICT", NOT_HERE)
         when = [(j.enabled, *map(j.config.get, ("schedule", "timezone"))) for j in (job, changed)]
         if not changed.enabled:
             changed = changed._replace(next_run_at=None)
@@ -2335,17 +2285,13 @@ class Engine:
             self.store.save_job(changed, user if is_new else None)
         return changed
 
-    @staticmethod
-    def _refuse_declared(job: Job) -> None:
-        if job.declared:
-            raise ApiError("CONFLICT", f"the job is declared in {DECLARED_BY}: change it there")
-
     def delete_job(self, turn: Pass, base: Job, unchanged: bool) -> None:
         """Remove a job, ``unchanged``: only one still as ``base``. Its history goes in batches."""
         job = self.store.job(base.id)
         if job.version != base.version and unchanged:
             raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
-        self._refuse_declared(job)
+        if job.declared:
+            raise ApiError("CONFLICT", NOT_HERE)
         self.store.delete_job(job.id)
         self._version.cache_clear()  # a version that is not found: nothing of it is started
         self._untidy[job.id] = None
@@ -2372,7 +2318,6 @@ class Engine:
         return self._end(turn, execution, "cancelled", f"cancelled by {user}")
 
     # ----------------------------------------------------------------------------- the passes
-
     def recover(self) -> None:
         """Take up what the last process left running: its attempt counts as interrupted."""
         now, mono = self.clock.now(), self.clock.monotonic()
@@ -2486,7 +2431,8 @@ class Engine:
         """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
         for outcome in self._outcomes:
             self._count_attempt(outcome)
-            if (tried := outcome.execution).id not in turn.ended:  # it is tried again
+            tried = outcome.execution
+            if tried.id not in turn.ended and outcome.reason in LOUD_REASONS:  # it is tried again
                 what = (tried.job_id, tried.id, tried.attempts, outcome.error)
                 log.info("job %s: %s failed in attempt %s: %s", *what)
         self._outcomes.clear()
@@ -2550,7 +2496,6 @@ class Engine:
         self._walk = ""
 
     # ------------------------------------------------------------------- the steps of a pass
-
     def _look_at_clock(self, turn: Pass, step: int) -> None:
         if not 0 <= turn.now - self._saved_at < HEARTBEAT:
             self.store.set_number("last_seen", turn.now)
@@ -2754,7 +2699,6 @@ class Engine:
 
 # ======================================================================================
 # 12. API: a table of routes; each handler parses, calls and answers
-# ======================================================================================
 #
 # Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
 
@@ -2774,9 +2718,6 @@ def read_json() -> Any:
         return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except ValueError as error:
         raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
-
-
-_no_constant = rule(lambda _name: False, "NaN and Infinity are no numbers in JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
@@ -2847,14 +2788,12 @@ class SignIn:
         bottle.response.set_header("WWW-Authenticate", f'{asks} realm="Chronos", charset="UTF-8"')
         raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
 
-    @staticmethod
-    def _too_many(wait: int) -> ApiError:
+    def _too_many(self, wait: int) -> ApiError:
         bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
         return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
 
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
-OWN_PAGES = ("none", "same-origin")  # of Sec-Fetch-Site
 HEADERS = {
     "Content-Type": "application/json", "Cache-Control": "no-store", "X-Frame-Options": "DENY",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
@@ -2912,17 +2851,12 @@ class Api:
         for method, path, name in self.ROUTES:
             self.app.route(path, method, functools.partial(self._handle, getattr(self, name)))
         self.app.default_error_handler = self._bottle_error
-        self.app.add_hook("before_request", self._note_request)
         self.app.add_hook("after_request", self._log_request)
-
-    def _note_request(self) -> None:
-        bottle.request.environ["chronos.begun"] = self.clock.monotonic()
 
     def _log_request(self) -> None:
         request, status = bottle.request, bottle.response.status_code
-        took = format_duration(self.clock.monotonic() - request.environ["chronos.begun"])
         who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
-        log.debug("%s %s: %s after %s, %s", request.method, request.path, status, took, who)
+        log.debug("%s %s: %s for %s", request.method, request.path, status, who)
 
     def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
         """Call a handler and put what it returns, or raises, into the envelope."""
@@ -2963,8 +2897,8 @@ class Api:
         if not reads:
             name = re.sub(":(80|443)$", "", host)
             own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
-            same = environ.get("HTTP_ORIGIN", own[0]).lower() in own
-            if not same or environ.get("HTTP_SEC_FETCH_SITE", "none") not in OWN_PAGES:
+            origin, site = map(environ.get, ("HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE"))
+            if (origin or own[0]).lower() not in own or site not in (None, "none", "same-origin"):
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
         if sign_in:
@@ -2990,7 +2924,6 @@ class Api:
         return str(bottle.request.environ.get("chronos.user", "anonymous"))
 
     # ------------------------------------------------------------------------- handlers
-
     def health(self) -> Json:
         """Say whether the engine passes and the store can write."""
         if problem := self._problem():
@@ -3004,6 +2937,7 @@ class Api:
 
     def metrics(self) -> bytes:
         """Return what Prometheus scrapes, in its text format."""
+        began = self.clock.now() - self.clock.monotonic() + self._started
         counts = self.store.counts()
         samples = self.engine.counts | {
             f'chronos_build_info{{version="{__version__}"}}': 1,
@@ -3014,7 +2948,7 @@ class Api:
             "chronos_failing_jobs": counts["failing"],
             'chronos_executions{status="pending"}': counts["pending"],
             'chronos_executions{status="running"}': counts["running"],
-            "process_start_time_seconds": self._started_at() // SECOND,
+            "process_start_time_seconds": began // SECOND,
         }
         for result, number in self.store.ends_since(0).items():
             samples[f'chronos_executions_ended_total{{result="{result}"}}'] = number
@@ -3032,9 +2966,6 @@ class Api:
             kind = "histogram" if "_bucket" in lines else kind
             text += f"# HELP {name} See the README of Chronos.\n# TYPE {name} {kind}\n{lines}"
         return text.encode()
-
-    def _started_at(self) -> int:  # by the clock of now: it may have been wrong then
-        return self.clock.now() - self.clock.monotonic() + self._started
 
     def list_jobs(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
@@ -3215,7 +3146,7 @@ class Api:
             found.append({**about, "fire_times": times[:50], "has_more": len(times) > 50})
         return {"upcoming": found, "until": format_time(until)}
 
-    def stats(self) -> bytes:
+    def stats(self) -> bytes | Json:
         """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
         changes, problem, user = self.store.changes, self._problem(), self._user()
         viewers = sign_in.viewers if (sign_in := self.sign_in) else ()
@@ -3224,12 +3155,12 @@ class Api:
         jobs = self._jobs_json(self.store.jobs({}, 1000, 0)[0], has_ended=True)
         for job in jobs:
             del job["webhook"]  # it may be large
-        return self._answer(self.cluster_status() | {
-            "now": format_time(self.clock.now()), "started_at": format_time(self._started_at()),
-            "user": user, "may_write": user not in viewers, "paused": self.engine.paused,
-            "problem": problem, "last_24h": self.store.ends_since(self.clock.now() - DAY),
-            "active": [execution.to_json() for execution in self.store.active(50)], "jobs": jobs,
-        })  # fmt: skip
+        now, active = self.clock.now(), [e.to_json() for e in self.store.active(50)]
+        return self.cluster_status() | {
+            "now": format_time(now), "user": user, "may_write": user not in viewers,
+            "paused": self.engine.paused, "problem": problem, "active": active, "jobs": jobs,
+            "last_24h": self.store.ends_since(now - DAY),
+        }  # fmt: skip
 
     def page(self) -> bytes:
         """Return the dashboard; it holds no data."""
@@ -3256,7 +3187,6 @@ class Api:
 
 # ======================================================================================
 # 13. Service and command line
-# ======================================================================================
 
 
 def lock_data_dir(directory: Path) -> IO[str]:
@@ -3399,13 +3329,10 @@ class Service:
         self._open.close()
 
 
-_UNPRINTABLE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
 class LogFormatter(logging.Formatter):
     """One line an event: control characters of names and errors can't forge a line."""
+
+    _controls = r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
     def __init__(self, kind: str) -> None:
         """``kind``: text, json, or journal, which has times of its own and reads <priority>."""
@@ -3422,7 +3349,7 @@ class LogFormatter(logging.Formatter):
             event["job_id"] = "".join(re.findall(r"\bjob ([0-9a-f-]{36})", line)[:1])
             event["execution_id"] = "".join(re.findall(r"\bexec-[0-9a-f-]{36}", line)[:1])
             return json.dumps({name: value for name, value in event.items() if value})
-        line = _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), line)
+        line = re.sub(self._controls, lambda m: m[0].encode("unicode_escape").decode(), line)
         line = f"{line}\n{more}" if more else line
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # sd-daemon(3)
         return re.sub("(?m)^", f"<{priority}>", line) if self._kind == "journal" else line
@@ -3563,7 +3490,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 # ======================================================================================
 # 14. Dashboard: the page that GET / answers with; its data come from the API
-# ======================================================================================
 
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">

@@ -2897,8 +2897,9 @@ class Api:
         if not reads:
             name = re.sub(":(80|443)$", "", host)
             own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
-            origin, site = map(environ.get, ("HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE"))
-            if (origin or own[0]).lower() not in own or site not in (None, "none", "same-origin"):
+            origin = environ.get("HTTP_ORIGIN", own[0]).lower()
+            site = environ.get("HTTP_SEC_FETCH_SITE", "none")
+            if origin not in own or site not in ("none", "same-origin"):
                 message = "a page of another site must not change anything here"
                 raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
         if sign_in:

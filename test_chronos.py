@@ -6686,15 +6686,13 @@ def test_a_skipped_replaced_or_cancelled_run_needs_nobody(world, target, caplog)
     target.let_go.set()
 
 
-def test_missed_fire_times_and_a_spent_schedule_are_logged(world, target, caplog):
+def test_missed_fire_times_are_logged_once(world, target, caplog):
     caplog.set_level("INFO", "chronos")
     job = world.create(target.url, schedule="* * * * *")
-    once = world.create(target.url, schedule="@at 2027-03-01T12:01:00Z")
     world.advance(600)
 
     assert logged(caplog, f"job {job.id}: ").count("WARNING") == 1
     assert logged(caplog, "skipped: 9 fire times from") == ["WARNING"]
-    assert logged(caplog, f"job {once.id} is disabled: its schedule is spent") == ["INFO"]
 
 
 def test_an_end_is_told_once_and_not_before_it_is_on_disk(world, target, caplog):

@@ -1476,6 +1476,9 @@ class Store:
         """Return the newest executions, of a job or of all, older than the one ``before``."""
         of_job = "job_id = :job_id" if job_id else "TRUE"
         having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
+        if status == "verdict":  # it has ended in a way that says whether its job is well
+            others = "'cancelled replaced overlap'"
+            having = f"completed_at > 0 AND NOT instr({others}, ifnull(reason, 0))"
         sql = f"""
             SELECT * FROM named_executions
              WHERE {of_job} AND {having}
@@ -2603,9 +2606,8 @@ class Engine:
             return
         lines = [f"Chronos on {self.settings['cluster.node_id']}:"]
         for job in news[:ALERT_JOBS]:
-            ends = [e for e in self.store.executions(job["id"], 50) if e.completed_at is not None]
-            last = [e._replace(response=None) for e in ends if e.letter in "SFM"][:3]
-            job["executions"] = [execution.to_json() for execution in last]
+            last = self.store.executions(job["id"], 3, status="verdict")
+            job["executions"] = [e._replace(response=None).to_json() for e in last]
             fails = f"fails: {last[0].error}" if last else "fails"
             lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
         lines[11:] = [f"and {len(news) - 10} more"] if len(news) > 10 else []
@@ -2617,8 +2619,7 @@ class Engine:
             "initial_interval": "5s", "max_interval": "10m", "attempt_timeout": "10s"},
         }, self.settings["scheduler.default_retry_policy"], now=0)  # fmt: skip
         version = self._version(ALERTS_ID, self.store.save_alert(config, turn.now))
-        alert = self._new(version, "alert", turn.now, turn.now)
-        self.store.add_execution(alert)
+        self.store.add_execution(self._new(version, "alert", turn.now, turn.now))
 
     def _take(self, turn: Pass) -> None:
         """Start due executions, as many as workers are free and their targets may hold."""

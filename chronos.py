@@ -2852,7 +2852,6 @@ class Api:
         for method, path, name in self.ROUTES:
             self.app.route(path, method, functools.partial(self._handle, getattr(self, name)))
         self.app.default_error_handler = self._bottle_error
-        self.app.add_hook("after_request", self._log_request)
 
     def _log_request(self) -> None:
         request, status = bottle.request, bottle.response.status_code
@@ -2885,6 +2884,8 @@ class Api:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
             return self._answer(None, bug)
+        finally:
+            self._log_request()
 
     def _check_sender(self, environ: Json, is_public: bool) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
@@ -2914,15 +2915,15 @@ class Api:
         code = codes.get(error.status_code, "INTERNAL_ERROR")
         if code == "INTERNAL_ERROR":
             log.error("%s failed", place, exc_info=error.exception)
-        return self._answer(None, ApiError(code, f"{place}: {error.body}"))
+        answer = self._answer(None, ApiError(code, f"{place}: {error.body}"))
+        self._log_request()
+        return answer
 
-    @staticmethod
-    def _answer(data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
+    def _answer(self, data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
         bottle.response.status = STATUS[error.code] if error else status
         return envelope(data, error)
 
-    @staticmethod
-    def _user() -> str:
+    def _user(self) -> str:
         return str(bottle.request.environ.get("chronos.user", "anonymous"))
 
     # ------------------------------------------------------------------------- handlers
@@ -3181,8 +3182,7 @@ class Api:
         bottle.response.status = 304 if known else 200
         return known
 
-    @staticmethod
-    def _query(table: dict[str, Field]) -> Json:
+    def _query(self, table: dict[str, Field]) -> Json:
         query = bottle.request.query.decode()
         return validate(table, dict(query), frozenset(query))
 

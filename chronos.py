@@ -78,8 +78,7 @@ except ImportError as error:
     package = repr(error.name or str(error))
     sys.exit(f"chronos: the package {package} is missing: pip install -r requirements.txt")
 
-# ======================================================================================
-# 1. Constants
+# ==== 1. Constants ====================================================================
 
 __version__ = "0.1.0"
 log = logging.getLogger("chronos")
@@ -91,20 +90,18 @@ MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
 MAX_BODY_BYTES = 1 << 20  # of a request to the API
-MAX_CATCH_UP = 100  # executions of one job that missed_run_policy execute_all makes up for
 MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
 MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
 MAX_LOOKUPS, LOOKUP_PATIENCE_S = 16, 0.4  # at once; how long one more waits for one to end
 PRUNE_ROWS, PRUNE_JOBS = 250, 20  # that a pass looks at; the rows must be more than the 100 spared
 PRUNE_INTERVAL = 100_000  # while there is other work, µs
-MAX_ACTIVE = 1000  # executions of one job that have not ended
+MAX_CATCH_UP, MAX_ACTIVE = 100, 1000  # executions of a job: made up for by execute_all; unended
 QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean stop only
 MAX_FIRES_PER_PASS, PASS_TARGET = 256, 50_000  # after so many, or µs, the next pass goes on
 CLOCK_STEP, CLOCK_FAR_BACK = SECOND, 3 * HOUR  # seen as a step; so far back cursors begin anew
 WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
 WATCHDOG_TICK_S, SIGN_OF_LIFE_S = 0.1, 10  # how often limits are looked at, systemd is told
-SILENCE_LIMIT = 30 * SECOND  # an engine or watchdog that is silent for longer hangs
-HEARTBEAT, IDLE_CONNECTION = MINUTE, 30 * SECOND
+HEARTBEAT, IDLE_CONNECTION, SILENCE_LIMIT = MINUTE, 30 * SECOND, 30 * SECOND  # then it hangs
 VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
 MASK = "********"
 LETTERS = {  # how an execution ended
@@ -121,8 +118,7 @@ DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of
 ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
 ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 100  # what turns meanwhile is told at once; up to so many
 
-# ======================================================================================
-# 2. Errors: each is a status, a stable code and a sentence for people
+# ==== 2. Errors: each is a status, a stable code and a sentence for people ============
 
 STATUS = {
     "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "UNAUTHORIZED": 401,
@@ -171,8 +167,7 @@ class Problems(ApiError, ValueError):
         self.problems = problems
 
 
-# ======================================================================================
-# 3. Time: instants are integers, µs since the epoch, UTC; so are durations, in µs
+# ==== 3. Time: instants are integers, µs since the epoch, UTC; so are durations, in µs ====
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RFC_3339 = re.compile(r"(?ai)\d{4}(-\d\d){2}T(?!24)(\d\d:){2}\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
@@ -236,8 +231,7 @@ def format_duration(us: int) -> str:
     return "".join(f"{n}{unit}" for n, unit in parts if n not in (0, "0")) or "0s"
 
 
-# ======================================================================================
-# 4. Schedules: when a job fires; no clock, no I/O
+# ==== 4. Schedules: when a job fires; no clock, no I/O ================================
 #
 # croniter never sees a time zone, a day or an expression as it was typed, because its releases
 # disagree about them. A strict gate turns each field into its plain list of numbers; croniter
@@ -451,8 +445,7 @@ def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[J
             yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
 
 
-# ======================================================================================
-# 5. Validation: an object is a table of fields; every wrong field is reported at once
+# ==== 5. Validation: an object is a table of fields; every wrong field is reported at once ====
 #
 # A check takes a value as it came from JSON or YAML and returns it in its normal form, or raises
 # ValueError with a sentence that goes on after the field's name ("timeout must be …").
@@ -558,7 +551,6 @@ def query_number(low: int, high: int) -> Check:
     return lambda value: min(int(whole(value)), high)
 
 
-# -------------------------------------------------------------------------- a job's fields
 boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
 _no_constant = rule(lambda _name: False, "NaN and Infinity are no numbers in JSON")
 _user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
@@ -609,7 +601,6 @@ def _auth(value: Any) -> Json:
 
 # fmt: off
 AUTH_FIELDS: dict[str, dict[str, Field]] = {
-    # type      field                check                                  default
     "basic":   {"username":    Field(_user_name),
                 "password":    Field(_password)},
     "bearer":  {"token":       Field(_header_value)},
@@ -617,7 +608,6 @@ AUTH_FIELDS: dict[str, dict[str, Field]] = {
                 "header":      Field(_header_name,                          "X-API-Key")},
 }
 WEBHOOK_FIELDS: dict[str, Field] = {
-    # field                    check                                        default
     "url":               Field(_url),
     "method":            Field(one_of("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"),
                                                                             "GET"),
@@ -721,8 +711,7 @@ def merge_patch(target: Any, patch: Any, path: str = "") -> Any:
     return {k: v for k, v in merged.items() if v is not None or k not in patch}
 
 
-# ======================================================================================
-# 6. Records: jobs and executions as the rest of the program sees them
+# ==== 6. Records: jobs and executions as the rest of the program sees them ============
 
 
 class Job(NamedTuple):
@@ -830,8 +819,7 @@ class Outcome:
     retry_after: int | None = None  # µs that the answer asked to wait
 
 
-# ======================================================================================
-# 7. Settings: chronos.yaml, every key with its check and its default
+# ==== 7. Settings: chronos.yaml, every key with its check and its default =============
 #
 # Settings are a flat dict: "dispatcher.connect_timeout" -> "10s". The file nests them; an
 # environment variable CHRONOS_DISPATCHER_CONNECT_TIMEOUT overrides, read as a YAML scalar.
@@ -1031,22 +1019,18 @@ def check_door(settings: Json) -> None:
         raise Problems([("server.http.address", f"{address} lets everybody in: set {ways_out}")])
 
 
-# ======================================================================================
-# 8. Policies: pure functions
+# ==== 8. Policies: pure functions =====================================================
 
 
 def retry_wait(policy: Json, attempt: int, retry_after: int | None) -> int:
-    """Return the wait (µs) after attempt 1, 2, 3 …: with the defaults 1 s, 2 s, 4 s … up to 1 m.
-
-    What the answer asked for (RFC 9110, 10.2.3; None: nothing) counts where it is longer.
-    """
+    """Return the µs to wait: with the defaults 1 s, 2 s, 4 s … up to 1 m; at least retry_after."""
     first, most = (parse_duration(policy[key]) for key in ("initial_interval", "max_interval"))
     grown = first * policy["multiplier"] ** min(attempt - 1, 100)
     return max(int(min(grown, most)), retry_after or 0)
 
 
 def parse_retry_after(value: str | None, now: int) -> int | None:
-    """Return the µs that a ``Retry-After`` header asks to wait (seconds or a date), or None."""
+    """Return the µs that a ``Retry-After`` header (RFC 9110, 10.2.3) asks to wait, or None."""
     value = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
         return int(value) * SECOND
@@ -1091,8 +1075,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
     return execution._replace(reason=reason, error=error)
 
 
-# ======================================================================================
-# 9. Store: every SQL statement of Chronos is in this section
+# ==== 9. Store: every SQL statement of Chronos is in this section =====================
 #
 # Methods take and return records, never rows. Each thread has a connection of its own; only the
 # engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
@@ -1245,8 +1228,7 @@ class Store:
             raise StoreError(f"the database failed: {error} ({self.path})") from error
 
     def _value(self, statement: str, /, **values: Any) -> Any:
-        found = self._run(statement, **values)
-        return found[0][0] if found else None
+        return next((row[0] for row in self._run(statement, **values)), None)
 
     @property
     def in_transaction(self) -> bool:
@@ -1270,7 +1252,6 @@ class Store:
                 self._run(undo)
             raise
 
-    # -------------------------------------------------------------- numbers and instants
     def number(self, key: str) -> Any:
         """Return a number of meta, such as last_seen; None without it."""
         return self._value("SELECT value FROM meta WHERE key = :key", key=key)
@@ -1287,7 +1268,6 @@ class Store:
                    (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
         return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
 
-    # ----------------------------------------------------------------------------- jobs
     def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
         return [
             Job._make([*row[1:3], bool(row[3]), *row[4:7], json.loads(row["config"]), *row[7:11]])
@@ -1417,7 +1397,6 @@ class Store:
         found = dict(map(tuple, self._run(sql, hour=at // HOUR)))
         return {name: found.get(letter, 0) for name, letter in LETTERS.items()}
 
-    # --------------------------------------------------------------------------- alerts
     def note_news(self, job_ids: set[str], after: int, now: int) -> None:
         """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
         sql = """
@@ -1449,7 +1428,6 @@ class Store:
         self._run(sql, id=ALERTS_ID, number=number)
         return number
 
-    # ----------------------------------------------------------------------- executions
     def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
         return [Execution(*row[1:]) for row in self._run(statement, **values)]
 
@@ -1615,8 +1593,7 @@ class Store:
             self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
 
 
-# ======================================================================================
-# 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to
+# ==== 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to ====
 #
 # Sockets and the reading of answers are our own, because no timeout of requests is a limit: a
 # server that drips bytes renews them all. What ends a blocked call from another thread is
@@ -1775,8 +1752,7 @@ class Connection:
     def __init__(self, key: Key, family: int) -> None:
         self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.idle_since = 0
-        self.reusable = False  # the last answer has been read to its end
+        self.idle_since, self.reusable = 0, False  # reusable: the last answer was read to its end
         self._handle = self.socket.dup()
         self._received = bytearray()  # and not read yet
 
@@ -1976,7 +1952,6 @@ class Dispatcher:
         text = webhook.masked(text.rstrip("\ufffd"), cut=True)
         return f"{text}\n[cut off after {self._max_bytes} bytes]"
 
-    # ----------------------------------------------------------------------- connections
     def _exchange(self, attempt: Attempt) -> Answer:
         """Send the request on an idle connection, or on a new one. Raises RequestException."""
         webhook = attempt.webhook
@@ -2089,8 +2064,7 @@ class Dispatcher:
         return addresses
 
 
-# ======================================================================================
-# 11. Engine: fire times become executions, executions become requests
+# ==== 11. Engine: fire times become executions, executions become requests ============
 #
 # One thread is the only writer of the database. Each pass of it is one transaction, in this
 # order: outcomes of attempts, fire times, changes of the API, take what is due. What others wait
@@ -2136,8 +2110,7 @@ class Engine:
         self.paused: bool = settings["scheduler.paused"]
         self.stopping = False  # nothing is started any more
         self.problem: str | None = None  # why the last pass failed
-        none = {"chronos_engine_passes_total": 0, "chronos_store_errors_total": 0}
-        self.counts = defaultdict[str, float](int, none)  # since the start, for /metrics
+        self.counts = defaultdict[str, float](int, chronos_store_errors_total=0)  # for /metrics
         self.last_pass = self._worked_at = clock.monotonic()
         self._grace = parse_duration(settings["scheduler.missed_run_grace"])
         self._workers: int = settings["dispatcher.max_concurrent_jobs"]
@@ -2227,10 +2200,7 @@ class Engine:
         return self._update(turn, new, new._replace(config=config, enabled=enabled), user)
 
     def declare_jobs(self, turn: Pass, declared: dict[str, tuple[Json, bool, str]]) -> list[Job]:
-        """Make jobs as chronos.yaml has them; return those that this has changed.
-
-        Where a declaration is as before, the state stays: somebody may have disabled the job.
-        """
+        """Make jobs as declared; return those changed. A declaration as before keeps the state."""
         changed: list[Job] = []
         known = self.store.declared_jobs(list(declared))
         for job_id in dict.fromkeys([*declared, *sorted(known)]):
@@ -2269,10 +2239,7 @@ class Engine:
     def _update(
         self, turn: Pass, job: Job, changed: Job, user: str = "", is_new: bool = False
     ) -> Job:
-        """Write a changed job. Its cursor moves only where state, schedule or zone do.
-
-        Another configuration is a new version by this user, and so is what ``is_new``.
-        """
+        """Write a changed job, a new version where its configuration is new, or ``is_new``."""
         is_new |= changed.config != job.config
         if is_new:
             changed = changed._replace(version=job.version + 1)
@@ -2480,10 +2447,7 @@ class Engine:
         tell(result)
 
     def _fail(self, turn: Pass, error: Exception) -> None:
-        """The pass was rolled back: its writers are told, outcomes wait for the next pass.
-
-        Why is kept for /health, and logged once per kind and minute.
-        """
+        """The pass was rolled back: say why, once a minute; outcomes wait for the next pass."""
         kind, now = type(error).__name__, self.clock.monotonic()
         self.problem = str(error) or repr(error)
         self.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
@@ -2698,8 +2662,7 @@ class Engine:
         return execution
 
 
-# ======================================================================================
-# 12. API: a table of routes; each handler parses, calls and answers
+# ==== 12. API: a table of routes; each handler parses, calls and answers ==============
 #
 # Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
 
@@ -2794,7 +2757,6 @@ class SignIn:
         return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
 
 
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
 HEADERS = {
     "Content-Type": "application/json", "Cache-Control": "no-store", "X-Frame-Options": "DENY",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
@@ -2811,7 +2773,6 @@ class Api:
 
     # fmt: off
     ROUTES = (
-        # method    path                                                handler
         ("GET",    "/",                                                 "page"),
         ("GET",    "/health",                                           "health"),
         ("GET",    "/metrics",                                          "metrics"),
@@ -2842,7 +2803,6 @@ class Api:
     def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
         self.engine, self.store, self.clock = engine, store, clock
         self._retry_policy: Json = settings["scheduler.default_retry_policy"]
-        self._public: bool = settings["metrics.public"]
         self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
         self.sign_in: SignIn | None = None
         own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
@@ -2868,7 +2828,7 @@ class Api:
             if raw_path.endswith("\n"):  # Bottle's routes let that pass
                 raise ApiError("NOT_FOUND", "there is nothing")
             if handler != self.health:
-                self._check_sender(environ, handler == self.metrics and self._public)
+                self._check_sender(environ, handler)
             result = handler(**path)
             if isinstance(result, bytes):  # not in the envelope
                 return result
@@ -2887,9 +2847,10 @@ class Api:
         finally:
             self._log_request()
 
-    def _check_sender(self, environ: Json, is_public: bool) -> None:
+    def _check_sender(self, environ: Json, handler: Callable[..., Any]) -> None:
         """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
-        reads = bottle.request.method in SAFE_METHODS
+        is_public = handler == self.metrics and self.engine.settings["metrics.public"]
+        reads = bottle.request.method in ("GET", "HEAD", "OPTIONS")  # safe: RFC 9110, 9.2.1
         host = environ.get("HTTP_HOST", "").lower()
         name = re.sub(":[0-9]*$", "", host)
         is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
@@ -2926,7 +2887,6 @@ class Api:
     def _user(self) -> str:
         return str(bottle.request.environ.get("chronos.user", "anonymous"))
 
-    # ------------------------------------------------------------------------- handlers
     def health(self) -> Json:
         """Say whether the engine passes and the store can write."""
         if problem := self._problem():
@@ -2941,7 +2901,7 @@ class Api:
     def metrics(self) -> bytes:
         """Return what Prometheus scrapes, in its text format."""
         began = self.clock.now() - self.clock.monotonic() + self._started
-        counts = self.store.counts()
+        counts, pages = self.store.counts(), int(Path("/proc/self/statm").read_text().split()[1])
         samples = self.engine.counts | {
             f'chronos_build_info{{version="{__version__}"}}': 1,
             "chronos_is_leader": 1,
@@ -2952,13 +2912,11 @@ class Api:
             'chronos_executions{status="pending"}': counts["pending"],
             'chronos_executions{status="running"}': counts["running"],
             "process_start_time_seconds": began // SECOND,
+            "process_resident_memory_bytes": pages * resource.getpagesize(),
+            "process_open_fds": len(os.listdir("/proc/self/fd")),
         }
         for result, number in self.store.ends_since(0).items():
             samples[f'chronos_executions_ended_total{{result="{result}"}}'] = number
-        with contextlib.suppress(OSError):  # only Linux has it
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            samples["process_resident_memory_bytes"] = pages * resource.getpagesize()
-            samples["process_open_fds"] = len(os.listdir("/proc/self/fd"))
         families: dict[str, str] = {}
         for series, value in samples.items():
             name = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", series)
@@ -3078,8 +3036,7 @@ class Api:
 
     def list_executions(self, job_id: str | None = None) -> Json:
         """Return the newest executions of a job, or over all jobs without what was answered."""
-        query = self._query(EXECUTIONS_QUERY)
-        limit, before, status = query["limit"], query["before"], query["status"]
+        limit, before, status = self._query(EXECUTIONS_QUERY).values()
         if job_id:
             self.store.job(job_id)
         if before:
@@ -3187,8 +3144,7 @@ class Api:
         return validate(table, dict(query), frozenset(query))
 
 
-# ======================================================================================
-# 13. Service and command line
+# ==== 13. Service and command line ====================================================
 
 
 def lock_data_dir(directory: Path) -> IO[str]:
@@ -3409,8 +3365,8 @@ def run_serve(asked: argparse.Namespace) -> None:
         while True:
             engine = service.engine  # a full disk is no reason to start anew, a hung thread is
             alive = ["WATCHDOG=1"] if engine.silence() <= SILENCE_LIMIT else []
-            status = f"STATUS={engine.problem or f'listens on {service.url}'}"
-            tell_systemd("READY=1", status, *alive)
+            state = engine.problem or f"listens on {service.url}"
+            tell_systemd("READY=1", f"STATUS={state}", *alive)
             came = signal.sigtimedwait(signals, SIGN_OF_LIFE_S)
             if came and came.si_signo != signal.SIGHUP:
                 break
@@ -3440,8 +3396,7 @@ def run_check_config(asked: argparse.Namespace) -> None:
 
 def run_hash_password(_asked: argparse.Namespace) -> None:
     """Print the hash for auth.users of a password: typed in, or one line of the input."""
-    is_typed = sys.stdin.isatty()
-    password = getpass.getpass().encode() if is_typed else sys.stdin.buffer.readline()
+    password = getpass.getpass().encode() if sys.stdin.isatty() else sys.stdin.buffer.readline()
     if not (password := password.rstrip(b"\r\n")):
         raise ChronosError("an empty password is none")
     print(hash_password(password, os.urandom(16)))
@@ -3449,31 +3404,78 @@ def run_hash_password(_asked: argparse.Namespace) -> None:
 
 def run_backup(asked: argparse.Namespace) -> None:
     """Copy the database to FILE and check the copy; the server may be running."""
-    directory = read_settings(asked)["cluster.data_dir"]
-    Store(Path(directory) / "chronos.db").backup(asked.file.absolute())
+    store = Store(Path(read_settings(asked)["cluster.data_dir"], "chronos.db"))
+    store.backup(asked.file.absolute())
     print(f"{asked.file} is a consistent copy")
+
+
+UNIT = """\
+[Unit]
+Description=Chronos, a cron service that fires HTTP webhooks
+After=time-sync.target network.target
+[Service]
+Type=notify
+# -I: neither variables nor directories of a user decide what Python loads.
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+User=chronos
+Restart=on-failure
+# 75: it runs already, 78: configuration or database are wrong. Another start would not help.
+RestartPreventExitStatus=75 78
+# Only threads that hang stop its signs of life. A large database is checked at the start.
+WatchdogSec=60
+TimeoutStartSec=15min
+TimeoutStopSec={grace}
+# At most 1000 workers, 256 threads of the API, 16 look-ups.
+TasksMax=1400
+# It writes to its data only; the rest is what it never needs, nor who would break in.
+ReadWritePaths={data}
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+{hardening}
+[Install]
+WantedBy=multi-user.target
+"""
+HARDENING = """
+    CapabilityBoundingSet= LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+    PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
+    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
+    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
+    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+    SystemCallArchitectures=native UMask=0077"""
+
+
+def run_systemd_unit(asked: argparse.Namespace) -> None:
+    """Print a unit for systemd, with the paths of this program, Python and configuration."""
+    settings = read_settings(asked)
+    python, program, config, data = (  # as systemd.syntax(7) has them
+        json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
+        for path in (sys.executable, __file__, asked.config or "", settings["cluster.data_dir"])
+    )
+    command = f"{python} -I {program}" + (f" --config {config}" if asked.config else "")
+    grace = parse_duration(settings["server.shutdown_grace"]) // SECOND + 15
+    hardening = "\n".join(HARDENING.split())
+    print(UNIT.format(command=command, data=data, grace=grace, hardening=hardening), end="")
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
         raise ChronosError(f"{message} (see --help)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
-    # Options stand before or after the command.
     options = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
-    about = "A cron service that fires HTTP webhooks."
-    parser = ArgumentParser("chronos.py", description=about, parents=[options])
+    parser = ArgumentParser("chronos.py", description="Fires webhooks on time.", parents=[options])
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in (run_serve, run_check_config, run_hash_password, run_backup):
+    for run in (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit):
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)
@@ -3490,8 +3492,7 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(error, "exit_status", EXIT_FAILED)
 
 
-# ======================================================================================
-# 14. Dashboard: the page that GET / answers with; its data come from the API
+# ==== 14. Dashboard: the page that GET / answers with; its data come from the API =====
 
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">

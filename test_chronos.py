@@ -29,6 +29,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -6539,7 +6540,7 @@ def test_help_explains_every_command():
     assert (result.returncode, result.stderr) == (0, "")
     told = " ".join(result.stdout.split())
     runs = {name: run for name, run in vars(chronos).items() if name.startswith("run_")}
-    assert len(runs) == 4
+    assert len(runs) == 5
     for name, run in runs.items():
         assert f"{name.removeprefix('run_').replace('_', '-')} {run.__doc__}" in told
 
@@ -6723,11 +6724,19 @@ NEEDS_SYSTEMD = pytest.mark.skipif(
 )
 
 
+def print_unit(config, program=CHRONOS):
+    """Return what systemd-unit prints, and its settings; of one that is there twice the last."""
+    result = run_chronos("systemd-unit", "--config", config, program=program)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if re.match("[A-Z][A-Za-z]*=", line)]
+    return result, dict(line.split("=", 1) for line in lines)
+
+
 @NEEDS_SYSTEMD
-def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(tmp_path):
-    text = CHRONOS.with_name(".chronos.service").read_text()
-    path = tmp_path / "chronos.service"  # with a program that is there
-    path.write_text(text.replace("/opt/chronos/.venv/bin/python", sys.executable))
+def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(configure, tmp_path):
+    result, _settings = print_unit(configure(""))
+    path = tmp_path / "chronos.service"
+    path.write_text(result.stdout)
 
     def analyze(*arguments):
         command = ["systemd-analyze", *arguments, path]
@@ -6739,20 +6748,55 @@ def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(tmp_path
     assert float(re.search(r"exposure level for \S+: ([0-9.]+)", exposed)[1]) < 2.0
 
 
-def test_the_unit_leaves_time_to_stop_and_room_for_all_threads():
-    text = CHRONOS.with_name(".chronos.service").read_text()
-    settings = dict(re.findall("(?m)^([A-Z][A-Za-z]*)=(.*)$", text))
+def test_the_unit_starts_this_program_with_this_interpreter_and_configuration(tmp_path):
+    home = tmp_path / 'a "b" 100% é'
+    home.mkdir()
+    program = shutil.copy(CHRONOS, home)
+    (home / "own.yaml").write_text("cluster: {data_dir: ../state}")
 
+    _result, settings = print_unit(home / "own.yaml", program=program)
+
+    command = shlex.split(settings["ExecStart"].replace("%%", "%"))
+    assert command == [sys.executable, "-I", program, "--config", str(home / "own.yaml")]
+    assert "%%" in settings["ExecStart"]
+    assert settings["ReadWritePaths"] == f'"{tmp_path}/state"'
+    started = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True)
+    assert started.stdout.startswith(b"chronos ")
+
+
+def test_the_unit_without_a_configuration_names_none(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+
+    result = run_chronos("systemd-unit", program=program)
+
+    assert f'-I "{program}"\n' in result.stdout
+    assert f'\nReadWritePaths="{tmp_path}/data"\n' in result.stdout
+
+
+def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(configure):
+    _result, settings = print_unit(configure(
+        "{cluster: {data_dir: /var/lib/chronos}, server: {shutdown_grace: 2m}}"
+    ))  # fmt: skip
+
+    expected = {
+        "Type": "notify", "User": "chronos", "Restart": "on-failure", "TimeoutStopSec": "135",
+        "RestartPreventExitStatus": f"{chronos.EXIT_RUNNING} {chronos.EXIT_CONFIG}",
+        "ReadWritePaths": '"/var/lib/chronos"', "ExecReload": "/bin/kill -HUP $MAINPID",
+    }  # fmt: skip
+    assert settings | expected == settings
+    assert int(settings["WatchdogSec"]) >= 4 * chronos.SIGN_OF_LIFE_S
     most = {"dispatcher.max_concurrent_jobs": 1000, "server.http.threads": 256}
     for name, threads in most.items():
         with pytest.raises(ValueError, match=f"to {threads}"):
             chronos.SETTINGS[name].check(threads + 1)
     assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
-    grace = chronos.parse_duration(chronos.SETTINGS["server.shutdown_grace"].default) // SECOND
-    assert int(settings["TimeoutStopSec"]) >= grace + 10
-    assert int(settings["WatchdogSec"]) >= 4 * chronos.SIGN_OF_LIFE_S
-    codes = f"{chronos.EXIT_RUNNING} {chronos.EXIT_CONFIG}"
-    assert settings["RestartPreventExitStatus"] == codes
+
+
+def test_a_wrong_configuration_makes_no_unit(configure):
+    result = run_chronos("systemd-unit", "--config", configure("nonsense: 1"))
+
+    check_refused(result, 78, "nonsense")
+    assert result.stdout == ""
 
 
 class Manager:

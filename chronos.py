@@ -1080,7 +1080,7 @@ def ended(execution: Execution, status: str, reason: str, error: str, now: int) 
 # Methods take and return records, never rows. Each thread has a connection of its own; only the
 # engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
 
-APPLICATION_ID = 1130918511  # "Chro", in the header of the file
+APPLICATION_ID, SCHEMA_VERSION = 1130918511, 1  # "Chro"; both are in the header of the file
 SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE jobs (                      -- class Job says what each column is
@@ -1124,7 +1124,6 @@ CREATE TABLE ends (                      -- how many executions ended in an hour
 );
 PRAGMA application_id = 1130918511;
 """  # noqa: S608 - the names of our own columns
-SCHEMA_VERSION = 1
 
 
 class Store:
@@ -3420,6 +3419,7 @@ ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 User=chronos
 Restart=on-failure
+RestartSec=5
 # 75: it runs already, 78: configuration or database are wrong. Another start would not help.
 RestartPreventExitStatus=75 78
 # Only threads that hang stop its signs of life. A large database is checked at the start.

@@ -6780,6 +6780,7 @@ def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(confi
 
     expected = {
         "Type": "notify", "User": "chronos", "Restart": "on-failure", "TimeoutStopSec": "135",
+        "RestartSec": "5",  # by default five starts in ten seconds would be the last
         "RestartPreventExitStatus": f"{chronos.EXIT_RUNNING} {chronos.EXIT_CONFIG}",
         "ReadWritePaths": '"/var/lib/chronos"', "ExecReload": "/bin/kill -HUP $MAINPID",
     }  # fmt: skip

@@ -90,8 +90,7 @@ MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
 MAX_BODY_BYTES = 1 << 20  # of a request to the API
-MAX_HEADERS, MAX_LINE_BYTES = 100, 1 << 16  # of an answer
-MAX_HEAD_BYTES = 1 << 18  # of an answer: of all its lines that are not the body
+MAX_HEADERS, MAX_LINE_BYTES, MAX_HEAD_BYTES = 100, 1 << 16, 1 << 18  # of an answer, less its body
 MAX_LOOKUPS, LOOKUP_PATIENCE_S = 16, 0.4  # at once; how long one more waits for one to end
 PRUNE_ROWS, PRUNE_JOBS = 250, 20  # that a pass looks at; the rows must be more than the 100 spared
 PRUNE_INTERVAL = 100_000  # while there is other work, µs
@@ -116,7 +115,7 @@ DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declare
 NOT_HERE = f"the job is declared in {DECLARED_BY}: change it there"
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
 ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
-ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 100  # what turns meanwhile is told at once; up to so many
+ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 50  # told at once; shown: they fit MAX_BODY_BYTES
 
 # ==== 2. Errors: each is a status, a stable code and a sentence for people ============
 
@@ -1092,7 +1091,7 @@ CREATE TABLE jobs (                      -- class Job says what each column is
     is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
 );
 INSERT INTO jobs VALUES
-    (0, '00000000-0000-0000-0000-000000000000', 0, 0, 0, 0, NULL, '', 0, NULL, 'alerts', 0, NULL);
+    (0, '{ALERTS_ID}', 0, 0, 0, 0, NULL, '', 0, NULL, '{DECLARED_BY}', 0, NULL);
 CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE versions (                  -- config: JSON, in the form of the API
@@ -1122,8 +1121,8 @@ CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'faile
 CREATE TABLE ends (                      -- how many executions ended in an hour, and how
     hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
 );
-PRAGMA application_id = 1130918511;
-"""  # noqa: S608 - the names of our own columns
+PRAGMA application_id = {APPLICATION_ID};
+"""  # noqa: S608 - constants of our own
 
 
 class Store:
@@ -1368,8 +1367,7 @@ class Store:
                 SELECT seq FROM executions
                  WHERE job_id = job.value AND (NOT :has_ended OR completed_at IS NOT NULL)
                  ORDER BY seq DESC LIMIT 1)"""
-        ids = json.dumps([job.id for job in jobs])
-        found = self._executions(sql, ids=ids, has_ended=has_ended)
+        found = self._executions(sql, ids=json.dumps([j.id for j in jobs]), has_ended=has_ended)
         return {execution.job_id: execution for execution in found}
 
     def _count_end(self, execution: Execution) -> None:
@@ -1445,7 +1443,7 @@ class Store:
         sql = "SELECT * FROM named_executions WHERE id = :id AND job_id = ifnull(:job_id, job_id)"
         for execution in self._executions(sql, id=execution_id, job_id=job_id):
             return execution
-        raise ApiError("NOT_FOUND", f"there is no execution {execution_id} of this job")
+        raise ApiError("NOT_FOUND", f"there is no such execution: {execution_id}")
 
     def executions(
         self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
@@ -1454,8 +1452,8 @@ class Store:
         of_job = "job_id = :job_id" if job_id else "TRUE"
         having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
         if status == "verdict":  # it has ended in a way that says whether its job is well
-            others = "'cancelled replaced overlap'"
-            having = f"completed_at > 0 AND NOT instr({others}, ifnull(reason, 0))"
+            others = "('cancelled', 'replaced', 'overlap')"
+            having = f"completed_at > 0 AND ifnull(reason, '') NOT IN {others}"
         sql = f"""
             SELECT * FROM named_executions
              WHERE {of_job} AND {having}
@@ -1873,9 +1871,11 @@ class Dispatcher:
     """Runs attempts and owns the connections: send() in a worker, the watchdog beside."""
 
     def __init__(self, clock: Clock, settings: Json) -> None:
-        self._clock, self._settings = clock, settings
+        self._clock = clock
         self._max_bytes: int = settings["dispatcher.max_response_bytes"]
         self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
+        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
+        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
         self._networks = [settings[f"dispatcher.{x}_networks"] for x in ("blocked", "allowed")]
         self._idle: list[Connection] = []  # the oldest first
         self._lock = threading.Lock()  # protects _idle; one at a time reads certificates
@@ -1997,8 +1997,7 @@ class Dispatcher:
         host = str(parts.hostname)
         with self._lock:  # so that only one of many reads the certificates
             tls = self._context(key[1]) if parts.scheme == "https" else None
-        patience = parse_duration(self._settings["dispatcher.connect_timeout"])
-        limit = self._clock.monotonic() + patience
+        limit = self._clock.monotonic() + self._connect_timeout
 
         def left(shared_by: int = 1) -> float:
             return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
@@ -2029,8 +2028,7 @@ class Dispatcher:
     @functools.lru_cache  # noqa: B019 - there is one dispatcher
     def _context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        usual = requests.certs.where()  # type: ignore[attr-defined]
-        context = ssl.create_default_context(cafile=self._settings["dispatcher.ca_bundle"] or usual)
+        context = ssl.create_default_context(cafile=self._ca_bundle)
         context.check_hostname = verify
         context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
         return context
@@ -2099,8 +2097,8 @@ class Pass:
 class Engine:
     """Turns fire times into executions and these into requests. run_pass() is one pass.
 
-    Workers and API threads put into _inbox and wait for settled; stop() sets both flags once, a
-    reload settings; /health reads problem and last_pass. The engine owns the rest.
+    Workers and API threads put into _inbox, API threads their own into waiters; stop() sets both
+    flags once, a reload settings; /health reads problem and last_pass. The engine owns the rest.
     """
 
     def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
@@ -2122,7 +2120,7 @@ class Engine:
         self._outcomes: list[Outcome] = []  # kept until a pass has written them
         self._changes: deque[tuple[Future[Any], Change]] = deque()
         self._in_flight: dict[str, Attempt] = {}
-        self.settled = threading.Condition()  # notified when a pass has ended executions
+        self.waiters: dict[str, threading.Event] = {}  # execution -> set when it has ended
         self._offset = clock.now() - clock.monotonic()  # a change of it is a step of the clock
         self._wake_at = 0  # nothing is due before this instant
         self._seen_at: int | None = None  # when the backlog was first seen, while there is one
@@ -2153,8 +2151,8 @@ class Engine:
         if not self._thread.is_alive():
             return  # the start did not get so far
         self.stopping = True
-        with self.settled:
-            self.settled.notify_all()
+        for waiter in list(self.waiters.values()):
+            waiter.set()
         with contextlib.suppress(ApiError):
             self.make(lambda _turn: None)  # after it no pass is under way that starts something
         deadline = self.clock.monotonic() + grace
@@ -2354,7 +2352,7 @@ class Engine:
         for job_id, number, fire_time in due:
             if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
                 self._fire(turn, job_id, number, fire_time)
-        if not self.paused and self.store.news(turn.now - ALERT_GATHER):
+        if self.settings["alerts.webhook"] and self.store.news(turn.now - ALERT_GATHER):
             self._changes.append((Future(), self._alert))  # so that a bug in it stops nothing else
         self._make_changes(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
@@ -2412,9 +2410,9 @@ class Engine:
             self._attempts.put(taken)
         for future, result in turn.made:
             self._answer(future, result)
-        with self.settled:
-            self.settled.notify_all()
         for execution in turn.ended.values():
+            if waiter := self.waiters.get(execution.id):
+                waiter.set()
             if attempt := self._in_flight.get(execution.id):
                 attempt.abort(str(execution.reason))
             if execution.completed_at is not None:  # else its job was deleted
@@ -2564,8 +2562,8 @@ class Engine:
 
     def _alert(self, turn: Pass) -> None:
         """Tell of all jobs that have turned: one alert at a time, so that none is overtaken."""
-        news, webhook = self.store.news(turn.now - ALERT_GATHER), self.settings["alerts.webhook"]
-        if not news or not webhook or self.store.active_executions(ALERTS_ID, 1, 1):
+        news = self.store.news(turn.now - ALERT_GATHER)
+        if self.paused or not news or self.store.active_executions(ALERTS_ID, 1, 1):
             return
         lines = [f"Chronos on {self.settings['cluster.node_id']}:"]
         for job in news[:ALERT_JOBS]:
@@ -2578,8 +2576,9 @@ class Engine:
         body |= {"jobs_total": len(news), "jobs": news[:ALERT_JOBS]}
         config, _enabled = validate_job({
             "name": "alerts", "schedule": "@at 2000-01-01T00:00:00Z", "timeout": "1h",
-            "webhook": webhook | {"body": json.dumps(body)}, "retry_policy": {"max_attempts": 10,
-            "initial_interval": "5s", "max_interval": "10m", "attempt_timeout": "10s"},
+            "webhook": self.settings["alerts.webhook"] | {"body": json.dumps(body)},
+            "retry_policy": {"max_attempts": 10, "initial_interval": "5s", "max_interval": "10m",
+                             "attempt_timeout": "10s"},
         }, self.settings["scheduler.default_retry_policy"], now=0)  # fmt: skip
         version = self._version(ALERTS_ID, self.store.save_alert(config, turn.now))
         self.store.add_execution(self._new(version, "alert", turn.now, turn.now))
@@ -2647,9 +2646,9 @@ class Engine:
         if others and concurrency != "replace":
             error = f"{others[0].id} was still {others[0].status}"
             error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
-            execution = ended(execution, "skipped", "overlap", error, turn.now)
-            turn.ended[execution.id] = execution
-        if self.store.add_execution(execution) and concurrency == "replace":
+            execution, others = ended(execution, "skipped", "overlap", error, turn.now), []
+        if self.store.add_execution(execution):
+            turn.ended |= {execution.id: execution} if execution.completed_at is not None else {}
             for other in others:
                 self._end(turn, other, "replaced", f"replaced by {execution.id}")
 
@@ -3017,17 +3016,18 @@ class Api:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
         wait = self._query({"wait": Field(parse_duration, None)})["wait"]
         engine, execution_id = self.engine, f"exec-{uuid.uuid4()}"
-        engine.make(engine.trigger, job_id, execution_id)
-        log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
-        look = functools.partial(self.store.execution_of, job_id, execution_id)
-        if self._may_wait.acquire(blocking=False):
-            try:
-                limit = None if wait is None else min(wait, DAY) / SECOND
-                with engine.settled:  # from the look on: no end is missed
-                    engine.settled.wait_for(lambda: look().completed_at or engine.stopping, limit)
-            finally:
-                self._may_wait.release()
-        execution = look()
+        ended = engine.waiters[execution_id] = threading.Event()  # from before the commit on
+        try:
+            engine.make(engine.trigger, job_id, execution_id)
+            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
+            if not engine.stopping and self._may_wait.acquire(blocking=False):
+                try:
+                    ended.wait(None if wait is None else min(wait, DAY) / SECOND)
+                finally:
+                    self._may_wait.release()
+        finally:
+            del engine.waiters[execution_id]
+        execution = self.store.execution_of(job_id, execution_id)
         unanswered = execution.reason in ("no_answer", "timeout", "blocked")
         if unanswered and execution.status_code is None:
             raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
@@ -3206,8 +3206,7 @@ class Service:
     """Everything that runs: start() returns when requests are taken, stop() when all has ended."""
 
     def __init__(self, settings: Json, clock: Clock | None = None) -> None:
-        self.settings = settings
-        clock = clock or Clock()
+        self.settings, clock = settings, clock or Clock()
         self.data_dir = Path(settings["cluster.data_dir"])
         self.store = Store(self.data_dir / "chronos.db", settings["store.synchronous"])
         self.engine = Engine(self.store, Dispatcher(clock, settings), settings, clock)
@@ -3268,6 +3267,11 @@ class Service:
         log.setLevel(applied["logging.level"].upper())
         if stale := [key for key in kept if settings[key] != kept[key]]:
             log.warning("a restart is needed for %s", ", ".join(stale))
+
+    def signs_of_life(self) -> list[str]:
+        """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
+        alive = ["WATCHDOG=1"] if self.engine.silence() <= SILENCE_LIMIT else []
+        return [f"STATUS={self.engine.problem or f'listens on {self.url}'}", *alive]
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
@@ -3362,10 +3366,7 @@ def run_serve(asked: argparse.Namespace) -> None:
         if service.engine.paused:
             log.warning("paused: nothing fires")
         while True:
-            engine = service.engine  # a full disk is no reason to start anew, a hung thread is
-            alive = ["WATCHDOG=1"] if engine.silence() <= SILENCE_LIMIT else []
-            state = engine.problem or f"listens on {service.url}"
-            tell_systemd("READY=1", f"STATUS={state}", *alive)
+            tell_systemd("READY=1", *service.signs_of_life())
             came = signal.sigtimedwait(signals, SIGN_OF_LIFE_S)
             if came and came.si_signo != signal.SIGHUP:
                 break

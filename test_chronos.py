@@ -3829,7 +3829,9 @@ def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, 
     old = trigger(world, job)
     turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
 
+    told = world.engine.waiters[old] = threading.Event()
     new = trigger(world, job)
+    assert told.is_set()
     world.advance(60)  # though the target still holds the old request
 
     assert states(world, job, "id", "status", "reason", "error") == [
@@ -4197,16 +4199,18 @@ def test_who_has_waited_too_long_withdraws_a_change_that_was_not_begun(world, ta
 def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_world, target, status):
     world = make_world(dispatcher__max_concurrent_per_host=1)
     job, other = [world.create(target.url + "/hang", concurrency="allow") for _ in range(2)]
-    hang(world, target, job)
+    executions = [hang(world, target, job)]
     add_executions(world, other, 10, "success")
-    trigger(world, job)
+    executions.append(trigger(world, job))
     add_executions(world, job, 5000, status)
     left = [5002]
 
+    world.engine.waiters |= {execution_id: threading.Event() for execution_id in executions}
     world.engine.hand_in(world.engine.delete_job, job, False)
     while left[-1]:
         world.engine.run_pass(10_000)
         left.append(world.store.count_executions(job.id))
+    assert all(told.is_set() for told in world.engine.waiters.values())
     world.settle()  # though the target still holds the request
 
     assert world.all_jobs() == [other]
@@ -6499,7 +6503,7 @@ def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypa
         clock.advance(seconds)
         wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
         shown = client.expect(status, "GET", "/health")
-        assert (engine.silence() <= chronos.SILENCE_LIMIT) == (status == 200)
+        assert ("WATCHDOG=1" in client.service.signs_of_life()) == (status == 200)
     let_go.set()
     wait_until(lambda: client.call("GET", "/health")[0] == 200)
 
@@ -7019,8 +7023,37 @@ def test_an_alert_about_very_many_jobs_counts_those_that_it_does_not_show(watche
     watched.advance(10)
 
     [body] = rings(bell)
-    assert (body["jobs_total"], len(body["jobs"])) == (1000, 100)
+    assert (body["jobs_total"], len(body["jobs"])) == (1000, 50)
     assert body["text"].endswith("and 990 more")
+
+
+def test_an_alert_about_the_longest_names_fits_into_a_body(watched, target, bell):
+    for n in range(60):
+        job = watched.create(target.url + "/status/404", name=f"{n:02}" + "\U0001f4a5" * 198)
+        for _ in range(3):
+            trigger(watched, job)
+            watched.settle()
+    watched.advance(10)
+
+    [body] = rings(bell)
+    assert (body["jobs_total"], len(body["jobs"])) == (60, 50)
+    assert all(len(job["executions"]) == 3 for job in body["jobs"])
+
+
+def test_an_execution_that_is_in_the_ledger_does_not_end_again(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/hang", schedule="* * * * *")
+    hang(world, target, job)
+    world.clock.advance(60)
+    world.engine.run_pass()
+    before = states(world, job, "id", "status")
+    by_hand(world, "UPDATE jobs SET next_run_at = ? WHERE seq > 0", NOON + 60 * SECOND)
+    world.engine._wake_at = 0
+    world.engine.run_pass()
+
+    assert states(world, job, "id", "status") == before
+    assert len(logged(caplog, "was still running")) == 1
+    target.let_go.set()
 
 
 def test_a_job_that_fails_and_is_well_again_within_ten_seconds_is_in_one_alert(

@@ -7,9 +7,39 @@ time runs against the real process. The target of the webhooks is a real HTTP se
     python -m pytest -q test_chronos.py --long    and what takes minutes
 """
 
+# What is promised where; "---" opens each of the parts that are named here.
+#
+#  3 Time           times and durations: read, written, refused
+#  4 Schedules      what an expression means, what is refused, clock changes, backlogs; random
+#                   expressions against trying every instant
+#  5 Checks         every wrong value of every field, by its name; all at once; the nearest name
+#  6 Jobs           defaults, normal form; secrets: shown nowhere, kept, sent only where they were
+#                   meant for, masked where a target repeats them
+#  7 Settings       file, environment, lines of mistakes, who may listen where; declared jobs
+#  8 Policies       retry or not, and when; Retry-After; the attempt log
+#  9 Schema         foreign and newer files are refused untouched; no statement walks a table
+# 10 Connections    durable commits, one process, damage, backups
+# 11 Store          what a job's row has of its history
+# 12 Logs, metrics  what is logged and how; every series of /metrics
+# 13 Requests       the request as it goes out; nothing of the environment goes with it
+# 14 The wire       reuse, answers, limits, aborts, names, blocked addresses, TLS, a sentence for
+#                   each failure, what hostile servers cost
+# 15 Work           fire times, missed ones, the clock is set, overlap, the queue, retries, after a
+#                   crash, changes to jobs, retention, alerts
+# 16 Engine         passes, changes that meet outcomes, full disk, errors nobody expected, the stop
+# 17 API            health and errors, who may do what, jobs, versions, triggers, executions, lists,
+#                   what the dashboard asks for, the answers of the reference
+# 18 Service        start and stop, the configuration is read again, systemd, raw connections
+# 19 Commands       where things are, starts that are refused, commands, the unit
+# 20 Dashboard      what people do in a browser, what the page asks for, who may, how it looks
+# The real process  on time, overload, kill -9, the clock of the machine, outages, the README
+# Bad input         requests made from the tables of routes and fields
+#
+# Constants and errors (1, 2) are in every test. Whose promise is about a part and needs the API or
+# a process to be seen stands with the part.
+
 from __future__ import annotations
 
-import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -50,7 +80,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
 from urllib.parse import quote, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -84,8 +113,13 @@ def pytest_sessionfinish(session):
 
 
 # ======================================================================================
-# Fixtures: a clock, a target, an engine that the test turns, a service, a process
+# The kit: what more than one section uses
 # ======================================================================================
+#
+# Real servers on free ports, real files in tmp_path; replaced are the clock, by one that the test
+# moves, and the name server, because no query may leave the machine.
+
+# --- time: a clock that the test moves, and waiting for what others do ----------------
 
 
 class ManualClock(chronos.Clock):
@@ -116,6 +150,138 @@ class HookedClock(ManualClock):
     def monotonic(self):
         self.hook()
         return super().monotonic()
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+def wait_until(condition, seconds=10):
+    """Wait for what another process does; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+    return result
+
+
+# --- the words of the tests -----------------------------------------------------------
+
+JOB_ID = "11111111-1111-4111-8111-111111111111"
+# America/New_York    2027-03-14 02:00 EST -> 03:00 EDT at 07:00Z; gap 02:00-03:00
+#                     2027-11-07 02:00 EDT -> 01:00 EST at 06:00Z; overlap 01:00-02:00
+# Europe/Madrid       2027-03-28 02:00 CET -> 03:00 CEST at 01:00Z
+#                     2027-10-31 03:00 CEST -> 02:00 CET at 01:00Z
+# Australia/Lord_Howe 2027-10-03 02:00 +10:30 -> 02:30 +11:00 at 15:30Z of the 2nd
+#                     2027-04-04 02:00 +11:00 -> 01:30 +10:30 at 15:00Z of the 3rd
+# Pacific/Apia        2011-12-30 00:00 -10:00 -> 2011-12-31 00:00 +14:00 at 10:00Z of the 30th
+NEW_YORK, MADRID, LORD_HOWE = "America/New_York", "Europe/Madrid", "Australia/Lord_Howe"
+NOBODY = "http://127.0.0.1:1/"  # nobody listens on port 1
+URL = "http://127.0.0.1/hook"
+MASK = "********"
+CANARY = "canary-in-a-coal-mine"
+ONCE = {"max_attempts": 1}
+RETRY = {"max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0}
+RETRY |= {"attempt_timeout": None}
+INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
+ADA = "scrypt:" + "5a" * 16 + ":" + "0f" * 32
+
+
+def at(text):
+    """Return an instant of the day on which the tests begin."""
+    return chronos.parse_time(f"2027-03-01T{text}Z")
+
+
+# --- settings and jobs ----------------------------------------------------------------
+
+
+def make_settings(directory, **overrides):
+    """Return the default settings with a data directory and port 0; ``a__b`` stands for a.b."""
+    settings = chronos.load_settings(None, {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"})
+    settings["cluster.data_dir"] = str(directory)
+    settings["server.shutdown_grace"] = "1s"
+    for name, value in overrides.items():
+        key = name.replace("__", ".")
+        assert key in settings
+        settings[key] = value
+    return settings
+
+
+def job_body(url, **fields):
+    """Return a job that is never due by itself, unless ``fields`` say so."""
+    method = fields.pop("method", "POST")
+    webhook = {"url": url, "method": method, **fields.pop("webhook", {})}
+    return {"name": "report", "schedule": "0 0 1 1 *", "webhook": webhook} | fields
+
+
+BASIC, BEARER = {"type": "basic", "username": "a", "password": ""}, {"type": "bearer", "token": "x"}
+KEY = {"type": "api_key", "api_key": "k"}
+EXAMPLE = {  # the request body of "Create Job" in the API reference
+    "name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *",
+    "timezone": "America/New_York",
+    "webhook": {
+        "url": "https://api.example.com/reports", "method": "POST",
+        "headers": {"Authorization": "Bearer token123", "Content-Type": "application/json"},
+        "body": "{\"type\": \"daily\"}", "auth": {"type": "bearer", "token": "my-secret-token"},
+        "success_codes": [200, 201, 202]},
+    "retry_policy": {
+        "max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0},
+    "timeout": "5m", "concurrency": "forbid",
+    "tags": {"team": "backend", "environment": "production"}, "enabled": True,
+}  # fmt: skip
+WITH_SECRET = {
+    "bearer": {"auth": {"type": "bearer", "token": CANARY}},
+    "basic": {"auth": {"type": "basic", "username": "user", "password": CANARY}},
+    "api_key": {"auth": {"type": "api_key", "api_key": CANARY}},
+    "header": {"headers": {"Authorization": f"Bearer {CANARY}"}},
+    "another header": {"headers": {"X-Hook-Token": CANARY}},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the settings of a file with this content."""
+
+    def load(content, **environment):
+        (tmp_path / "chronos.yaml").write_text(content, "utf-8")
+        return chronos.load_settings(tmp_path / "chronos.yaml", environment)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    """Loads settings that are wrong, and returns what the start says."""
+
+    def refusal(content, **environment):
+        with pytest.raises(chronos.StartError) as caught:
+            load(content, **environment)
+        assert caught.value.exit_status == 78
+        assert str(caught.value).count("\n") <= 2
+        return str(caught.value)
+
+    return refusal
+
+
+def declared(*jobs, rest=""):
+    """Return a chronos.yaml that declares these jobs; JSON is YAML."""
+    return f"{rest}\njobs:\n" + "".join(f"  - {json.dumps(job)}\n" for job in jobs)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Write a configuration, return its path."""
+
+    def write(config):
+        path = tmp_path / "chronos.yaml"
+        path.write_text(config)
+        return path
+
+    return write
+
+
+# --- the target -----------------------------------------------------------------------
 
 
 class TargetHandler(http.server.BaseHTTPRequestHandler):
@@ -179,23 +345,265 @@ def target():
     server.stop()
 
 
-def make_settings(directory, **overrides):
-    """Return the default settings with a data directory and port 0; ``a__b`` stands for a.b."""
-    settings = chronos.load_settings(None, {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"})
-    settings["cluster.data_dir"] = str(directory)
-    settings["server.shutdown_grace"] = "1s"
-    for name, value in overrides.items():
-        key = name.replace("__", ".")
-        assert key in settings
-        settings[key] = value
-    return settings
+@pytest.fixture
+def bell():
+    """The target of the alerts."""
+    server = Target()
+    yield server
+    server.stop()
 
 
-def job_body(url, **fields):
-    """Return a job that is never due by itself, unless ``fields`` say so."""
-    method = fields.pop("method", "POST")
-    webhook = {"url": url, "method": method, **fields.pop("webhook", {})}
-    return {"name": "report", "schedule": "0 0 1 1 *", "webhook": webhook} | fields
+def script(target, *paths):
+    """Make the target treat its requests, one after another, as if made for these paths.
+
+    "/hang/echo" hangs until let_go is set, and is then "/echo".
+    """
+    left = list(paths)
+
+    class Scripted(TargetHandler):
+        def do_POST(self):
+            self.path = left.pop(0) if left else self.path
+            if self.path.startswith("/hang/"):
+                self.server.hanging.release()
+                self.server.let_go.wait(30)
+                self.path = self.path.removeprefix("/hang")
+            self.answer()
+
+    target.RequestHandlerClass = Scripted
+
+
+class HeaderEcho(TargetHandler):
+    """Answers with the headers of the request, and says so in its reason phrase."""
+
+    def do_POST(self):
+        answer = str(self.headers).encode()
+        self.send_response(503, "Sorry\x1b[31m\x85CRITICAL " + self.headers["X-Chronos-Job-ID"])
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+# --- hostile servers and TLS ----------------------------------------------------------
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Hostile:
+    """A raw socket server: ``behave(server, connection)`` runs in a thread for each connection."""
+
+    def __init__(self, behave, tls=None, host="127.0.0.1"):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.behave, self.tls = behave, tls
+        self.requests = queue.Queue()
+        self.accepted = 0
+        self.reached = threading.Semaphore(0)  # one release for each connection that is held
+        self.stopping = threading.Event()
+        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.handles = set()  # of the connections: TLS detaches the sockets themselves
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _address = self.listener.accept()
+                self.accepted += 1
+                self.threads.append(threading.Thread(target=self._serve, args=(connection,)))
+                self.threads[-1].start()
+
+    def _serve(self, connection):
+        handle = connection.dup()
+        self.handles.add(handle)
+        try:
+            connection.settimeout(20)
+            if self.tls:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            self.behave(self, connection)
+        except OSError:
+            pass  # the client went away, which is what most tests are about
+        finally:
+            self.handles.discard(handle)
+            handle.close()
+            connection.close()
+
+    def hold(self):
+        """Say that the connection is where the test wants it, and leave it so."""
+        self.reached.release()
+        self.stopping.wait(20)
+
+    def stop(self):
+        self.stopping.set()
+        for open_socket in (self.listener, *self.handles):
+            with contextlib.suppress(OSError):
+                open_socket.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join()
+        self.listener.close()
+
+
+@pytest.fixture
+def hostile():
+    servers = []
+
+    def make(behave, tls=None, host="127.0.0.1"):
+        servers.append(Hostile(behave, tls, host))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """Return the paths of a certificate for localhost and 127.0.0.1, and of its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    paths = directory / "certificate.pem", directory / "key.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", names,
+         "-addext", "keyUsage=critical,digitalSignature,keyCertSign",
+         "-out", paths[0], "-keyout", paths[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tls(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+@pytest.fixture
+def deaf_url():
+    """Return a URL where a SYN gets no answer: the queue of the listener is full."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        with socket.create_connection(listener.getsockname()):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch):
+    """Dial nothing else, even where the check of an address has a bug."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX:
+            host = ipaddress.ip_address(address[0].partition("%")[0])
+            host = getattr(host, "ipv4_mapped", None) or host
+            assert host.is_loopback or host.is_unspecified, address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def read_request(connection):
+    """Return one request, head and body; nothing at the end of the connection."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return b""
+        data += piece
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", data)
+    missing = int(length[1]) + data.index(b"\r\n\r\n") + 4 - len(data) if length else 0
+    while missing > 0:
+        missing -= len(connection.recv(65536)) or missing
+    return data
+
+
+def answers(raw, close=False):
+    """Return a behaviour: the same answer to every request."""
+
+    def behave(server, connection):
+        while request := read_request(connection):
+            server.requests.put(request)
+            connection.sendall(raw)
+            if close:
+                return
+
+    return behave
+
+
+def typed(content_type, body):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (content_type, len(body)) + body
+
+
+# --- the name server ------------------------------------------------------------------
+
+
+@pytest.fixture
+def name_server(monkeypatch):
+    """Names that end in .test get no answer until the event is set; no other name exists.
+
+    Replaced, because a resolver that hangs can't be had without changing the machine, and because
+    no query may leave it.
+    """
+    let_go, real = threading.Event(), socket.getaddrinfo
+
+    def look_up(host, port, *arguments, flags=0, **options):
+        if not flags & socket.AI_NUMERICHOST and host != "localhost":
+            if host.endswith(".test"):
+                let_go.wait(20)
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, port, *arguments, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield let_go
+    let_go.set()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("dns-")])
+
+
+# --- the wire -------------------------------------------------------------------------
+
+WEBHOOK = chronos.validate(chronos.WEBHOOK_FIELDS, {"url": "http://localhost/"})
+
+
+@pytest.fixture
+def make_dispatcher(tmp_path):
+    dispatchers = []
+
+    def make(**overrides):
+        dispatchers.append(
+            chronos.Dispatcher(chronos.Clock(), make_settings(tmp_path, **overrides))
+        )
+        dispatchers[-1].start()
+        return dispatchers[-1]
+
+    yield make
+    for dispatcher in dispatchers:
+        dispatcher.stop()
+
+
+@pytest.fixture
+def dispatcher(make_dispatcher):
+    return make_dispatcher()
+
+
+@pytest.fixture
+def send(dispatcher):
+    return lambda url, **options: dispatcher.send(make_attempt(url, **options))
+
+
+def make_attempt(url, allowed=10.0, reason="timeout", **webhook):
+    """Return an attempt that may take ``allowed`` seconds, of a webhook that nobody validated."""
+    ready = chronos.Webhook(WEBHOOK | {"url": url} | webhook)
+    execution = chronos.Execution(
+        "exec-1", JOB_ID, 1, "schedule", "running", NOON, ready.target, None, attempts=2
+    )
+    return chronos.Attempt(execution, ready, int(allowed * SECOND), reason)
+
+
+# --- the world: an engine that the test turns -----------------------------------------
 
 
 class World:
@@ -262,11 +670,6 @@ class World:
 
 
 @pytest.fixture
-def clock():
-    return ManualClock()
-
-
-@pytest.fixture
 def make_world(tmp_path, clock):
     worlds = []
 
@@ -282,6 +685,95 @@ def make_world(tmp_path, clock):
 @pytest.fixture
 def world(make_world):
     return make_world()
+
+
+def trigger(world, job):
+    """Trigger a job, and return the id of the execution."""
+    execution_id = f"exec-{uuid.uuid4()}"
+    world.do(world.engine.trigger, job.id, execution_id)
+    return execution_id
+
+
+def hang(world, target, job):
+    """Trigger a job whose request hangs, and return the id of the execution."""
+    execution_id = trigger(world, job)
+    assert target.hanging.acquire(timeout=10)
+    return execution_id
+
+
+def turn_until(world, condition):
+    """Turn the engine until something is so."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        world.engine.run_pass(10_000)
+
+
+def states(world, job, *names):
+    """Return the status of each execution of a job, or other columns, the oldest first."""
+    rows = [tuple(getattr(e, name) for name in names) for e in world.executions(job)]
+    return rows if names else [e.status for e in world.executions(job)]
+
+
+def by_hand(world, statement, *values):
+    """Run a statement as another process would, on a connection of its own; return the rows."""
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as database:
+        return database.execute(statement, values).fetchall()
+
+
+def engine_connection(world):
+    return world.store._connections[threading.get_ident()]  # the test's thread is the engine's
+
+
+def add_jobs(world, count, url, **fields):
+    """Add enabled jobs in one commit, as fast as the store goes."""
+    retry, now = world.settings["scheduler.default_retry_policy"], world.clock.now()
+    config, _enabled = chronos.validate_job(job_body(url, **fields), retry, now)
+    cursor = chronos.parse_schedule(config["schedule"]).next_after(now, "UTC")
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    jobs = [chronos.Job(job_id, 1, True, now, now, cursor, config) for job_id in ids]
+    with world.store.transaction():
+        for job in jobs:
+            world.store.save_job(job, "tester")
+    return jobs
+
+
+def add_executions(world, job, count, status, ended_at=None):
+    """Add executions of a job in one commit, return their ids; pending ones are due."""
+    due_at = world.clock.now() if status == "pending" else None
+    target = chronos.target_of(job.config["webhook"]["url"])
+    with world.store.transaction():
+        for number in range(count):
+            values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
+            execution = chronos.Execution(*values, completed_at=ended_at)
+            assert world.store.add_execution(execution)
+    return [execution.id for execution in world.executions(job)[-count:]]
+
+
+def set_number(world, key):
+    """Hand in a change, which writes ``key``."""
+    return world.engine.hand_in(lambda _turn: world.store.set_number(key, 1))
+
+
+def numbers(world):
+    return [key for (key,) in by_hand(world, "SELECT key FROM meta")]
+
+
+def fill_disk(world):
+    """Let the database grow no more, as on a full disk."""
+    [pages] = engine_connection(world).execute("PRAGMA page_count").fetchone()
+    engine_connection(world).execute(f"PRAGMA max_page_count = {pages}")
+
+
+def free_disk(world):
+    engine_connection(world).execute("PRAGMA max_page_count = 1000000")
+
+
+def a_bug(*_arguments):
+    raise RuntimeError("a bug")
+
+
+# --- the service, and who calls it ----------------------------------------------------
 
 
 class Client:
@@ -343,6 +835,124 @@ def service(make_service):
     return make_service()
 
 
+@pytest.fixture
+def guarded(make_service):
+    """A service with two users: ada, and vera who may only read; the password is pässwörd."""
+    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
+    users = {"ada": hashed, "vera": hashed}
+    return make_service(auth__type="basic", auth__users=users, auth__viewers=["vera"])
+
+
+def credentials(name, password="pässwörd"):
+    pair = f"{name}:{password}".encode()
+    return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+@pytest.fixture
+def background():
+    """Runs calls that wait for something, in threads."""
+    pool = concurrent.futures.ThreadPoolExecutor(32)
+    yield pool
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def connect(client, timeout=10):
+    host, port = client.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout)
+
+
+def exchange(client, sent, timeout=10):
+    """Send bytes on a connection of their own; return all that comes until the server closes it."""
+    received = b""
+    with connect(client, timeout) as connection:
+        with contextlib.suppress(ConnectionError):  # it stops reading what is too large
+            connection.sendall(sent)
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(65536):
+                received += data
+    return received
+
+
+ANSWER = re.compile(
+    rb"(?:HTTP/1\.1 100 Continue\r\n\r\n)?"
+    rb"HTTP/1\.[01] (\d{3}) [^\r\n]*\r\n((?:[^\r\n]+\r\n)+)\r\n(\{[^\n]*\}\n)?"
+)
+
+
+def read_answers(received):
+    """Return status and envelope (None: no body) of the answers; there must be nothing else."""
+    found, end = [], 0
+    while match := ANSWER.match(received, end):
+        status, head, body = int(match[1]), match[2], match[3]
+        envelope, end = body and json.loads(body, parse_constant=pytest.fail), match.end()
+        assert b"\r\nContent-Type: application/json\r\n" in b"\r\n" + head
+        if envelope:
+            error = envelope["error"]
+            assert list(envelope) == ["success", "data", "error"]
+            assert envelope["success"] == (status < 400) == (error is None)
+            assert error is None or {"code", "message"} <= error.keys() <= {*error, "details"}
+            assert error is None or status in (chronos.STATUS[error["code"]], 431, 501)
+            assert b"Traceback (most" not in body
+        found.append((status, envelope))
+    assert found and end == len(received), received[end:][:300]
+    return found
+
+
+def path_of(job, rest=""):
+    return f"/jobs/{job['id']}{rest}"
+
+
+def trigger_path(job, query=""):
+    return f"/jobs/{job['id']}/trigger{query}"
+
+
+def put(service, job, body):
+    return service.expect(200, "PUT", path_of(job), body)
+
+
+def patch(service, job, body):
+    return service.expect(200, "PATCH", path_of(job), body)
+
+
+def wrong_fields(service, method, path, body=None):
+    """Return the names of the fields for which a request is refused."""
+    return [detail["field"] for detail in service.error(400, method, path, body)["details"]]
+
+
+def differences(before, after):
+    return {name: after[name] for name in before if before[name] != after[name]}
+
+
+def poll(client, etag=None):
+    """Return the status, the data and the ETag that a poll of the dashboard gets."""
+    headers = {"If-None-Match": etag} if etag else {}
+    answer = requests.get(f"{client.url}/api/v1/stats", headers=headers, timeout=10)
+    return answer.status_code, answer.content and answer.json()["data"], answer.headers["ETag"]
+
+
+def start_hanging(process, target):
+    """Trigger a job whose target answers when it is let go; return the execution's path."""
+    job = process.create(target.url + "/hang")
+    execution = process.expect(202, "POST", trigger_path(job, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+    return f"/jobs/{job['id']}/executions/{execution['id']}"
+
+
+@contextlib.contextmanager
+def held(engine):
+    """Hold the engine in a pass: what is handed in meanwhile is made in the next one."""
+    begun, let_go = threading.Event(), threading.Event()
+    engine.hand_in(lambda _turn: begun.set() or let_go.wait(10))
+    assert begun.wait(10)
+    try:
+        yield engine._inbox
+    finally:
+        let_go.set()
+
+
+# --- the process ----------------------------------------------------------------------
+
+
 class Process(Client):
     """The real program, started as a user starts it, on port 0."""
 
@@ -395,30 +1005,250 @@ def make_process(tmp_path):
         process.end(signal.SIGKILL)
 
 
-def wait_until(condition, seconds=10):
-    """Wait for what another process does; fail after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-    return result
+@contextlib.contextmanager
+def serving(program, *arguments, directory):
+    """Run the program in a directory; yield the process, its stderr open, and a client."""
+    with subprocess.Popen(
+        [sys.executable, program, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        env=os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"},
+    ) as process:
+        try:
+            yield process, Client(process.stderr.readline().split("listens on ")[1].split(",")[0])
+        finally:
+            process.kill()
+
+
+def fill_store(directory, url, count, schedule, next_run_at):
+    """Make a database with enabled jobs that are next due at ``next_run_at``."""
+    directory.mkdir(parents=True)
+    retry, now = make_settings(directory)["scheduler.default_retry_policy"], chronos.Clock().now()
+    config, _enabled = chronos.validate_job(job_body(url, schedule=schedule), retry, now)
+    store = chronos.Store(directory / "chronos.db")
+    store.open()
+    with store.transaction():
+        for _ in range(count):
+            job_id = str(uuid.uuid4())
+            store.save_job(chronos.Job(job_id, 1, True, now, now, next_run_at, config), "tester")
+    store.close()
+
+
+# --- its disk and its signals ---------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The data directory, on a disk of 3 MB where the user may mount one."""
+    directory = tmp_path / "home" / "data"
+    directory.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, check=True)
+    yield directory
+    if mounted:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@contextlib.contextmanager
+def disk_error(process, _data):
+    """Let each write to a file fail: an open file keeps its disk from becoming read-only."""
+    pid, before = process.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def lock(_process, data):
+    """Hold the lock of the database, as a tool that somebody left open."""
+    with contextlib.closing(sqlite3.connect(data / "chronos.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+# --- what was logged ------------------------------------------------------------------
+
+
+def logged(caplog, text):
+    """Return the levels of the events whose message has this text."""
+    return [r.levelname for r in caplog.records if text in r.getMessage()]
+
+
+def tracebacks(caplog):
+    """Return what was logged with a traceback."""
+    return [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+# --- the browser ----------------------------------------------------------------------
+
+ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium that reaches nobody but this machine, driven by Selenium."""
+    chosen = os.environ.get("CHRONOS_TEST_BROWSER", "chromium-headless-shell")
+    programs = map(shutil.which, (chosen, "chromium", "google-chrome"))
+    program, driver = next(filter(None, programs), None), shutil.which("chromedriver")
+    if not program or not driver:
+        apt = "apt install chromium chromium-driver"
+        pytest.skip(f"no Chromium: {apt}, or set CHRONOS_TEST_BROWSER")
+    why = "no Selenium: pip install selenium"
+    webdriver = pytest.importorskip("selenium.webdriver", reason=why)
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    rules = "MAP evil.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
+    for flag in (
+        "headless", "disable-dev-shm-usage", "disable-gpu", "disable-quic", "no-first-run",
+        "no-proxy-server", "disable-background-networking", "disable-component-update",
+        "disable-sync", *(["no-sandbox"] if os.geteuid() == 0 else []), "window-size=1280,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}", f"host-resolver-rules={rules}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+# Time in a page passes ten times as fast; `ahead` is a jump of it; `waits` are all its timers.
+FAST = """{
+  window.ahead = 0;
+  window.waits = [];
+  const began = Date.now(), now = Date.now, later = setTimeout;
+  Date.now = () => began + (now() - began) * 10 + ahead;
+  window.setTimeout = (run, ms, ...rest) => {
+    waits.push(ms);
+    return later(run, ms / 10, ...rest);
+  };
+}"""
+# The names of a control: that of a form's field, and what is heard or read.
+NAMING = """
+const names = e => [e.name, e.ariaLabel, e.matches("select, textarea") ? "" : e.textContent]
+  .map(each => each?.trim()).filter(Boolean);"""
+FIND = """
+const place = document.querySelector("dialog[open]") || document;
+const all = [...place.querySelectorAll("a, button, summary, input, select, textarea")];
+return all.find(e => e.checkVisibility() && names(e).includes(arguments[0]));"""
+
+
+class Page:
+    """A tab of the browser, used by the words that stand on it."""
+
+    def __init__(self, browser):
+        from selenium.common.exceptions import WebDriverException
+        from selenium.webdriver import ActionChains
+
+        self.browser = browser
+        self.hands = lambda: ActionChains(browser, duration=0)
+        self.trouble, self.last_trouble = WebDriverException, ""
+        self.allowed = "^$"  # a pattern of what the console may say
+        self.tab = self.new_tab()
+
+    def new_tab(self):
+        self.browser.switch_to.new_window("tab")
+        return self.browser.current_window_handle
+
+    def open(self, service, route="#/", text="All jobs"):
+        """Go to a route and wait until this text stands there."""
+        self.browser.get(f"{service.url}/{route}")
+        self.see(text)
+
+    def js(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def cdp(self, command, **parameters):
+        return self.browser.execute_cdp_cmd(command, parameters)
+
+    def hurry(self):
+        """Let the time of the pages to come pass ten times as fast."""
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=FAST)
+
+    def text(self, selector="body"):
+        """Return the visible text of the first element that the selector names, or ""."""
+        script = "const e = document.querySelector(arguments[0]);"
+        return self.js(script + "return e?.checkVisibility() ? e.innerText : ''", selector)
+
+    def see(self, text, selector="body"):
+        """Wait until this text stands there; the style may capitalize it."""
+        wait_until(lambda: text.lower() in self.text(selector).lower())
+
+    def find(self, name):
+        """Wait for the control with this name."""
+        return wait_until(lambda: self.js(NAMING + FIND, name))
+
+    def click(self, name, twice=False):
+        """Click on the control with this name; found anew if it is drawn anew meanwhile."""
+
+        def attempt():
+            control = self.find(name)
+            try:
+                self.hands().double_click(control).perform() if twice else control.click()
+                return True
+            except self.trouble as trouble:
+                self.last_trouble = trouble.msg
+
+        wait_until(attempt)
+
+    def fill(self, name, text):
+        """Write into the field with this name."""
+        field = self.find(name)
+        field.clear()
+        field.send_keys(text)
+
+    def press(self, *keys):
+        """Press keys, wherever the focus is."""
+        self.hands().send_keys(*keys).perform()
+
+    def focused(self):
+        """Return the name of what has the focus."""
+        return self.js(NAMING + "return names(document.activeElement)[0]")
+
+    def tab_to(self, name):
+        """Press Tab until the focus is on the control with this name."""
+        for _ in range(80):
+            if self.focused() == name:
+                return
+            self.press(TAB)
+        raise AssertionError(f"no way to {name} by Tab")
+
+    def console(self):
+        """Return what the console has said since the last call, but for what is allowed."""
+        lines = [entry["message"] for entry in self.browser.get_log("browser")]
+        return [line for line in lines if not re.search(self.allowed, line)]
+
+    def asked(self):
+        """Return the URLs of all requests since the last call."""
+        events = [json.loads(e["message"])["message"] for e in self.browser.get_log("performance")]
+        asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in asked]
+
+
+@pytest.fixture
+def page(request, browser, make_service, tmp_path):
+    """A new tab; in the end the console must be empty, and nobody else asked."""
+    failed = request.session.testsfailed
+    tab = Page(browser)
+    tab.asked()
+    yield tab
+    if request.session.testsfailed > failed:
+        picture = tmp_path / "page.png"
+        browser.save_screenshot(picture)
+        print(picture, browser.current_url, tab.text(), tab.console(), tab.last_trouble, sep="\n")
+    said, asked = tab.console(), {urlsplit(url) for url in tab.asked()}
+    for handle in browser.window_handles[1:]:
+        browser.switch_to.window(handle)
+        browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+    assert said == []
+    hosts = {url.hostname for url in asked if url.scheme not in ("about", "data")}
+    assert hosts <= {"127.0.0.1", "evil.test"}
 
 
 # ======================================================================================
 # 3. Time
 # ======================================================================================
-
-
-@pytest.mark.parametrize("text, utc", [
-    ("2027-03-01t12:00:00z", "2027-03-01T12:00:00Z"),
-    ("2027-03-01T12:00:00.250Z", "2027-03-01T12:00:00.25Z"),
-    ("2027-03-01T12:00:00.123456789Z", "2027-03-01T12:00:00.123456Z"),
-    ("2027-03-01T01:30:00+02:30", "2027-02-28T23:00:00Z"),
-    ("1969-12-31T22:59:59.5-01:00", "1969-12-31T23:59:59.5Z"),
-])  # fmt: skip
-def test_times_are_read_with_any_offset_and_written_in_utc_without_idle_zeros(text, utc):
-    assert chronos.format_time(chronos.parse_time(text)) == utc
-
 
 WRONG_TIMES = """2027-03-01|2027-03-01T12:00:00|2027-03-01 12:00:00Z|2027-03-01T12:00Z|tomorrow|
 2027-02-29T12:00:00Z|2027-03-01T24:00:00Z|2027-03-01T12:60:00Z|2027-3-1T12:00:00Z|2027|
@@ -452,6 +1282,17 @@ def test_what_is_no_duration_is_refused_with_examples(value):
         chronos.parse_duration(value)
 
 
+@pytest.mark.parametrize("text, utc", [
+    ("2027-03-01t12:00:00z", "2027-03-01T12:00:00Z"),
+    ("2027-03-01T12:00:00.250Z", "2027-03-01T12:00:00.25Z"),
+    ("2027-03-01T12:00:00.123456789Z", "2027-03-01T12:00:00.123456Z"),
+    ("2027-03-01T01:30:00+02:30", "2027-02-28T23:00:00Z"),
+    ("1969-12-31T22:59:59.5-01:00", "1969-12-31T23:59:59.5Z"),
+])  # fmt: skip
+def test_times_are_read_with_any_offset_and_written_in_utc_without_idle_zeros(text, utc):
+    assert chronos.format_time(chronos.parse_time(text)) == utc
+
+
 # ======================================================================================
 # 4. Schedules
 # ======================================================================================
@@ -465,6 +1306,8 @@ def fires(expression, after, count, zone="UTC"):
         found.append(chronos.format_time(at))
     return found
 
+
+# --- what an expression means ---------------------------------------------------------
 
 FIRES = [  # after 1 March 2027, 12:00 (a Monday), unless a row says otherwise
     ("*/20 * * * *", "03-01T12:20:00 03-01T12:40:00 03-01T13:00:00"),
@@ -522,6 +1365,8 @@ def test_days_that_not_every_month_has_are_neither_lost_nor_made_up(expression, 
     assert fires(expression, f"{after}T00:00:00Z", len(expected)) == expected
 
 
+# --- what is refused ------------------------------------------------------------------
+
 PLACES = ["second", "minute", "hour", "day-of-month", "month", "day-of-week"]
 WRONG_ITEMS = {
     "second": "5-1 */0 TZ=UTC CRON_TZ=UTC",
@@ -567,14 +1412,8 @@ def test_an_expression_of_another_form_or_that_never_fires_is_refused(expression
         chronos.parse_schedule(expression)
 
 
-# America/New_York    2027-03-14 02:00 EST -> 03:00 EDT at 07:00Z; gap 02:00-03:00
-#                     2027-11-07 02:00 EDT -> 01:00 EST at 06:00Z; overlap 01:00-02:00
-# Europe/Madrid       2027-03-28 02:00 CET -> 03:00 CEST at 01:00Z
-#                     2027-10-31 03:00 CEST -> 02:00 CET at 01:00Z
-# Australia/Lord_Howe 2027-10-03 02:00 +10:30 -> 02:30 +11:00 at 15:30Z of the 2nd
-#                     2027-04-04 02:00 +11:00 -> 01:30 +10:30 at 15:00Z of the 3rd
-# Pacific/Apia        2011-12-30 00:00 -10:00 -> 2011-12-31 00:00 +14:00 at 10:00Z of the 30th
-NEW_YORK, MADRID, LORD_HOWE = "America/New_York", "Europe/Madrid", "Australia/Lord_Howe"
+# --- when the clock changes -----------------------------------------------------------
+
 APIA = "Pacific/Apia"
 CHANGES = [
     # fixed-time, in a gap: once, at the first instant after it
@@ -634,6 +1473,9 @@ def test_a_fire_time_is_strictly_later_and_never_has_a_fraction():
     assert fires("* * * * * *", "2027-03-01T12:00:00.999999Z", 1) == ["2027-03-01T12:00:01Z"]
     assert fires("0 12 * * *", "2027-03-01T11:59:59.999999Z", 1) == ["2027-03-01T12:00:00Z"]
     assert fires("0 12 * * *", "2027-03-01T12:00:00Z", 1) == ["2027-03-02T12:00:00Z"]
+
+
+# --- random schedules, against trying every instant -----------------------------------
 
 
 class RandomCron:
@@ -753,6 +1595,9 @@ def test_over_years_random_schedules_agree_with_trying_every_day(late_days):
             assert chronos.to_datetime(got) == first, (cron.text, days[after])
 
 
+# --- backlogs -------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("zone, turn", TURNS)
 def test_a_backlog_agrees_with_walking_from_fire_time_to_fire_time(zone, turn):
     chance = random.Random(turn + zone)
@@ -818,17 +1663,8 @@ def test_one_schedule_answers_several_threads_at_once():
 
 
 # ======================================================================================
-# 5. Validation
+# 5. Checks
 # ======================================================================================
-
-URL = "http://127.0.0.1/hook"
-RETRY = {"max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0}
-RETRY |= {"attempt_timeout": None}
-
-
-def validate(**fields):
-    """Return the configuration of a job that is right but for ``fields``."""
-    return chronos.validate_job(job_body(URL, **fields), RETRY, NOON)[0]
 
 
 def wrong(data):
@@ -838,59 +1674,12 @@ def wrong(data):
     return caught.value.code, {d["field"]: d["message"] for d in caught.value.details}
 
 
-def test_what_a_job_leaves_out_or_sets_to_null_has_the_defaults_of_the_reference():
-    body = {"name": "a", "schedule": "@daily", "webhook": {"url": URL}}
-
-    config, enabled = chronos.validate_job(body, RETRY, NOON)
-
-    defaults = {"timezone": "UTC", "timeout": "5m", "concurrency": "forbid", "tags": {}}
-    assert config.items() >= (defaults | {"retry_policy": RETRY}).items()
-    assert config["webhook"].items() >= {"method": "GET", "success_codes": None}.items()
-    assert enabled is False
-    assert chronos.validate_job(dict.fromkeys(chronos.JOB_FIELDS) | body, RETRY, NOON)[0] == config
-
-
-def test_the_job_of_the_reference_is_taken_as_it_is_written():
-    headers = {"Authorization": "Bearer token123", "Content-Type": "application/json"}
-    hook = {"url": "https://api.example.com/reports", "method": "POST", "headers": headers}
-    hook |= {"body": '{"type": "daily"}', "auth": {"type": "bearer", "token": "my-secret-token"}}
-    hook |= {"success_codes": [200, 201, 202]}
-    body = {"name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *"}
-    body |= {"timezone": NEW_YORK, "timeout": "5m", "concurrency": "forbid"}
-    body |= {"tags": {"team": "backend", "environment": "production"}}
-    retry_policy = {key: value for key, value in RETRY.items() if value is not None}
-
-    extra = {"webhook": hook, "retry_policy": retry_policy, "enabled": True}
-    config, enabled = chronos.validate_job(body | extra, RETRY | {"multiplier": 7}, NOON)
-
-    assert enabled is True
-    assert config.items() >= (body | {"retry_policy": RETRY}).items()
-    assert config["webhook"].items() >= hook.items()
-
-
-def test_ordinary_text_urls_and_headers_are_taken_unchanged():
-    hook = {
-        "url": "https://[::1]:8443/a%20b/~x;y?q=%C3%A9&mail=a@b#top",
-        "headers": {"X-Any.thing_1": "é\tÿ ~", "Authorization": "*" * 9, "Host": "a.b"},
-        "body": "tab\t line\r\n é 😀",
-        "auth": {"type": "basic", "username": "jürgen", "password": " pä:ss 😀"},
-    }
-
-    config = validate(name="Ünïcode 😀", description="two\nlines", webhook=hook)
-
-    assert config["webhook"].items() >= hook.items()
-    assert (config["name"], config["description"]) == ("Ünïcode 😀", "two\nlines")
-
-
 WRONG_URLS = r"""localhost/hook /hook //host/hook ftp://host/ file:///etc/passwd http:// http:///x
     http://[::1 http://host:0/ http://host:99999/ http://host:x/ http://u:p@host/ http://u@host/
     http://127.0.0.1\@evil/ http://*host/"""
 RESERVED = ["Content-Length", "TRANSFER-encoding", "Connection", "upgrade", "TE", "Trailer"]
 RESERVED += ["Expect", "Keep-Alive", "Proxy-Authorization", "X-Chronos-Job-ID"]
 LONG = "x" * 70_000
-MASK = "********"
-BASIC, BEARER = {"type": "basic", "username": "a", "password": ""}, {"type": "bearer", "token": "x"}
-KEY = {"type": "api_key", "api_key": "k"}
 # fmt: off
 WRONG = {  # field: wrong values of it
     "name": [None, 5, "", "   ", "x" * 201, "a\nb", "a\0b", "\x1b[1m", "\ud800", ["a"]],
@@ -969,19 +1758,6 @@ def test_a_past_instant_is_reported_beside_a_wrong_timeout():
     assert (code, details.keys()) == ("VALIDATION_ERROR", {"schedule", "timeout"})
 
 
-def test_tabs_separate_the_fields_of_a_jobs_schedule():
-    assert validate(schedule="0 9\t* * *")["schedule"].split() == ["0", "9", "*", "*", "*"]
-
-
-@pytest.mark.parametrize("expression", ["@every 999999999h", "@at 9999-12-31T23:59:59-10:00"])
-def test_a_schedule_whose_fire_time_no_date_can_show_is_refused(expression):
-    with contextlib.suppress(chronos.ApiError):
-        config = validate(schedule=expression)
-        job = chronos.Job("id", 1, True, NOON, NOON, None, config)
-        chronos.format_time(job.next_after(NOON))
-        raise AssertionError("accepted")
-
-
 @pytest.mark.parametrize(
     ("fields", "path", "meant"),
     [
@@ -998,15 +1774,99 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(fields, path, me
     assert f"(did you mean {meant!r}?)" in details[path]
 
 
+@pytest.mark.parametrize("data", [None, [], "x", 5, True])
+def test_a_body_that_is_no_object_is_refused(data):
+    assert wrong(data)[0] == "VALIDATION_ERROR"
+
+
+def test_a_refused_header_is_named_and_credentials_in_a_url_are_pointed_to_auth(service):
+    names = ["Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "TE", "Trailer"]
+    names += ["Expect", "Keep-Alive", "Proxy-Connection", "x-Chronos-Attempt", "a b", "a\r\nb", "é"]
+    webhook = {"headers": dict.fromkeys(names, "x") | {"X-Own": "a\r\nX-Forged: b"}}
+
+    url = NOBODY.replace("//", "//user:secret-word@")
+    error = service.error(400, "POST", "/jobs", job_body(url, webhook=webhook))
+
+    messages = {detail["field"]: detail["message"] for detail in error["details"]}
+    headers = {f"webhook.headers.{name}" for name in (*names, "X-Own")}
+    assert messages.keys() == headers | {"webhook.url"}
+    assert "webhook.auth" in messages["webhook.url"] and "secret-word" not in str(error)
+
+
+# ======================================================================================
+# 6. Jobs
+# ======================================================================================
+
+
+def validate(**fields):
+    """Return the configuration of a job that is right but for ``fields``."""
+    return chronos.validate_job(job_body(URL, **fields), RETRY, NOON)[0]
+
+
+# --- what a job is --------------------------------------------------------------------
+
+
+def test_what_a_job_leaves_out_or_sets_to_null_has_the_defaults_of_the_reference():
+    body = {"name": "a", "schedule": "@daily", "webhook": {"url": URL}}
+
+    config, enabled = chronos.validate_job(body, RETRY, NOON)
+
+    defaults = {"timezone": "UTC", "timeout": "5m", "concurrency": "forbid", "tags": {}}
+    assert config.items() >= (defaults | {"retry_policy": RETRY}).items()
+    assert config["webhook"].items() >= {"method": "GET", "success_codes": None}.items()
+    assert enabled is False
+    assert chronos.validate_job(dict.fromkeys(chronos.JOB_FIELDS) | body, RETRY, NOON)[0] == config
+
+
+def test_the_job_of_the_reference_is_taken_as_it_is_written():
+    headers = {"Authorization": "Bearer token123", "Content-Type": "application/json"}
+    hook = {"url": "https://api.example.com/reports", "method": "POST", "headers": headers}
+    hook |= {"body": '{"type": "daily"}', "auth": {"type": "bearer", "token": "my-secret-token"}}
+    hook |= {"success_codes": [200, 201, 202]}
+    body = {"name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *"}
+    body |= {"timezone": NEW_YORK, "timeout": "5m", "concurrency": "forbid"}
+    body |= {"tags": {"team": "backend", "environment": "production"}}
+    retry_policy = {key: value for key, value in RETRY.items() if value is not None}
+
+    extra = {"webhook": hook, "retry_policy": retry_policy, "enabled": True}
+    config, enabled = chronos.validate_job(body | extra, RETRY | {"multiplier": 7}, NOON)
+
+    assert enabled is True
+    assert config.items() >= (body | {"retry_policy": RETRY}).items()
+    assert config["webhook"].items() >= hook.items()
+
+
+def test_ordinary_text_urls_and_headers_are_taken_unchanged():
+    hook = {
+        "url": "https://[::1]:8443/a%20b/~x;y?q=%C3%A9&mail=a@b#top",
+        "headers": {"X-Any.thing_1": "é\tÿ ~", "Authorization": "*" * 9, "Host": "a.b"},
+        "body": "tab\t line\r\n é 😀",
+        "auth": {"type": "basic", "username": "jürgen", "password": " pä:ss 😀"},
+    }
+
+    config = validate(name="Ünïcode 😀", description="two\nlines", webhook=hook)
+
+    assert config["webhook"].items() >= hook.items()
+    assert (config["name"], config["description"]) == ("Ünïcode 😀", "two\nlines")
+
+
+def test_tabs_separate_the_fields_of_a_jobs_schedule():
+    assert validate(schedule="0 9\t* * *")["schedule"].split() == ["0", "9", "*", "*", "*"]
+
+
+@pytest.mark.parametrize("expression", ["@every 999999999h", "@at 9999-12-31T23:59:59-10:00"])
+def test_a_schedule_whose_fire_time_no_date_can_show_is_refused(expression):
+    with contextlib.suppress(chronos.ApiError):
+        config = validate(schedule=expression)
+        job = chronos.Job("id", 1, True, NOON, NOON, None, config)
+        chronos.format_time(job.next_after(NOON))
+        raise AssertionError("accepted")
+
+
 def test_what_the_server_adds_to_a_job_may_be_sent_back():
     names = ["id", "version", "created_at", "updated_at", "next_run", "last_execution"]
 
     assert validate(**dict.fromkeys(names, "x"), managed_by=None) == validate()
-
-
-@pytest.mark.parametrize("data", [None, [], "x", 5, True])
-def test_a_body_that_is_no_object_is_refused(data):
-    assert wrong(data)[0] == "VALIDATION_ERROR"
 
 
 def test_values_are_kept_in_their_normal_form_and_a_retry_policy_is_completed():
@@ -1019,9 +1879,53 @@ def test_values_are_kept_in_their_normal_form_and_a_retry_policy_is_completed():
     assert config["retry_policy"] == RETRY | {"attempt_timeout": "1m30s", "max_attempts": 7}
 
 
-# ======================================================================================
-# 6. Records
-# ======================================================================================
+# --- secrets: shown nowhere, kept, and sent only where they were meant for ------------
+
+SECRETS = {  # by the field that is the secret
+    "auth.token": WITH_SECRET["bearer"], "auth.password": WITH_SECRET["basic"],
+    "auth.api_key": {"auth": {"type": "api_key", "api_key": CANARY, "header": "X-Key"}},
+} | {f"headers.{name}": {"headers": {name: CANARY}}
+     for name in ("Authorization", "cookie", "X-PASSWORD", "x-api-key", "the-secret")}  # fmt: skip
+EACH_SECRET = pytest.mark.parametrize(("field", "webhook"), SECRETS.items(), ids=SECRETS)
+NAMES = ("authorization", "Cookie", "X-Auth-TOKEN", "client-secret-2", "Passwords", "x-api-key-old")
+PLAIN = {"username": "X-Key", "header": "X-Key"}  # what is no secret in an auth
+SECRET_KINDS = [{"headers": {name: CANARY, "X-Plain": "a"}} for name in NAMES]
+SECRET_KINDS += [{"auth": {"type": kind, **{name: PLAIN.get(name, CANARY) for name in table}}}
+          for kind, table in chronos.AUTH_FIELDS.items()]  # fmt: skip
+VARIANTS = [
+    {"schedule": "@every 90m", "timezone": "Europe/Madrid", "description": "two\nlines"},
+    {"schedule": "@at 2099-01-01T00:00:00+02:00", "enabled": True, "tags": {"a": "", "b": "😀"}},
+    {"schedule": "*/7 1-5 29 feb *", "missed_run_policy": "execute_all", "concurrency": "replace"},
+    {"webhook": {"success_codes": [201], "body": "é😀", "verify_tls": False}, "timeout": "1m30s"},
+    {"method": "GET", "webhook": {"body": ""}, "retry_policy": {"multiplier": 1}},
+    *({"method": method, "schedule": "@weekly"} for method in ("HEAD", "PUT", "DELETE", "OPTIONS")),
+]
+
+
+class Parrot(TargetHandler):
+    """Repeats the headers of the request, in its reason phrase and in its body."""
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.received.put(" ".join(self.headers.values()))
+        said = " ".join(self.headers.values())
+        self.send_response(500, said)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else said.encode())
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = answer
+
+
+class Listener(Client):
+    """Remembers what it was told."""
+
+    told = ""
+
+    def call(self, *request, **options):
+        status, envelope = super().call(*request, **options)
+        self.told += json.dumps(envelope)
+        return status, envelope
 
 
 def test_no_secret_of_a_job_is_shown_and_its_configuration_keeps_them():
@@ -1038,34 +1942,206 @@ def test_no_secret_of_a_job_is_shown_and_its_configuration_keeps_them():
     assert job.config["webhook"]["auth"]["api_key"] == "s3cret"
 
 
+@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
+def test_a_secret_never_leaves_again(service, target, caplog, webhook):
+    target.RequestHandlerClass = HeaderEcho
+    caplog.set_level("DEBUG")
+    job = service.create(target.url, webhook=webhook, retry_policy=ONCE)
+    path = f"/jobs/{job['id']}"
+
+    execution = service.post(path + "/trigger")
+    answers = [service.post(path + "/enable"), service.post(path + "/disable")]
+    answers += map(service.get, ("/jobs", path, path + "/executions"))
+    answers.append(service.get(f"{path}/executions/{execution['id']}"))
+
+    told = json.dumps([job, execution, *answers]) + caplog.text
+    assert "********" in execution["response"]
+    assert "********" in json.dumps(job["webhook"])
+    assert CANARY not in told
+    assert base64.b64encode(f"user:{CANARY}".encode()).decode() not in told
+
+
+@pytest.mark.parametrize("secret", SECRET_KINDS, ids=str)
+def test_every_kind_of_job_is_put_back_unchanged_and_tells_no_secret(
+    service, target, caplog, secret
+):
+    caplog.set_level("DEBUG")
+    target.RequestHandlerClass = Parrot
+    client = Listener(service.url)
+    sent = [CANARY, base64.b64encode(f"X-Key:{CANARY}".encode()).decode()]
+
+    for fields in VARIANTS:
+        more = {"webhook": fields.get("webhook", {}) | secret}
+        more["retry_policy"] = fields.get("retry_policy", {}) | ONCE
+        job = client.create(target.url, **fields | more)
+        assert put(client, job, client.get(path_of(job))) == job
+        run = client.post(trigger_path(job))
+        names = {"job_id": job["id"], "exec_id": run["id"]}
+        for method, template, _name in JSON_ROUTES:
+            if method == "GET" and "preview" not in template:
+                path = re.sub("<(.*?)>", lambda match: names.get(match[1], "1"), template)  # noqa: B023
+                client.get(path.removeprefix("/api/v1"))
+        for wrong in (CANARY + "\n", CANARY * 1000, [CANARY], {CANARY[:6]: CANARY}):
+            body = json.dumps({"webhook": secret}).replace(json.dumps(CANARY), json.dumps(wrong))
+            client.error(400, "PATCH", path_of(job), body)
+
+        arrived = target.take()
+        assert any(value in arrived for value in sent), arrived
+        assert (run["status"], run["error"].count(chronos.MASK)) == ("failed", 1)
+
+    assert not [value for value in sent if value in client.told + caplog.text]
+
+
+@EACH_SECRET
+def test_an_execution_shows_the_request_of_its_version_masked(service, target, field, webhook):
+    headers = {"X-Plain": "1"} | webhook.get("headers", {})
+    job = service.create(target.url + "/old", webhook=webhook | {"headers": headers, "body": "{}"})
+    execution = service.post(trigger_path(job))
+    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "method": "PUT"}})
+
+    request = service.get(path_of(job, f"/executions/{execution['id']}"))["request"]
+
+    arrived = dict(target.take()[2])
+    shown = request.pop("headers")
+    hidden = {name for name in shown if shown[name] == chronos.MASK}
+    assert request == {"method": "POST", "url": target.url + "/old", "body": "{}"}
+    assert hidden == {n for n, v in arrived.items() if CANARY in v or n == "Authorization"} != set()
+    assert {"X-Plain", "Content-Type", "User-Agent"} <= shown.keys() <= arrived.keys()
+    assert differences(shown, arrived).keys() == hidden
+
+
+@EACH_SECRET
+def test_what_get_gave_can_be_sent_back_and_the_target_gets_secrets(
+    service, target, field, webhook
+):
+    webhook = EXAMPLE["webhook"] | {"headers": {}, "auth": None, "url": target.url} | webhook
+    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
+
+    def sent():
+        service.post(trigger_path(job))
+        headers = target.take()[2].items()
+        return {n: v for n, v in headers if not n.startswith(("X-Chronos", "Idempotency"))}
+
+    before = sent()
+    shown = service.get(path_of(job))
+    assert put(service, job, shown) == shown
+    assert put(service, job, job | {"description": "changed"})["version"] == 2
+    assert sent() == before
+    patch(service, job, {"webhook": {"url": target.url + "/b", "auth": job["webhook"]["auth"]}})
+    assert sent() == before
+    for path in (path_of(job), path_of(job, "/versions"), path_of(job, "/versions/1")):
+        assert CANARY not in json.dumps(service.get(path))
+
+
+@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
+def test_the_mask_of_a_secret_is_no_secret(service, webhook):
+    masked = json.loads(re.sub(f"(Bearer )?{CANARY}", "********", json.dumps(webhook)))
+
+    error = service.error(400, "POST", "/jobs", job_body(NOBODY, webhook=masked))
+
+    assert error["code"] == "VALIDATION_ERROR"
+    assert error["details"][0]["field"].startswith("webhook.")
+    assert service.get("/jobs")["total"] == 0
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:2", "https://127.0.0.1:1", "http://localhost:1"])
+@EACH_SECRET
+def test_a_stored_secret_does_not_go_to_another_origin(service, field, webhook, url):
+    job = service.create(NOBODY, webhook=webhook)
+    moved = job | {"webhook": job["webhook"] | {"url": url}}
+
+    for method, body in (("PATCH", {"webhook": {"url": url}}), ("PUT", moved)):
+        assert wrong_fields(service, method, path_of(job), body) == [f"webhook.{field}"]
+    assert service.get(path_of(job)) == job
+    assert patch(service, job, {"webhook": webhook | {"url": url}})["webhook"]["url"] == url
+
+
+def test_a_stored_secret_does_not_go_to_another_virtual_host(service, target):
+    webhook = {"auth": {"type": "bearer", "token": "canary-token"}, "headers": {"Host": "a.test"}}
+    job = service.create(target.url, webhook=webhook)
+
+    for host in ("b.test", None):
+        patch = {"webhook": {"headers": {"Host": host}}}
+        error = service.error(400, "PATCH", path_of(job), patch)
+        assert error["details"][0]["field"] == "webhook.auth.token"
+    service.expect(200, "PATCH", path_of(job), {"webhook": {"headers": {"X-More": "1"}}})
+
+
+# --- secrets that a target repeats ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "webhook, secrets",
+    [
+        ({"headers": {"X-Auth-Token": "sesame"}}, ["sesame"]),
+        ({"headers": {"Authorization": "Digest canary"}}, ["canary"]),
+        ({"auth": {"type": "bearer", "token": "canary-1"}}, ["canary-1"]),
+        ({"auth": {"type": "api_key", "header": "X-Key", "api_key": "canary"}}, ["canary"]),
+        (
+            {"auth": {"type": "basic", "username": "u", "password": "canary"}},
+            ["canary", base64.b64encode(b"u:canary").decode()],
+        ),
+    ],
+)
+def test_secrets_are_masked_in_response_and_error(send, hostile, webhook, secrets):
+    echo = " ".join(secrets).encode()
+    head = b"HTTP/1.1 500 %s\r\nContent-Length: %d\r\n\r\n%s" % (echo, len(echo), echo)
+
+    outcome = send(hostile(answers(head)).url, **webhook)
+
+    masked = " ".join(["********"] * len(secrets))
+    assert (outcome.error, outcome.response) == (f"the server answered 500 {masked}", masked)
+
+
+def test_a_secret_of_five_characters_is_too_common_to_be_masked(send, hostile):
+    server = hostile(answers(typed(b"text/plain", b"today")))
+
+    assert send(server.url, headers={"X-Token": "today"}).response == "today"
+
+
+def test_a_secret_is_masked_as_json_writes_it_too_and_where_a_character_is_cut(send, hostile):
+    secret = 's3cr"et\\p\u00e4ssw\u00f6rd'
+    echo = typed(b"application/json", json.dumps({"got": secret}).encode())
+    cut = b"x" * (65536 - 15) + secret.encode()
+    auth = {"type": "basic", "username": "ada", "password": secret}
+
+    for answer in (echo, typed(b"text/plain; charset=utf-8", cut)):
+        assert "s3cr" not in send(hostile(answers(answer)).url, auth=auth).response
+
+
+@pytest.mark.parametrize("place", [
+    b"HTTP/1.1 500 " + b"x" * 166 + b" canary-and-more\r\nContent-Length: 0\r\n\r\n",
+    typed(b"text/plain", b"x" * 65529 + b"canary-and-more"),
+])  # fmt: skip
+def test_no_part_of_a_secret_is_left_where_a_text_is_cut(send, hostile, place):
+    outcome = send(hostile(answers(place)).url, headers={"X-Token": "canary-and-more"})
+
+    assert "canary" not in f"{outcome.error}{outcome.response}"
+
+
+@pytest.mark.parametrize("answer", [
+    typed(b"text/plain", b"x" * 65_526 + b"0SECRET0"),
+    typed(b"text/plain", b"x" * 65_531 + b"0SECRET0"),
+    b"HTTP/1.1 500 " + b"x" * 171 + b"0SECRET0\r\nContent-Length: 0\r\n\r\n",
+    typed(b"text/plain", b"0SECRET0-and-more"),
+    CHUNKED + b"0SECRET0\r\n",
+], ids=range(5))  # fmt: skip
+def test_no_part_of_a_secret_that_a_target_repeats_is_kept(service, hostile, answer):
+    headers = {"X-Token": "0SECRET0", "X-Secret": "0SECRET0-and-more"}
+    url = hostile(answers(answer)).url
+    job = service.create(url, webhook={"headers": headers}, retry_policy=ONCE)
+
+    told = str(service.call("POST", trigger_path(job)))
+    told += str(service.get(path_of(job, "/executions")))
+
+    assert "0SEC" not in told and "-and-more" not in told
+
+
 # ======================================================================================
 # 7. Settings
 # ======================================================================================
 
-
-@pytest.fixture
-def load(tmp_path):
-    """Loads the settings of a file with this content."""
-
-    def load(content, **environment):
-        (tmp_path / "chronos.yaml").write_text(content, "utf-8")
-        return chronos.load_settings(tmp_path / "chronos.yaml", environment)
-
-    return load
-
-
-@pytest.fixture
-def refusal(load):
-    """Loads settings that are wrong, and returns what the start says."""
-
-    def refusal(content, **environment):
-        with pytest.raises(chronos.StartError) as caught:
-            load(content, **environment)
-        assert caught.value.exit_status == 78
-        assert str(caught.value).count("\n") <= 2
-        return str(caught.value)
-
-    return refusal
+# --- the file and the environment -----------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ["", "# x\n", "server:\n", "server:\n  http:\n", "{}"])
@@ -1179,8 +2255,7 @@ def test_the_environment_overrides_the_file_and_is_read_as_a_yaml_scalar(load, r
     assert "whole number from 8" in refusal(content, CHRONOS_SERVER_HTTP_THREADS="many")
 
 
-ADA = "scrypt:" + "5a" * 16 + ":" + "0f" * 32
-BASIC = f'auth: {{type: basic, users: {{ada: "{ADA}"}}}}'
+SIGN_IN = f'auth: {{type: basic, users: {{ada: "{ADA}"}}}}'
 
 
 @pytest.mark.parametrize(
@@ -1202,7 +2277,7 @@ def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
     else:
         load(content)
 
-    load(f"{content}\n{BASIC}")
+    load(f"{content}\n{SIGN_IN}")
     load(content, CHRONOS_SERVER_ALLOW_UNAUTHENTICATED="true")
 
 
@@ -1210,7 +2285,7 @@ def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
     ("content", "message"),
     [
         ("auth: {type: basic}", "auth.users must name somebody"),
-        (BASIC[:-1] + ", viewers: [bob]}", "everybody in auth.viewers"),
+        (SIGN_IN[:-1] + ", viewers: [bob]}", "everybody in auth.viewers"),
         ("auth: {users: {ada: secret}}", "auth.users.ada must be what hash-password prints"),
         ('auth: {users: {"a:b": "' + ADA + '"}}', "auth.users.a:b must not contain a colon"),
         ("auth: {type: digest}", "auth.type must be one of none, basic"),
@@ -1230,6 +2305,64 @@ def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load
     assert load("cluster: {data_dir: /var/b}")["cluster.data_dir"] == "/var/b"
     beside = chronos.load_settings(None, {})["cluster.data_dir"]
     assert Path(beside) == CHRONOS.parent.resolve() / "data"
+
+
+def test_chronos_yaml_holds_every_setting_with_its_default():
+    shipped = chronos.load_settings(CHRONOS.with_name("chronos.yaml"), {})
+    lines = CHRONOS.with_name("chronos.yaml").read_text()
+
+    assert shipped == chronos.load_settings(None, {})
+    assert all(f"{key.rpartition('.')[2]}:" in lines for key in chronos.SETTINGS)
+
+
+# --- declared jobs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "said"),
+    [
+        ("- {}", 3, "jobs.1.name is required"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a'}\n- 5", 3, "each an ob"),
+        ("- name: a\n  schedule: 1 2 3\n  webhook: {url: 'http://a'}", 4, "jobs.1.schedule '1 2"),
+        ("- name: a\n  shedule: x", 4, "jobs.1.shedule is not a known name (did you mean 'sch"),
+        ("- name: a\n  schedule: '@daily'\n  webhook:\n    url: ftp://a", 6, "jobs.1.webhook.url"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {}", 5, "jobs.1.webhook.url is required"),
+        ("- name: a\n  timeout: 1x", 4, "jobs.1.timeout must be a duration"),
+        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a', auth: {type: bearer, "
+         "token: '********'}}", 5, "jobs.1.webhook.auth.token is ********"),
+        ("- &a {name: a}\n- *a", 4, "aliases are not supported"),
+        ("- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}\n"
+         "- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}", 4,
+         "jobs.2.name 'a' is there twice"),
+        ("{a: {schedule: '@daily'}}", 3, "must be a list of jobs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_declaration_is_refused_with_its_line_and_the_words_of_the_api(
+    refusal, wrong, line, said
+):
+    indented = "".join(f"  {text}\n" for text in wrong.splitlines())
+    message = refusal(f"# declared\njobs:\n{indented}")
+
+    assert said in message
+    assert f"chronos.yaml: line {line}: " in message
+
+
+def test_a_secret_of_a_declared_job_may_come_from_the_environment(load):
+    body = job_body(NOBODY, webhook={"auth": {"type": "bearer", "token": "${TOKEN}"}})
+
+    [(config, enabled, _digest)] = load(declared(body), TOKEN="s3cret!")["jobs"].values()
+
+    assert config["webhook"]["auth"]["token"] == "s3cret!"
+    assert enabled
+
+
+def test_the_jobs_of_the_readme_are_correct(load):
+    readme = CHRONOS.with_name("README.md").read_text()
+    examples = re.findall("```yaml\n(jobs:.*?)```", readme, re.DOTALL)
+
+    found = [load(example, TOKEN="t0ken!", PING_KEY="k")["jobs"] for example in examples]
+
+    assert [len(jobs) for jobs in found] == [3, 1]
 
 
 # ======================================================================================
@@ -1369,67 +2502,9 @@ def test_the_attempt_log_keeps_every_attempt():
     assert (two["started_at"], two["duration"]) == ("2027-03-01T12:00:02Z", 250_000_000)
 
 
-INTERRUPTED = "the server ended during the attempt: its outcome is unknown"
-
 # ======================================================================================
-# 9. Store
+# 9. Schema and migrations
 # ======================================================================================
-
-
-def by_hand(world, statement, *values):
-    """Run a statement as another process would, on a connection of its own; return the rows."""
-    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as database:
-        return database.execute(statement, values).fetchall()
-
-
-def engine_connection(world):
-    return world.store._connections[threading.get_ident()]  # the test's thread is the engine's
-
-
-def add_jobs(world, count, url, **fields):
-    """Add enabled jobs in one commit, as fast as the store goes."""
-    retry, now = world.settings["scheduler.default_retry_policy"], world.clock.now()
-    config, _enabled = chronos.validate_job(job_body(url, **fields), retry, now)
-    cursor = chronos.parse_schedule(config["schedule"]).next_after(now, "UTC")
-    ids = [str(uuid.uuid4()) for _ in range(count)]
-    jobs = [chronos.Job(job_id, 1, True, now, now, cursor, config) for job_id in ids]
-    with world.store.transaction():
-        for job in jobs:
-            world.store.save_job(job, "tester")
-    return jobs
-
-
-def add_executions(world, job, count, status, ended_at=None):
-    """Add executions of a job in one commit, return their ids; pending ones are due."""
-    due_at = world.clock.now() if status == "pending" else None
-    target = chronos.target_of(job.config["webhook"]["url"])
-    with world.store.transaction():
-        for number in range(count):
-            values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
-            execution = chronos.Execution(*values, completed_at=ended_at)
-            assert world.store.add_execution(execution)
-    return [execution.id for execution in world.executions(job)[-count:]]
-
-
-def test_a_commit_waits_for_the_disk_and_readers_do_not_wait_for_the_writer(world):
-    names = ("journal_mode", "synchronous", "application_id", "user_version")
-    values = [engine_connection(world).execute(f"PRAGMA {name}").fetchone()[0] for name in names]
-
-    assert values == ["wal", 2, 0x4368_726F, 1]
-    world.engine.run_pass()
-    with world.store.transaction():
-        world.store.set_number("last_seen", 5)
-        assert by_hand(world, "SELECT value FROM meta WHERE key = 'last_seen'") == [(NOON,)]
-
-
-def test_nobody_else_can_read_the_data_directory(service, target):
-    service.create(target.url)
-
-    directory = service.service.data_dir
-    assert directory.stat().st_mode & 0o777 == 0o700
-    modes = {path.name: path.stat().st_mode & 0o777 for path in directory.glob("chronos.db*")}
-    assert modes == dict.fromkeys(["chronos.db", "chronos.db-wal", "chronos.db-shm"], 0o600)
-
 
 NEWER = "CREATE TABLE jobs (id); PRAGMA application_id = 0x4368726F; PRAGMA user_version = 99"
 
@@ -1457,21 +2532,6 @@ def test_a_foreign_or_newer_file_is_refused_and_not_touched(tmp_path, content, m
 
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_data_directory_has_one_process_and_the_second_is_told_which(tmp_path):
-    hold = "import chronos, sys; _ = chronos.lock_data_dir(chronos.Path(sys.argv[1])); input()"
-    command = [sys.executable, "-c", hold, tmp_path / "data"]
-    lock = tmp_path / "data" / "chronos.lock"
-    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CHRONOS.parent) as other:
-        wait_until(lambda: lock.exists() and lock.read_text())
-
-        with pytest.raises(chronos.StartError, match=f"process {other.pid}$") as refusal:
-            chronos.lock_data_dir(tmp_path / "data")
-        other.communicate(b"\n")
-
-    assert refusal.value.exit_status == chronos.EXIT_RUNNING
-    chronos.lock_data_dir(tmp_path / "data").close()
 
 
 def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
@@ -1511,125 +2571,65 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     assert all(re.search("executions_(active|listed)", plan) for plan in active)
 
 
-# -------------------------------------------------------------- retention
+def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
+    api = chronos.Api(world.engine, world.store, world.settings, world.clock)
+    run, plans = world.store._run, []
+
+    def explain(statement, /, *row, **values):
+        plans.extend(row[3] for row in run(f"EXPLAIN QUERY PLAN {statement}", *row, **values))
+        return run(statement, *row, **values)
+
+    monkeypatch.setattr(world.store, "_run", explain)
+    api.metrics()
+
+    looked = [plan for plan in plans if "executions" in plan]
+    partial = ("executions_of_target", "executions_listed (status=?)", "executions_active")
+    assert looked and all(plan.endswith(partial) for plan in looked), plans
 
 
-def test_of_a_job_the_newest_are_kept_and_beyond_them_100_that_failed(make_world, target):
-    world = make_world(retention__executions_per_job=50)
-    job, other = [world.create(target.url, enabled=False) for _ in range(2)]
-    old_failed = add_executions(world, job, 150, "failed", NOON)
-    add_executions(world, job, 500, "success", NOON)
-    failed = add_executions(world, job, 10, "failed", NOON)
-    newest = add_executions(world, job, 45, "skipped", NOON) + add_executions(world, job, 1, "new")
-    untouched = add_executions(world, other, 50, "success", NOON)
+# ======================================================================================
+# 10. Connections
+# ======================================================================================
 
-    world.engine._walk = ""  # as at a start
-    world.advance(60)
-
-    assert [e.id for e in world.executions(job)] == old_failed[-94:] + failed + newest
-    assert [e.id for e in world.executions(other)] == untouched
+# --- one process, one writer, everything on disk --------------------------------------
 
 
-def test_what_is_too_old_goes_but_for_the_newest_ten_and_what_has_not_ended(make_world, target):
-    world = make_world(retention__max_age="24h")
-    idle, mixed = [world.create(target.url, enabled=False) for _ in range(2)]
-    too_old = NOON - chronos.DAY - 1
-    ten = add_executions(world, idle, 300, "failed", too_old)[-10:]
-    running = add_executions(world, mixed, 1, "new")
-    add_executions(world, mixed, 300, "success", too_old)
-    young = add_executions(world, mixed, 20, "success", too_old + chronos.MINUTE + 1)
+def test_a_commit_waits_for_the_disk_and_readers_do_not_wait_for_the_writer(world):
+    names = ("journal_mode", "synchronous", "application_id", "user_version")
+    values = [engine_connection(world).execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
-    world.engine._walk = ""  # as at a start
-    world.advance(60)
-
-    assert [e.id for e in world.executions(idle)] == ten
-    assert [e.id for e in world.executions(mixed)] == running + young
+    assert values == ["wal", 2, 0x4368_726F, 1]
+    world.engine.run_pass()
+    with world.store.transaction():
+        world.store.set_number("last_seen", 5)
+        assert by_hand(world, "SELECT value FROM meta WHERE key = 'last_seen'") == [(NOON,)]
 
 
-def test_history_is_looked_over_once_a_day_even_of_jobs_that_never_run(world, target):
-    job = world.create(target.url, enabled=False)
-    add_executions(world, job, 30, "success", NOON)
+def test_nobody_else_can_read_the_data_directory(service, target):
+    service.create(target.url)
 
-    world.advance(29 * 24 * 3600)
-    assert len(world.executions(job)) == 30
-    world.advance(2 * 24 * 3600)
-    world.advance(60)
-
-    assert len(world.executions(job)) == 10
+    directory = service.service.data_dir
+    assert directory.stat().st_mode & 0o777 == 0o700
+    modes = {path.name: path.stat().st_mode & 0o777 for path in directory.glob("chronos.db*")}
+    assert modes == dict.fromkeys(["chronos.db", "chronos.db-wal", "chronos.db-shm"], 0o600)
 
 
-def test_a_run_pushes_the_oldest_one_out_at_once(make_world, target):
-    world = make_world(retention__executions_per_job=3)
-    job = world.create(target.url, enabled=False)
-    ids = []
+def test_a_data_directory_has_one_process_and_the_second_is_told_which(tmp_path):
+    hold = "import chronos, sys; _ = chronos.lock_data_dir(chronos.Path(sys.argv[1])); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "data"]
+    lock = tmp_path / "data" / "chronos.lock"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CHRONOS.parent) as other:
+        wait_until(lambda: lock.exists() and lock.read_text())
 
-    for _ in range(6):
-        ids.append(trigger(world, job))
-        world.settle()
+        with pytest.raises(chronos.StartError, match=f"process {other.pid}$") as refusal:
+            chronos.lock_data_dir(tmp_path / "data")
+        other.communicate(b"\n")
 
-    assert [e.id for e in world.executions(job)] == ids[-3:]
-
-
-def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make_world, target):
-    world = make_world(retention__max_size=1_000_000, retention__executions_per_job=100_000)
-    job = world.create(target.url, enabled=False)
-    sizes, ids = [], []
-
-    for _ in range(6):
-        ids += add_executions(world, job, 2500, "success", NOON)
-        world.advance(60)
-        sizes.append(world.store.path.stat().st_size)
-
-    kept = [e.id for e in world.executions(job)]
-    assert 500 < len(kept) < 5000
-    assert kept == ids[-len(kept) :]
-    assert max(sizes[1:]) < sizes[1] * 1.2
+    assert refusal.value.exit_status == chronos.EXIT_RUNNING
+    chronos.lock_data_dir(tmp_path / "data").close()
 
 
-def test_what_has_not_ended_keeps_nothing_behind_it_from_going(make_world, target):
-    world = make_world(retention__executions_per_job=1000)
-    job = world.create(target.url, enabled=False, concurrency="allow")
-    add_executions(world, job, 500, "new")
-    ids = add_executions(world, job, 2000, "skipped", NOON)
-
-    world.engine._walk = ""  # as at a start
-    world.advance(60)
-
-    assert [e.id for e in world.executions(job)][500:] == ids[-1000:]
-
-
-def test_under_load_every_job_is_looked_over_also_one_that_does_not_run(make_world, target):
-    world = make_world(retention__executions_per_job=1)
-    idle, *busy = [world.create(target.url, enabled=False) for _ in range(101)]
-    add_executions(world, idle, 50, "success", NOON)
-    world.engine._walk = ""  # as at a start
-
-    for _ in range(100):  # of a tenth of a second
-        for job in busy[:20]:
-            add_executions(world, job, 1, "success", NOON)
-        world.engine._untidy.update({job.id: None for job in busy})
-        trigger(world, busy[-1])  # so that each pass takes something
-        world.clock.advance(0.1)
-
-    assert len(world.executions(idle)) == 1
-    assert max(len(world.executions(job)) for job in busy[:20]) < 15
-
-
-def test_history_is_removed_while_there_is_other_work_too(make_world, target):
-    world = make_world(retention__executions_per_job=10)
-    job = world.create(target.url, enabled=False)
-    add_executions(world, job, 2000, "success", NOON)
-    passes = 0
-
-    while len(world.executions(job)) > 100 and passes < 100:
-        passes += 1
-        trigger(world, job)  # so that each pass takes something
-        world.clock.advance(0.2)
-
-    assert 5 < passes < 20
-
-
-# -------------------------------------------------------------- damage, backups, migrations
+# --- damage ---------------------------------------------------------------------------
 
 
 def damage(path):
@@ -1714,6 +2714,9 @@ def test_a_database_that_is_gone_under_the_server_is_noticed_within_a_minute(wor
         write.result(5)
 
 
+# --- backups --------------------------------------------------------------------------
+
+
 def test_a_backup_is_a_whole_copy_and_never_replaces_a_file(world, target, tmp_path):
     job = world.create(target.url)
     copy = tmp_path / "copy.db"
@@ -1759,1841 +2762,8 @@ def test_a_backup_takes_no_file_that_somebody_has_laid_out(world, tmp_path):
 
 
 # ======================================================================================
-# 10. Dispatch
+# 11. Store
 # ======================================================================================
-
-JOB_ID = "11111111-1111-4111-8111-111111111111"
-WEBHOOK = chronos.validate(chronos.WEBHOOK_FIELDS, {"url": "http://localhost/"})
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-class Hostile:
-    """A raw socket server: ``behave(server, connection)`` runs in a thread for each connection."""
-
-    def __init__(self, behave, tls=None, host="127.0.0.1"):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.behave, self.tls = behave, tls
-        self.requests = queue.Queue()
-        self.accepted = 0
-        self.reached = threading.Semaphore(0)  # one release for each connection that is held
-        self.stopping = threading.Event()
-        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
-        self.port = self.listener.getsockname()[1]
-        self.url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
-        self.handles = set()  # of the connections: TLS detaches the sockets themselves
-        self.threads = [threading.Thread(target=self._accept)]
-        self.threads[0].start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _address = self.listener.accept()
-                self.accepted += 1
-                self.threads.append(threading.Thread(target=self._serve, args=(connection,)))
-                self.threads[-1].start()
-
-    def _serve(self, connection):
-        handle = connection.dup()
-        self.handles.add(handle)
-        try:
-            connection.settimeout(20)
-            if self.tls:
-                connection = self.tls.wrap_socket(connection, server_side=True)
-            self.behave(self, connection)
-        except OSError:
-            pass  # the client went away, which is what most tests are about
-        finally:
-            self.handles.discard(handle)
-            handle.close()
-            connection.close()
-
-    def hold(self):
-        """Say that the connection is where the test wants it, and leave it so."""
-        self.reached.release()
-        self.stopping.wait(20)
-
-    def stop(self):
-        self.stopping.set()
-        for open_socket in (self.listener, *self.handles):
-            with contextlib.suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)
-        for thread in self.threads:
-            thread.join()
-        self.listener.close()
-
-
-def read_request(connection):
-    """Return one request, head and body; nothing at the end of the connection."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = connection.recv(65536)
-        if not piece:
-            return b""
-        data += piece
-    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", data)
-    missing = int(length[1]) + data.index(b"\r\n\r\n") + 4 - len(data) if length else 0
-    while missing > 0:
-        missing -= len(connection.recv(65536)) or missing
-    return data
-
-
-def answers(raw, close=False):
-    """Return a behaviour: the same answer to every request."""
-
-    def behave(server, connection):
-        while request := read_request(connection):
-            server.requests.put(request)
-            connection.sendall(raw)
-            if close:
-                return
-
-    return behave
-
-
-def stalls(start):
-    """Return a behaviour: after the request this beginning of an answer, and no more."""
-
-    def behave(server, connection):
-        read_request(connection)
-        connection.sendall(start)
-        server.hold()
-
-    return behave
-
-
-def repeats(start, piece, pause=0.0):
-    """Return a behaviour: this beginning of an answer, and ``piece`` for ever."""
-
-    def behave(server, connection):
-        read_request(connection)
-        connection.sendall(start)
-        server.reached.release()
-        while not server.stopping.wait(pause):
-            connection.sendall(piece)
-
-    return behave
-
-
-def reads_nothing(server, _connection):
-    server.hold()
-
-
-def resets(_server, connection):
-    """Take a request and answer with a TCP reset."""
-    read_request(connection)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-FLOODS = ("100 Continue for ever", "trailers for ever")
-STALLS = {
-    "no byte": stalls(b""),
-    "half a head": stalls(b"HTTP/1.1 200 OK\r\nX-Half: "),
-    "a head that drips": repeats(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x", 0.1),
-    "100 Continue for ever": repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
-    "half a body": stalls(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nOK"),
-    "a body that drips": repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"x", 0.1),
-    "a body without length": stalls(b"HTTP/1.1 200 OK\r\n\r\nOK"),
-    "a body without length that drips": repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0.1),
-    "half a chunk": stalls(CHUNKED + b"ff\r\nOK"),
-    "trailers for ever": repeats(CHUNKED + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
-    "a 30 MB request is not read": reads_nothing,
-}
-CONNECTING = ("SYN unanswered", "TLS handshake stalled")
-
-
-def begun_handshake(server, connection):
-    connection.recv(100)
-    server.hold()
-
-
-def make_attempt(url, allowed=10.0, reason="timeout", **webhook):
-    """Return an attempt that may take ``allowed`` seconds, of a webhook that nobody validated."""
-    ready = chronos.Webhook(WEBHOOK | {"url": url} | webhook)
-    execution = chronos.Execution(
-        "exec-1", JOB_ID, 1, "schedule", "running", NOON, ready.target, None, attempts=2
-    )
-    return chronos.Attempt(execution, ready, int(allowed * SECOND), reason)
-
-
-def timed_send(dispatcher, attempt):
-    """Return the outcome and how many seconds it took."""
-    start = time.monotonic()
-    outcome = dispatcher.send(attempt)
-    return outcome, time.monotonic() - start
-
-
-def headers_of(request):
-    """Return the headers of a raw request as a list of pairs."""
-    lines = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
-    return [tuple(line.split(": ", 1)) for line in lines]
-
-
-@pytest.fixture
-def make_dispatcher(tmp_path):
-    dispatchers = []
-
-    def make(**overrides):
-        dispatchers.append(
-            chronos.Dispatcher(chronos.Clock(), make_settings(tmp_path, **overrides))
-        )
-        dispatchers[-1].start()
-        return dispatchers[-1]
-
-    yield make
-    for dispatcher in dispatchers:
-        dispatcher.stop()
-
-
-@pytest.fixture
-def dispatcher(make_dispatcher):
-    return make_dispatcher()
-
-
-@pytest.fixture
-def send(dispatcher):
-    return lambda url, **options: dispatcher.send(make_attempt(url, **options))
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    """Return the paths of a certificate for localhost and 127.0.0.1, and of its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    paths = directory / "certificate.pem", directory / "key.pem"
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", names,
-         "-addext", "keyUsage=critical,digitalSignature,keyCertSign",
-         "-out", paths[0], "-keyout", paths[1]],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return paths
-
-
-@pytest.fixture(scope="session")
-def tls(certificate):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    return context
-
-
-@pytest.fixture
-def hostile():
-    servers = []
-
-    def make(behave, tls=None, host="127.0.0.1"):
-        servers.append(Hostile(behave, tls, host))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture
-def deaf_url():
-    """Return a URL where a SYN gets no answer: the queue of the listener is full."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        with socket.create_connection(listener.getsockname()):
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-@pytest.fixture
-def stalled(hostile, deaf_url, tls):
-    """Return URL, options and a wait for a server that shows one of the ways to stall."""
-
-    def make(name, scheme):
-        if name == "SYN unanswered":
-            port = int(deaf_url.rpartition(":")[2])
-            row = re.compile(rf":{port:04X} 02 ")  # /proc/net/tcp: remote port, SYN_SENT
-            return deaf_url, {}, lambda: wait_until(lambda: row.search(proc_tcp()))
-        if name == "TLS handshake stalled":
-            server = hostile(begun_handshake)
-            server.url = server.url.replace("http:", "https:")
-        else:
-            server = hostile(STALLS[name], tls if scheme == "https" else None)
-        options = {"verify_tls": False}
-        if name == "a 30 MB request is not read":
-            options |= {"method": "POST", "body": "x" * 30_000_000}
-        return server.url, options, lambda: server.reached.acquire(timeout=10)
-
-    return make
-
-
-def proc_tcp():
-    return Path("/proc/net/tcp").read_text()
-
-
-@pytest.fixture
-def name_server(monkeypatch):
-    """Names that end in .test get no answer until the event is set; no other name exists.
-
-    Replaced, because a resolver that hangs can't be had without changing the machine, and because
-    no query may leave it.
-    """
-    let_go, real = threading.Event(), socket.getaddrinfo
-
-    def look_up(host, port, *arguments, flags=0, **options):
-        if not flags & socket.AI_NUMERICHOST and host != "localhost":
-            if host.endswith(".test"):
-                let_go.wait(20)
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return real(host, port, *arguments, flags=flags, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    yield let_go
-    let_go.set()
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("dns-")])
-
-
-# ------------------------------------------------------------------------- the request
-
-
-def test_the_request_is_the_configured_one_with_the_headers_of_chronos(send, target):
-    outcome = send(
-        f"{target.url}/echo/a%20b?q=ö&r=1#part",
-        method="PUT",
-        body='{"name": "Zoë ☃"}',
-        headers={"X-Own": "Zoë"},
-    )
-
-    method, path, headers, body, _at = target.take()
-    assert (method, path) == ("PUT", "/echo/a%20b?q=%C3%B6&r=1")
-    assert body == '{"name": "Zoë ☃"}'.encode()
-    assert headers["X-Own"].encode("latin-1") in ("Zoë".encode("latin-1"), "Zoë".encode())
-    expected = {
-        "Host": target.url.removeprefix("http://"),
-        "User-Agent": f"chronos/{chronos.__version__}",
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Accept-Encoding": "identity",
-        "X-Chronos-Job-ID": JOB_ID,
-        "X-Chronos-Execution-ID": "exec-1",
-        "X-Chronos-Scheduled-Time": "2027-03-01T12:00:00Z",
-        "X-Chronos-Attempt": "2",
-        "Idempotency-Key": "exec-1",
-    }
-    assert {name: headers.get_all(name) for name in expected} == {
-        name: [value] for name, value in expected.items()
-    }
-    assert (outcome.success, outcome.status_code, outcome.response) == (True, 200, body.decode())
-    assert (outcome.reason, outcome.error, outcome.retry_after) == (None, None, None)
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"])
-@pytest.mark.parametrize("body", [None, "text"])
-def test_every_method_goes_out_with_and_without_a_body(send, target, method, body):
-    outcome = send(f"{target.url}/ok", method=method, body=body)
-
-    taken = target.take()
-    assert (taken[0], taken[3]) == (method, (body or "").encode())
-    assert (outcome.success, outcome.response) == (True, "" if method == "HEAD" else "OK")
-
-
-@pytest.mark.parametrize("name", ["user-agent", "idempotency-key", "content-type", "host"])
-def test_the_jobs_own_headers_win_in_whatever_case(send, target, name):
-    send(target.url, method="POST", body="{}", headers={name: "own.example"})
-
-    assert target.take()[2].get_all(name) == ["own.example"]
-
-
-@pytest.mark.parametrize(
-    "body, content_type",
-    [
-        ('{"a": 1}', "application/json"),
-        ("[" * 100_000, "text/plain; charset=utf-8"),
-        ("Zoë", "text/plain; charset=utf-8"),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_a_body_without_content_type_is_json_if_it_parses_else_text(
-    send, target, body, content_type
-):
-    send(target.url, method="POST", body=body)
-
-    assert target.take()[2]["Content-Type"] == content_type
-
-
-@pytest.mark.parametrize(
-    "auth, name, value",
-    [
-        (
-            {"type": "basic", "username": "zoë", "password": "pä:ss"},
-            "Authorization",
-            "Basic " + base64.b64encode("zoë:pä:ss".encode()).decode(),
-        ),
-        ({"type": "bearer", "token": "t0k.en=="}, "Authorization", "Bearer t0k.en=="),
-        ({"type": "api_key", "header": "X-API-Key", "api_key": "k"}, "X-API-Key", "k"),
-        ({"type": "api_key", "header": "X-Own", "api_key": "k"}, "X-Own", "k"),
-    ],
-)
-def test_auth_sets_its_header_last(send, target, auth, name, value):
-    send(target.url, auth=auth, headers={name.lower(): "the job's own"})
-
-    assert target.take()[2].get_all(name) == [value]
-
-
-def test_an_ipv6_target_is_named_in_brackets(send, hostile):
-    server = hostile(answers(OK), host="::1")
-
-    assert send(server.url).success
-    assert ("Host", f"[::1]:{server.port}") in headers_of(server.requests.get())
-
-
-def test_proxy_variables_netrc_and_cookies_are_not_used(send, target, tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login l password p\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    target.extra_headers = {"Set-Cookie": "a=b; Path=/"}
-
-    outcomes = [send(target.url) for _ in range(2)]
-
-    assert [outcome.success for outcome in outcomes] == [True, True]
-    for _ in outcomes:
-        headers = target.take()[2]
-        assert headers["Authorization"] is None and headers["Cookie"] is None
-
-
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_is_an_answer_and_is_not_followed(send, target, hostile, code):
-    elsewhere = hostile(answers(OK))
-    target.extra_headers = {"Location": elsewhere.url}
-
-    failed = send(f"{target.url}/status/{code}", method="POST", body="x")
-    success = send(f"{target.url}/status/{code}", method="POST", body="x", success_codes=[code])
-
-    assert (failed.reason, failed.status_code, success.success) == ("http_status", code, True)
-    assert target.received.qsize() == 2 and elsewhere.accepted == 0
-
-
-def test_success_codes_decide_and_the_sentence_names_the_status(send, hostile):
-    busy = hostile(answers(b"HTTP/1.1 503 Too Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"))
-
-    outcome = send(busy.url)
-
-    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "http_status", 503)
-    assert outcome.error == "the server answered 503 Too Busy"
-    assert outcome.retry_after == 7 * SECOND
-    assert send(busy.url, success_codes=[503]).success
-    assert not send(hostile(answers(OK)).url, success_codes=[503]).success
-
-
-def test_a_senseless_retry_after_does_not_turn_an_answer_into_none(send, target):
-    target.extra_headers = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}
-
-    assert send(f"{target.url}/status/503").status_code == 503
-
-
-# --------------------------------------------------------------------------- keep-alive
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_connection_is_reused(send, hostile, tls, scheme):
-    server = hostile(answers(OK), tls if scheme == "https" else None)
-
-    outcomes = [send(server.url, verify_tls=False) for _ in range(5)]
-
-    assert all(outcome.success for outcome in outcomes)
-    assert (server.accepted, server.requests.qsize()) == (1, 5)
-
-
-def test_requests_at_the_same_time_do_not_share_a_connection(send, hostile):
-    together = threading.Barrier(4)
-
-    def behave(_server, connection):
-        while read_request(connection):
-            together.wait(10)
-            connection.sendall(OK)
-
-    server = hostile(behave)
-    with ThreadPoolExecutor(4) as pool:
-        outcomes = list(pool.map(send, [server.url] * 8))
-
-    assert all(outcome.success for outcome in outcomes)
-    assert server.accepted == 4
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nOK",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000,  # read in part
-        OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged",  # more than was asked for
-    ],
-)
-def test_a_connection_that_is_used_up_is_not_reused(send, hostile, answer):
-    server = hostile(answers(answer))
-
-    assert send(server.url).success
-    assert send(server.url).success
-    assert server.accepted == 2
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("end", ["closed while idle", "closed", "reset"])
-def test_a_reused_connection_that_is_dead_is_replaced_in_the_same_attempt(
-    send, hostile, tls, scheme, end
-):
-    closed = threading.Event()
-
-    def behave(server, connection):
-        server.requests.put(read_request(connection))
-        connection.sendall(OK)
-        if server.accepted == 1 and end == "closed":
-            server.requests.put(read_request(connection))
-        elif server.accepted == 1 and end == "reset":
-            resets(server, connection)
-        connection.close()
-        closed.set()
-
-    server = hostile(behave, tls if scheme == "https" else None)
-
-    assert send(server.url, verify_tls=False).success
-    assert end != "closed while idle" or closed.wait(10)
-    assert send(server.url, verify_tls=False, method="POST", body="x").success
-    assert server.accepted == 2
-
-
-@pytest.mark.parametrize("behave", [answers(b"", close=True), resets])
-def test_a_fresh_connection_that_is_dead_is_no_answer(send, hostile, behave):
-    server = hostile(behave)
-
-    outcome = send(server.url)
-
-    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
-    assert outcome.error == f"{server.url} closed the connection without an answer"
-    assert server.accepted == 1
-
-
-def test_an_interim_answer_is_passed_over_and_its_final_one_never_answers_another_request(
-    send, hostile
-):
-    def behave(_server, connection):
-        for name in (b"first", b"second"):
-            read_request(connection)
-            connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
-            time.sleep(0.2)  # the final answer comes in a packet of its own
-            body = b"Content-Length: %d\r\n\r\n%s" % (len(name), name)
-            connection.sendall(b"HTTP/1.1 200 OK\r\n" + body)
-
-    server = hostile(behave)
-
-    assert [send(server.url).response for _ in range(2)] == ["first", "second"]
-
-
-def test_what_tls_has_read_ahead_does_not_answer_the_next_request(send, hostile, tls):
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 12000\r\n\r\n"
-    server = hostile(answers(head + b"x" * 12_000), tls)  # a body that HEAD must not have
-
-    for _ in range(2):
-        assert send(server.url, method="HEAD", verify_tls=False).error is None
-
-
-# --------------------------------------------------------------------------- the answer
-
-
-def encoded(coding, body):
-    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n"
-    return head % (coding, len(body)) + body
-
-
-def typed(content_type, body):
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
-    return head % (content_type, len(body)) + body
-
-
-@pytest.mark.parametrize(
-    "answer, text",
-    [
-        (b"HTTP/1.0 200 OK\r\n\r\nto the end", "to the end"),
-        (b"HTTP/1.1 200 OK\n\nbare line feeds", "bare line feeds"),
-        (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", "x"),
-        (CHUNKED + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
-        (CHUNKED + b"2 \r\nOK\r\n000\r\n\r\n", "OK"),
-        (b"HTTP/1.1 200 OK\r\nX: a\r\nX: b\r\nContent-Length : 2\r\n\r\nOK!", "OK"),
-        (b"HTTP/1.1 204 No Content\r\n\r\n", ""),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", ""),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, "OK"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK and more than was said", "OK"),
-        (typed(b"text/plain", "Zoë ☃".encode()), "Zoë ☃"),
-        (typed(b"text/plain; charset=latin-1", b"Zo\xeb"), "Zoë"),
-        (typed(b'text/plain; charset="UTF-16LE"', "☃".encode("utf-16-le")), "☃"),
-        (typed(b"text/plain; charset=klingon", "☃".encode()), "☃"),
-        (typed(b"text/plain; charset=base64", "☃".encode()), "☃"),
-        (typed(b"text/plain", b"a\xff\xed\xa0\x80b"), "a\ufffd\ufffd\ufffd\ufffdb"),
-        (typed(b"text/plain; charset=unicode_escape", rb"a\ud800b"), r"a\ud800b"),
-        (encoded(b"gzip", b"as it came"), "as it came"),
-    ],
-)
-def test_an_answer_is_kept_as_text(send, hostile, answer, text):
-    outcome = send(hostile(answers(answer, close=True)).url)
-
-    assert (outcome.success, outcome.response) == (True, text), outcome.error
-
-
-@pytest.mark.parametrize("code", [204, 304])
-def test_an_answer_that_can_have_no_body_ends_with_its_head(send, hostile, code):
-    head = b"HTTP/1.1 %d Fine\r\nTransfer-Encoding: chunked\r\n\r\n" % code
-
-    outcome = send(hostile(answers(head)).url, success_codes=[204, 304], allowed=0.5)
-
-    assert (outcome.status_code, outcome.response) == (code, "")
-
-
-def test_a_body_of_exactly_the_limit_is_whole_and_one_byte_more_is_marked(make_dispatcher, hostile):
-    dispatcher = make_dispatcher(dispatcher__max_response_bytes=10)
-    whole = hostile(answers(typed(b"text/plain", b"x" * 10)))
-    longer = hostile(answers(typed(b"text/plain", b"x" * 11)))
-    chunked = hostile(answers(CHUNKED + b"a\r\n" + b"x" * 10 + b"\r\n0\r\n\r\n"))
-
-    responses = [dispatcher.send(make_attempt(s.url)).response for s in (whole, longer, chunked)]
-
-    assert responses == ["x" * 10, "x" * 10 + "\n[cut off after 10 bytes]", "x" * 10]
-
-
-@pytest.mark.parametrize(
-    "behave",
-    [
-        repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 65536),
-        repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", b"\0" * 65536),
-        repeats(CHUNKED + b"ffffffffffffff\r\n", b"\0" * 65536),
-        repeats(CHUNKED, b"1000\r\n" + b"\0" * 4096 + b"\r\n"),
-    ],
-    ids=["endless", "endless length", "endless chunk", "endless chunks"],
-)
-def test_of_an_endless_body_or_a_bomb_only_the_limit_is_read(send, hostile, behave):
-    server = hostile(behave)
-
-    tracemalloc.start()
-    outcome = send(server.url)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-
-    assert outcome.success and outcome.duration < SECOND
-    assert outcome.response == "\0" * 65536 + "\n[cut off after 65536 bytes]"
-    assert peak < 3_000_000
-
-
-def test_a_chunk_of_negative_size_is_no_answer(send, hostile):
-    outcome = send(hostile(stalls(CHUNKED + b"-1\r\n" + b"x" * 200_000)).url, allowed=1)
-
-    assert (outcome.reason, outcome.status_code) == ("no_answer", None)
-
-
-def test_no_charset_makes_an_attempt_outlast_its_limit(make_dispatcher, hostile):
-    dispatcher = make_dispatcher(dispatcher__max_response_bytes=200_000)
-    server = hostile(answers(typed(b"text/plain; charset=punycode", b"b" * 200_000)))
-
-    assert timed_send(dispatcher, make_attempt(server.url, allowed=0.5))[1] < 1
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize(
-    "start",
-    [
-        b"HTTP/1.1 20",
-        b"HTTP/1.1 200 OK",
-        b"HTTP/1.1 200 OK\r\nContent-Le",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nO",
-        CHUNKED,
-        CHUNKED + b"2\r\nO",
-        CHUNKED + b"2\r\nOK\r\n",
-        CHUNKED + b"no number\r\n",
-        CHUNKED + b"\r\n",
-        CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n",
-        CHUNKED + b"2\r\nOK!\r\n0\r\n\r\n",
-        CHUNKED + b"0\r\nX-Trailer: x\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nOK",
-        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nOK",
-        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 9999 + b"\r\n\r\nOK",
-        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n",
-        b"HTTP/2 200 OK\r\n\r\n",
-        b"HTTP/1.1 100 Continue\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 1000,
-        b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000,
-        b"HTTP/1.1 0 Odd\r\n\r\n",
-        b"\0\xff\n\n",
-    ],
-)
-def test_half_an_answer_is_no_answer(send, hostile, tls, scheme, start):
-    server = hostile(answers(start, close=True), tls if scheme == "https" else None)
-
-    outcome = send(server.url, verify_tls=False)
-
-    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
-    assert outcome.response is None
-    assert server.url in outcome.error and "unexpected" not in outcome.error
-
-
-# ----------------------------------------------------------------- the limit, the abort
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize(
-    "limit, reason", [("timeout", "timeout"), ("attempt_timeout", "no_answer")]
-)
-def test_every_hostile_server_is_cut_off_at_the_limit(dispatcher, stalled, scheme, limit, reason):
-    names = [*STALLS, *CONNECTING]
-    servers = [stalled(name, scheme) for name in names]
-
-    attempts = [make_attempt(url, 1, limit, **options) for url, options, _wait in servers]
-    with ThreadPoolExecutor(len(names)) as pool:
-        results = pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts)
-    for name, (outcome, seconds) in zip(names, results, strict=True):
-        assert (outcome.success, outcome.status_code, outcome.response) == (False, None, None)
-        if name in FLOODS:  # there is a bound before the limit
-            assert seconds <= 1.5 and "too much around its body" in outcome.error, name
-        else:
-            assert 1 <= seconds <= 1.5 and outcome.reason == reason, name
-            assert limit in outcome.error, name
-
-
-def test_neither_a_handshake_that_drips_nor_a_look_up_outlasts_the_limit_for_connecting(
-    make_dispatcher, hostile, name_server
-):
-    def drip(server, connection):
-        connection.recv(100)
-        connection.sendall(b"\x16\x03\x03\x3f\x00")  # a record of the handshake, 16 KiB
-        while not server.stopping.wait(0.1):
-            connection.sendall(b"x")
-
-    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
-
-    for url in (hostile(drip).url.replace("http:", "https:"), "http://hangs.test/"):
-        outcome, seconds = timed_send(dispatcher, make_attempt(url))
-        assert (outcome.success, outcome.reason) == (False, "no_answer")
-        assert outcome.error.startswith("no ") and 0.5 <= seconds <= 1
-
-
-@pytest.mark.parametrize("name", CONNECTING)
-def test_connecting_has_a_limit_of_its_own(make_dispatcher, stalled, name):
-    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
-    url, options, _wait = stalled(name, "http")
-
-    outcome, seconds = timed_send(dispatcher, make_attempt(url, **options))
-
-    assert 0.5 <= seconds <= 1
-    assert (outcome.success, outcome.reason) == (False, "no_answer")
-    assert outcome.error.startswith("no connection to ")
-
-
-def test_the_limit_for_connecting_does_not_bound_the_answer(make_dispatcher, hostile):
-    dispatcher = make_dispatcher(dispatcher__connect_timeout="100ms")
-    server = hostile(stalls(b""))
-
-    outcome, seconds = timed_send(dispatcher, make_attempt(server.url, allowed=0.6))
-
-    assert outcome.reason == "timeout" and 0.6 <= seconds <= 1.1
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("name", [*STALLS, *CONNECTING])
-def test_an_abort_ends_an_attempt_at_once_wherever_it_waits(dispatcher, stalled, name, scheme):
-    url, options, wait = stalled(name, scheme)
-    attempt = make_attempt(url, **options)
-
-    with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(dispatcher.send, attempt)
-        assert wait()
-        aborted_at = time.monotonic()
-        attempt.abort("replaced")
-        attempt.abort("timeout")
-        outcome = sent.result()
-
-    assert time.monotonic() - aborted_at < 0.2
-    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "replaced", None)
-
-
-def test_an_attempt_that_was_aborted_before_it_began_sends_nothing(dispatcher, hostile):
-    server = hostile(answers(OK))
-    attempt = make_attempt(server.url)
-
-    attempt.abort("cancelled")
-
-    assert dispatcher.send(attempt).reason == "cancelled"
-    assert server.requests.empty()
-
-
-def test_a_late_abort_does_not_cut_the_next_attempt_on_the_connection(dispatcher, hostile):
-    server = hostile(answers(OK))
-    first, second = make_attempt(server.url), make_attempt(server.url)
-
-    dispatcher.send(first)
-    first.abort("cancelled")
-
-    assert dispatcher.send(second).success
-    assert server.accepted == 1
-
-
-# CPython leaves a TLS socket whose peer is gone before it is wrapped to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_aborts_leave_no_thread_and_no_descriptor_behind(dispatcher, hostile, tls):
-    def until_it_ends(server, connection):
-        read_request(connection)
-        server.reached.release()
-        connection.recv(1)
-
-    def used():
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
-
-    servers = [hostile(until_it_ends), hostile(until_it_ends, tls)]
-    warm_up = make_attempt(servers[1].url, allowed=0, verify_tls=False)
-    dispatcher.send(warm_up)
-    wait_until(lambda: not any(thread.is_alive() for s in servers for thread in s.threads[1:]))
-    before, slowest = used(), 0.0
-
-    for _round in range(5):
-        attempts = [make_attempt(servers[i % 2].url, 60, verify_tls=False) for i in range(100)]
-        with ThreadPoolExecutor(100) as pool:
-            sent = [pool.submit(dispatcher.send, attempt) for attempt in attempts]
-            for server in servers:
-                assert all(server.reached.acquire(timeout=10) for _ in range(50))
-            start = time.monotonic()
-            for attempt in attempts:
-                attempt.abort("cancelled")
-            assert {future.result().reason for future in sent} == {"cancelled"}
-            slowest = max(slowest, time.monotonic() - start)
-
-    wait_until(lambda: used() == before)
-    assert slowest < 1
-
-
-# ------------------------------------------------------------------------- names, addresses
-
-
-def test_a_look_up_that_hangs_is_cut_off_and_only_16_may_hang(dispatcher, name_server):
-    attempts = [make_attempt(f"http://host{i}.test/", allowed=0.6) for i in range(20)]
-
-    with ThreadPoolExecutor(20) as pool:
-        results = list(pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts))
-
-    cut = [seconds for outcome, seconds in results if outcome.reason == "timeout"]
-    busy = [outcome for outcome, _s in results if outcome.error.startswith("DNS busy")]
-    assert (len(cut), len(busy)) == (16, 4)
-    assert all(0.6 <= seconds <= 1.1 for seconds in cut)
-    assert {outcome.reason for outcome in busy} == {"no_answer"}
-
-
-def test_look_ups_go_on_once_the_hanging_ones_have_ended(dispatcher, name_server, hostile):
-    for i in range(16):
-        dispatcher.send(make_attempt(f"http://host{i}.test/", allowed=0))
-    url = hostile(answers(OK)).url.replace("127.0.0.1", "localhost")
-
-    busy = dispatcher.send(make_attempt(url))
-    name_server.set()
-
-    assert busy.error.startswith("DNS busy")
-    wait_until(lambda: dispatcher.send(make_attempt(url)).success)
-
-
-def test_an_abort_ends_a_look_up_that_hangs(dispatcher, name_server):
-    attempt = make_attempt("http://host.test/")
-
-    with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(timed_send, dispatcher, attempt)
-        wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("dns-")])
-        attempt.abort("cancelled")
-
-    assert sent.result()[0].reason == "cancelled" and sent.result()[1] < 0.5
-
-
-CLOSED_BY_DEFAULT = """
-169.254.169.254 169.254.0.1 168.63.129.16 0.0.0.0 0.1.2.3 224.0.0.1 239.255.255.250
-255.255.255.255 :: fe80::1 fe80::1%lo ff02::1 fd00:ec2::254 ::ffff:169.254.169.254
-::ffff:0.0.0.0 ::ffff:a83f:8110 2002:a9fe:a9fe:: 2002:a9fe:a9fe::1 64:ff9b::a9fe:a9fe
-64:ff9b::168.63.129.16"""
-OPEN_BY_DEFAULT = """
-127.0.0.1 ::1 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 fd00::1 8.8.8.8 2001:db8::1
-::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::808:808"""
-SPELLINGS = """
-127.0.0.2 127.2 2130706434 0x7f.2 0x7f000002 0177.0.0.2 017700000002
-[::ffff:127.0.0.2] [::ffff:7f00:2] [0:0:0:0:0:ffff:7f00:0002]"""
-DEFAULT_BLOCKED = chronos.SETTINGS["dispatcher.blocked_networks"].default
-
-
-@pytest.mark.parametrize(
-    "address",
-    CLOSED_BY_DEFAULT.split(),
-)
-def test_link_local_metadata_and_addresses_of_no_single_host_are_blocked(address):
-    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
-        chronos.check_address(address, DEFAULT_BLOCKED, [])
-
-
-@pytest.mark.parametrize(
-    "address",
-    OPEN_BY_DEFAULT.split(),
-)
-def test_loopback_private_and_public_addresses_are_open(address):
-    chronos.check_address(address, DEFAULT_BLOCKED, [])
-
-
-@pytest.mark.parametrize("address", ["10.1.2.3", "::ffff:10.1.2.3", "2002:a01:203::", "fd00::5"])
-def test_allowed_networks_close_everything_else(address):
-    networks = DEFAULT_BLOCKED, ["10.0.0.0/8", "fd00::/8", "169.254.0.0/16"]
-
-    chronos.check_address(address, *networks)
-    for closed in ("127.0.0.1", "::1", "11.0.0.1", "::ffff:11.0.0.1", "64:ff9b::b00:1"):
-        with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.allowed_networks"):
-            chronos.check_address(closed, *networks)
-    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
-        chronos.check_address("169.254.1.1", *networks)
-
-
-@pytest.mark.parametrize(
-    "host",
-    SPELLINGS.split(),
-)
-def test_a_blocked_address_is_refused_in_every_spelling(make_dispatcher, hostile, host):
-    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
-    allowed = make_dispatcher(dispatcher__allowed_networks=["127.0.0.1/32"])
-    server = hostile(answers(OK), host="127.0.0.2")
-    url = server.url.replace("127.0.0.2", host)
-
-    for dispatcher in (closed, allowed):
-        outcome = dispatcher.send(make_attempt(url))
-        assert (outcome.reason, outcome.status_code) == ("blocked", None)
-        assert "is blocked: " in outcome.error
-    assert server.accepted == 0
-    assert make_dispatcher().send(make_attempt(url)).success
-
-
-@pytest.mark.parametrize("host", ["[64:ff9b::7f00:2]", "[2002:7f00:2::]", "[2002:7f00:2::9]"])
-def test_a_blocked_address_is_refused_inside_an_ipv6_one(make_dispatcher, host):
-    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
-
-    assert dispatcher.send(make_attempt(f"http://{host}/")).reason == "blocked"
-
-
-def test_a_name_for_a_blocked_address_is_refused(make_dispatcher, hostile):
-    server = hostile(answers(OK))
-    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.0/8", "::1/128"])
-
-    outcome = closed.send(make_attempt(f"http://localhost:{server.port}/"))
-
-    assert outcome.reason == "blocked" and server.accepted == 0
-
-
-# ------------------------------------------------------------------------------------- TLS
-
-
-def test_an_unknown_authority_is_refused_unless_it_is_in_ca_bundle_or_nobody_asks(
-    make_dispatcher, hostile, tls, certificate
-):
-    server = hostile(answers(OK), tls)
-    strict = make_dispatcher()
-    trusting = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
-
-    assert strict.send(make_attempt(server.url, verify_tls=False)).success
-    refused = strict.send(make_attempt(server.url))
-
-    assert (refused.reason, refused.status_code) == ("no_answer", None)
-    untrusted = f"no connection to {server.url} at 127.0.0.1: TLS failed: "
-    assert re.match(f"{untrusted}self.signed", refused.error)
-    assert trusting.send(make_attempt(server.url)).success
-    assert trusting.send(make_attempt(server.url.replace("127.0.0.1", "localhost"))).success
-    assert server.requests.qsize() == 3
-
-
-def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, tls, certificate):
-    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
-    server = hostile(answers(OK), tls, host="127.0.0.3")
-
-    refused = dispatcher.send(make_attempt(server.url))
-
-    assert refused.error.startswith(f"no connection to {server.url} at 127.0.0.3: TLS failed: ")
-    assert "127.0.0.3" in refused.error.partition("failed: ")[2]
-    assert dispatcher.send(make_attempt(server.url, verify_tls=False)).success
-
-
-# ------------------------------------------------------------------- sentences and secrets
-
-
-def test_a_refused_connection_is_named_with_its_address(send):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-
-        outcome = send(f"http://127.0.0.1:{port}/hook?token=canary")
-
-    assert outcome.reason == "no_answer"
-    url = f"http://127.0.0.1:{port}"
-    assert outcome.error == f"no connection to {url} at 127.0.0.1: Connection refused"
-
-
-def test_a_name_without_an_address_is_named(send, name_server):
-    outcome = send("http://nowhere.example/hook?token=canary")
-
-    assert outcome.reason == "no_answer"
-    assert outcome.error == (
-        "the name nowhere.example cannot be resolved: Name or service not known"
-    )
-
-
-@pytest.mark.parametrize(
-    "start, sentence",
-    [
-        (b"HTTP/1.1 200 OK\r\nX: ", "closed the connection amid its answer"),
-        (b"SSH-2.0-OpenSSH\r\n", "sent what is not a proper HTTP answer"),
-    ],
-)
-def test_a_broken_answer_is_explained(send, hostile, start, sentence):
-    server = hostile(answers(start, close=True))
-
-    assert send(server.url).error.startswith(f"{server.url} {sentence}")
-
-
-def test_tls_with_a_server_that_has_none_is_explained(send, target):
-    url = target.url.replace("http:", "https:")
-
-    outcome = send(url)
-
-    assert outcome.reason == "no_answer" and "TLS failed: " in outcome.error
-
-
-@pytest.mark.parametrize(
-    "webhook, secrets",
-    [
-        ({"headers": {"X-Auth-Token": "sesame"}}, ["sesame"]),
-        ({"headers": {"Authorization": "Digest canary"}}, ["canary"]),
-        ({"auth": {"type": "bearer", "token": "canary-1"}}, ["canary-1"]),
-        ({"auth": {"type": "api_key", "header": "X-Key", "api_key": "canary"}}, ["canary"]),
-        (
-            {"auth": {"type": "basic", "username": "u", "password": "canary"}},
-            ["canary", base64.b64encode(b"u:canary").decode()],
-        ),
-    ],
-)
-def test_secrets_are_masked_in_response_and_error(send, hostile, webhook, secrets):
-    echo = " ".join(secrets).encode()
-    head = b"HTTP/1.1 500 %s\r\nContent-Length: %d\r\n\r\n%s" % (echo, len(echo), echo)
-
-    outcome = send(hostile(answers(head)).url, **webhook)
-
-    masked = " ".join(["********"] * len(secrets))
-    assert (outcome.error, outcome.response) == (f"the server answered 500 {masked}", masked)
-
-
-def test_a_secret_of_five_characters_is_too_common_to_be_masked(send, hostile):
-    server = hostile(answers(typed(b"text/plain", b"today")))
-
-    assert send(server.url, headers={"X-Token": "today"}).response == "today"
-
-
-# --------------------------------------------------------- what slips through validation
-
-
-@pytest.mark.parametrize("url", ["http://a..b/", f"http://{'a' * 64}.test/", "http://x\u00e9..y/"])
-def test_a_name_that_cannot_exist_is_explained_as_one(send, url):
-    outcome = send(url)
-
-    assert outcome.reason == "no_answer" and "cannot be resolved" in outcome.error
-
-
-@pytest.mark.parametrize(
-    "webhook",
-    [
-        {"url": "http://a..b/"},
-        {"url": f"http://{'a' * 64}.test/"},
-        {"url": "http://[::1%25nope]/"},
-        {"url": "http://[fe80::1%lo]/"},
-        {"url": "https://127.0.0.1:1/\x00"},
-        {"headers": {"X-Snow": "☃"}},
-        {"headers": {"X-\ud800": "x"}},
-    ],
-)
-def test_what_slips_through_validation_ends_as_an_outcome(send, target, webhook):
-    outcome = send(**{"url": target.url} | webhook)
-
-    assert (outcome.success, outcome.status_code) == (False, None)
-    assert outcome.reason in ("no_answer", "blocked") and outcome.error
-
-
-@pytest.mark.parametrize(
-    "webhook",
-    [
-        {"url": "http://*.test/"},
-        {"url": "http://.x/"},
-        {"method": "POST", "body": "\ud800"},
-        {"headers": {"X-Split": "a\r\nX-Chronos-Attempt: 9"}},
-        {"headers": {"X-Number": 5}},
-        {"auth": {"type": "basic", "username": "\ud800", "password": ""}},
-    ],
-)
-def test_what_cannot_be_prepared_ends_as_an_outcome(send, target, webhook):
-    outcome = send(**{"url": target.url} | webhook)
-
-    assert (outcome.success, outcome.reason) == (False, "no_answer")
-    assert target.received.empty()
-
-
-def test_an_attempt_is_delivered_at_most_twice_however_many_idle_connections_die(send, hostile):
-    together = threading.Barrier(4)
-
-    def behave(server, connection):
-        if server.accepted <= 4 and read_request(connection):
-            together.wait(10)
-            connection.sendall(OK)
-        server.requests.put(read_request(connection))  # and closes without an answer
-
-    server = hostile(behave)
-    with ThreadPoolExecutor(4) as pool:
-        assert all(outcome.success for outcome in pool.map(send, [server.url] * 4))
-
-    assert send(server.url, method="POST", body="x").reason == "no_answer"
-    assert (server.requests.qsize(), server.accepted) == (2, 5)
-
-
-def test_look_ups_wait_for_one_another_and_free_their_place(send, target, monkeypatch):
-    url, real = target.url.replace("127.0.0.1", "slow.test"), socket.getaddrinfo
-
-    def look_up(host, port, *arguments, flags=0, **options):
-        if host == "slow.test" and not flags & socket.AI_NUMERICHOST:
-            time.sleep(0.02)
-            host = "127.0.0.1"
-        return real(host, port, *arguments, flags=flags, **options)
-
-    def no_thread(_thread):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_thread)
-        errors = {send(url).error for _ in range(chronos.MAX_LOOKUPS + 1)}
-    with ThreadPoolExecutor(60, initializer=threading.Barrier(60).wait) as pool:
-        outcomes = list(pool.map(send, [url] * 60))
-
-    assert errors == {"unexpected error: RuntimeError"}
-    assert {outcome.error for outcome in outcomes} == {None}
-
-
-def test_idle_connections_are_no_more_than_the_workers_and_end_after_30_s(make_world, hostile):
-    world = make_world(dispatcher__max_concurrent_jobs=3)
-    servers = [hostile(answers(OK), host=f"127.0.0.{n}") for n in range(2, 14)]
-    opened = lambda: [len(server.handles) for server in servers]  # noqa: E731
-    world.dispatcher.start()
-
-    for server in servers:
-        assert world.dispatcher.send(make_attempt(server.url)).success
-    wait_until(lambda: opened() == [0] * 9 + [1, 1, 1])
-    world.clock.advance(29.9)
-    wait_until(lambda: world.dispatcher.last_watch == world.clock.monotonic())
-    assert (
-        world.dispatcher.send(make_attempt(servers[-2].url)).success and servers[-2].accepted == 1
-    )
-    for seconds, left in ((0.1, [0, 1, 0]), (29.9, [0, 0, 0])):
-        world.clock.advance(seconds)
-        wait_until(lambda left=left: opened() == [0] * 9 + left)
-    world.dispatcher.stop()
-
-
-def test_a_retry_after_that_is_a_date_counts_from_the_answer(world, target):
-    script(target, "/hang/status/503")
-    target.extra_headers = {"Retry-After": "Mon, 01 Mar 2027 12:01:00 GMT"}
-    job = world.create(target.url)
-    hang(world, target, job)
-
-    world.clock.advance(25)
-    target.let_go.set()
-    world.settle()
-
-    assert states(world, job, "status", "due_at") == [("pending", at("12:01:00"))]
-
-
-# ======================================================================================
-# 10. Dispatch: servers that mean no good
-# ======================================================================================
-
-HEAD = b"HTTP/1.1 200 OK\r\n"
-MEGABYTE = "x" * 1_000_000
-SCHEMES = pytest.mark.parametrize("scheme", ["http", "https"])
-
-
-def gzip_bomb():
-    """Return a gzip stream of 1 GB, made of one piece again and again."""
-    packer = zlib.compressobj(wbits=-15)
-    piece = packer.compress(b"\0" * 2**20) + packer.flush(zlib.Z_FULL_FLUSH)
-    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + piece * 1000
-
-
-def hangs_up(_server, connection):
-    connection.recv(1000)  # and closes while the rest of the request is on its way
-
-
-def answers_at_once(_server, connection):
-    connection.recv(10_000)
-    connection.sendall(OK)
-
-
-@pytest.fixture(autouse=True)
-def only_loopback(monkeypatch):
-    """Dial nothing else, even where the check of an address has a bug."""
-    connect = socket.socket.connect
-
-    def guarded(self, address):
-        if self.family != socket.AF_UNIX:
-            host = ipaddress.ip_address(address[0].partition("%")[0])
-            host = getattr(host, "ipv4_mapped", None) or host
-            assert host.is_loopback or host.is_unspecified, address
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
-
-
-# -------------------------------------------------------------- seen on the real process
-
-
-REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 1000000000\r\n\r\n"
-ENDLESS = {
-    "1 GB with a length": repeats(HEAD + b"Content-Length: 1000000000\r\n\r\n", b"\0" * 65536),
-    "1 GB in chunks": repeats(CHUNKED, b"100000\r\n" + b"\0" * 2**20 + b"\r\n"),
-    "1 GB until it closes": repeats(HEAD + b"\r\n", b"\0" * 65536),
-    "a bomb of 1 GB": answers(encoded(b"gzip", gzip_bomb())),
-    "a redirect with 1 GB": repeats(REDIRECT, b"\0" * 65536),
-}
-
-
-@SCHEMES
-def test_no_hostile_server_costs_the_process_memory_descriptors_or_threads(
-    make_process, hostile, tls, scheme
-):
-    process, servers = make_process("dispatcher: {max_concurrent_jobs: 2}"), STALLS | ENDLESS
-    home = Path(f"/proc/{process.process.pid}")
-
-    def run(behave, **webhook):
-        url = hostile(behave, tls if scheme == "https" else None).url
-        fields = {"timeout": "300ms", "retry_policy": ONCE}
-        job = process.create(url, webhook={"verify_tls": False} | webhook, **fields)
-        process.call("POST", trigger_path(job))
-        return process.get(path_of(job))["last_execution"]["reason"]
-
-    def memory(name):
-        return int(re.search(rf"{name}:\s+(\d+) kB", (home / "status").read_text())[1]) / 1000
-
-    def used():
-        names = [os.readlink(path) for path in (home / "fd").iterdir() if path.is_symlink()]
-        return sum(name.startswith("socket") for name in names), len(os.listdir(home / "task"))
-
-    for behave in (hangs_up, resets):
-        assert run(behave, body=MEGABYTE, method="POST") == "no_answer"
-    before, at_rest = used(), memory("VmRSS")
-    (home / "clear_refs").write_text("5")  # the peak counts from here
-
-    reasons = {name: run(behave) for name, behave in servers.items()}
-
-    more = memory("VmHWM") - at_rest
-    print(f"{scheme}: at most {more:.1f} MB more")
-    redirect = {"a redirect with 1 GB": "http_status"}
-    ended = dict.fromkeys(STALLS, "timeout") | dict.fromkeys(FLOODS, "no_answer")
-    assert reasons == ended | dict.fromkeys(ENDLESS) | redirect
-    assert more < 10
-    wait_until(lambda: all(now <= then for now, then in zip(used(), before, strict=True)))
-
-
-def sees_its_end(start, piece=b""):
-    """Return a behaviour: this beginning, ``piece`` again and again; it notes when it is cut."""
-
-    def behave(server, connection):
-        read_request(connection)
-        connection.sendall(start)
-        server.reached.release()
-        try:
-            while not (server.stopping.is_set() or select.select([connection], [], [], 0.05)[0]):
-                connection.sendall(piece)
-        finally:
-            server.requests.put(time.monotonic())
-
-    return behave
-
-
-@SCHEMES
-@pytest.mark.parametrize("how", ["replace", "cancel", "delete", "shutdown"])
-def test_the_server_sees_at_once_that_its_connection_is_cut(service, hostile, tls, how, scheme):
-    starts = [(b"",), (HEAD + b"X-Half: ", b"x"), (HEAD + b"Content-Length: 9\r\n\r\n", b"")]
-    starts += [
-        (HEAD + b"\r\n", b"x"),
-        (CHUNKED + b"fff\r\n", b"x"),
-        (b"", OK[:9] + b"100 C\r\n\r\n"),
-    ]
-    servers = [hostile(sees_its_end(*s), tls if scheme == "https" else None) for s in starts]
-    fields = {"concurrency": "replace", "webhook": {"verify_tls": False}}
-    jobs = [service.create(server.url, **fields) for server in servers]
-    ids = [service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"] for job in jobs]
-    assert all(server.reached.acquire(timeout=10) for server in servers)
-    delays = []
-
-    for job, execution_id, server in zip(jobs, ids, servers, strict=True):
-        if how == "replace":
-            service.expect(202, "POST", trigger_path(job, "?wait=0"))
-        elif how == "cancel":
-            service.post(path_of(job, f"/executions/{execution_id}/cancel"))
-        elif how == "delete":
-            service.expect(200, "DELETE", path_of(job))
-        told = time.monotonic()
-        if how == "shutdown":
-            service.service.engine.stop(0)
-        delays.append(server.requests.get(timeout=5) - told)
-
-    # All but one within 0.2 s; that one because other processes may hold the CPU for a while.
-    assert sorted(delays)[-2] < 0.2
-    assert max(delays) < 0.6
-
-
-def test_an_answer_to_half_a_request_counts(send, hostile):
-    def refuses(_server, connection):
-        connection.recv(1000)
-        connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
-
-    refused = send(hostile(refuses).url, method="POST", body=MEGABYTE * 8)
-
-    assert (refused.status_code, refused.error) == (413, "the server answered 413 Too Large")
-
-
-@SCHEMES
-@pytest.mark.parametrize("behave", [hangs_up, resets])
-def test_a_server_that_hangs_up_while_it_is_sent_to_is_told(send, hostile, tls, scheme, behave):
-    server = hostile(behave, tls if scheme == "https" else None)
-
-    outcome = send(server.url, method="POST", body=MEGABYTE * 8, verify_tls=False)
-
-    assert outcome.duration < SECOND and outcome.reason == "no_answer"
-    assert outcome.error.endswith("closed the connection without an answer")
-
-
-# ------------------------------------------------------------------- addresses and names
-
-
-SPELLED = """127.0.0.1 2130706433 0x7f.1 127.1 0177.0.0.1 [::ffff:127.0.0.1] [::ffff:7f00:1]
-    [2002:7f00:1::] [64:ff9b::7f00:1] localhost"""
-
-
-@pytest.mark.parametrize(
-    ("networks", "sentence"),
-    [
-        ({"blocked": ["127.0.0.0/8", "::1/128"]}, "dispatcher.blocked_networks has "),
-        ({"allowed": ["10.0.0.0/8"]}, "it is not in dispatcher.allowed_networks"),
-    ],
-)
-def test_a_blocked_job_says_so_at_once_and_is_not_tried_again(
-    make_service, hostile, networks, sentence
-):
-    service = make_service(**{f"dispatcher__{k}_networks": v for k, v in networks.items()})
-    server = hostile(answers(OK))
-
-    for host in SPELLED.split():
-        job = service.create(f"http://{host}:{server.port}/hook")
-        service.error(500, "POST", trigger_path(job))
-        (execution,) = service.get(path_of(job, "/executions"))["executions"]
-        assert (execution["reason"], execution["attempts"]) == ("blocked", 1), host
-        assert re.fullmatch(rf"[0-9a-f.:]+ is blocked: {re.escape(sentence)}.*", execution["error"])
-    assert server.accepted == 0
-
-
-@pytest.mark.parametrize("host", ["0", "0.0.0.0", "[::ffff:0.0.0.0]", "[::]"])
-def test_the_unspecified_address_does_not_lead_to_a_blocked_loopback(
-    make_dispatcher, hostile, host
-):
-    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.0/8", "::1/128"])
-    server = hostile(answers(OK), host="::1" if host == "[::]" else "127.0.0.1")
-
-    outcome = dispatcher.send(make_attempt(f"http://{host}:{server.port}/"))
-
-    assert (outcome.reason, server.accepted) == ("blocked", 0)
-
-
-@pytest.mark.parametrize("later", [["127.0.0.2"], ["127.0.0.3", "127.0.0.2"]])
-def test_a_name_is_judged_by_what_it_resolves_to_this_time(
-    make_dispatcher, hostile, monkeypatch, later
-):
-    real, found = socket.getaddrinfo, [["127.0.0.1"], later]
-
-    def look_up(host, port, *arguments, flags=0, **options):
-        if host != "rebound.test" or flags & socket.AI_NUMERICHOST:
-            return real(host, port, *arguments, flags=flags, **options)
-        return [real(address, port, **options)[0] for address in found.pop(0)]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
-    closed = hostile(answers(OK), host="127.0.0.2")
-    opened = hostile(answers(OK, close=True))
-    opened_url = f"http://rebound.test:{opened.port}/"
-
-    assert dispatcher.send(make_attempt(opened_url)).success
-    outcome = dispatcher.send(make_attempt(f"http://rebound.test:{closed.port}/"))
-
-    assert (outcome.reason, closed.accepted, found) == ("blocked", 0, [])
-    assert outcome.error == "127.0.0.2 is blocked: dispatcher.blocked_networks has 127.0.0.2/32"
-
-
-# ---------------------------------------------------------------------- nothing leaks
-
-
-def test_nothing_of_the_environment_is_sent_or_called(make_process, hostile, tls, tmp_path):
-    proxy, behave = (
-        hostile(answers(OK)),
-        answers(OK.replace(b"OK\r\n", b"OK\r\nSet-Cookie: a=b\r\n")),
-    )
-    names = ("http_proxy", "https_proxy", "all_proxy", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
-    environment = dict.fromkeys(names, proxy.url) | {"HOME": str(tmp_path), "NO_PROXY": ""}
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login l password p\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    process = make_process(environment=environment)
-
-    for server in (hostile(behave), hostile(behave, tls)):
-        for _ in range(2):
-            job = process.create(f"{server.url}/{_}", webhook={"verify_tls": False})
-            process.post(trigger_path(job))
-            sent = {name.lower() for name, _value in headers_of(server.requests.get(timeout=5))}
-            assert "x-chronos-job-id" in sent
-            assert not sent & {"authorization", "cookie", "proxy-authorization"}
-    assert proxy.accepted == 0
-
-
-def test_a_refused_header_is_named_and_credentials_in_a_url_are_pointed_to_auth(service):
-    names = ["Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "TE", "Trailer"]
-    names += ["Expect", "Keep-Alive", "Proxy-Connection", "x-Chronos-Attempt", "a b", "a\r\nb", "é"]
-    webhook = {"headers": dict.fromkeys(names, "x") | {"X-Own": "a\r\nX-Forged: b"}}
-
-    url = NOBODY.replace("//", "//user:secret-word@")
-    error = service.error(400, "POST", "/jobs", job_body(url, webhook=webhook))
-
-    messages = {detail["field"]: detail["message"] for detail in error["details"]}
-    headers = {f"webhook.headers.{name}" for name in (*names, "X-Own")}
-    assert messages.keys() == headers | {"webhook.url"}
-    assert "webhook.auth" in messages["webhook.url"] and "secret-word" not in str(error)
-
-
-def test_a_secret_is_masked_as_json_writes_it_too_and_where_a_character_is_cut(send, hostile):
-    secret = 's3cr"et\\p\u00e4ssw\u00f6rd'
-    echo = typed(b"application/json", json.dumps({"got": secret}).encode())
-    cut = b"x" * (65536 - 15) + secret.encode()
-    auth = {"type": "basic", "username": "ada", "password": secret}
-
-    for answer in (echo, typed(b"text/plain; charset=utf-8", cut)):
-        assert "s3cr" not in send(hostile(answers(answer)).url, auth=auth).response
-
-
-@pytest.mark.parametrize("place", [
-    b"HTTP/1.1 500 " + b"x" * 166 + b" canary-and-more\r\nContent-Length: 0\r\n\r\n",
-    typed(b"text/plain", b"x" * 65529 + b"canary-and-more"),
-])  # fmt: skip
-def test_no_part_of_a_secret_is_left_where_a_text_is_cut(send, hostile, place):
-    outcome = send(hostile(answers(place)).url, headers={"X-Token": "canary-and-more"})
-
-    assert "canary" not in f"{outcome.error}{outcome.response}"
-
-
-# --------------------------------------------------------------------------- sentences
-
-
-def test_a_certificate_that_has_expired_is_refused(make_dispatcher, hostile, certificate, tmp_path):
-    path, key = tmp_path / "expired.pem", certificate[1]
-    command = ["openssl", "x509", "-in", certificate[0], "-signkey", key, "-days", "-1"]
-    subprocess.run([*command, "-out", path], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path, key)
-    server = hostile(answers(OK), context)
-
-    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(path))
-    outcome = dispatcher.send(make_attempt(server.url))
-
-    assert outcome.error.endswith(": TLS failed: certificate has expired")
-    assert server.requests.empty()
-
-
-CLOSED, NOT_HTTP = "{url} closed the connection ", "{url} sent what is not a proper HTTP answer: "
-NO_CONNECTION = "no connection to {url} at 127.0.0.1: "
-SENTENCES = [  # server, scheme, reason, what is said
-    (answers(b"", close=True), "http", "no_answer", CLOSED + "without an answer"),
-    (resets, "http", "no_answer", CLOSED + "without an answer"),
-    (answers(HEAD, close=True), "http", "no_answer",
-     CLOSED + "amid its answer"),
-    (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
-    (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header or too many"),
-    (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),
-    (answers(HEAD + b"Content-Length: -1\r\n\r\n"), "http", "no_answer",
-     NOT_HTTP + "a wrong Content-Length"),
-    (answers(CHUNKED + b"-1\r\n"), "http", "no_answer", NOT_HTTP + "a wrong size of a chunk"),
-    (stalls(b""), "http", "timeout", "there was no whole answer within the timeout"),
-    (answers(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"), "http", "http_status",
-     "the server answered 404 Not Found"),
-    (answers(b"HTTP/1.1 201\r\nContent-Length: 0\r\n\r\n"), "http", "http_status",
-     "the server answered 201, which is not among success_codes"),
-    (begun_handshake, "https", "no_answer",
-     NO_CONNECTION + "it took too long"),
-    (answers(HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"), "http", "no_answer",
-     NOT_HTTP + "a wrong Content-Length"),
-    (answers(CHUNKED + b"zz\r\n"), "http", "no_answer", NOT_HTTP + "a wrong size of a chunk"),
-    (hangs_up, "https", "no_answer",
-     NO_CONNECTION + "TLS failed: unexpected eof while reading"),
-    (answers_at_once, "https", "no_answer", NO_CONNECTION + "TLS failed: wrong version number"),
-]  # fmt: skip
-REPR = re.compile(r"<|Errno|[a-z]Error|Exception|Pool|0x[0-9a-f]{6}|_ssl|codec|int\(|_[A-Z]+_")
-
-
-@pytest.mark.parametrize(("behave", "scheme", "reason", "sentence"), SENTENCES)
-def test_each_failure_has_its_sentence(make_dispatcher, hostile, behave, scheme, reason, sentence):
-    dispatcher, server = make_dispatcher(dispatcher__connect_timeout="300ms"), hostile(behave)
-    url = server.url.replace("http:", f"{scheme}:")
-
-    outcome = dispatcher.send(make_attempt(url, allowed=0.6, success_codes=[200]))
-
-    assert (outcome.reason, outcome.error) == (reason, sentence.format(url=url))
-    assert not REPR.search(outcome.error)
-
-
-@pytest.mark.parametrize(("url", "options", "sentence"), [
-    ("http://[::1]:1/", {}, "no connection to http://[::1]:1 at ::1: Connection refused"),
-    ("http://nowhere.example/", {},
-     "the name nowhere.example cannot be resolved: Name or service not known"),
-    ("http://hangs.test/", {"connect_timeout": "200ms"},
-     "no address of hangs.test within connect_timeout"),
-])  # fmt: skip
-def test_no_connection_has_its_sentence(
-    make_dispatcher, hostile, name_server, url, options, sentence
-):
-    dispatcher = make_dispatcher(**{f"dispatcher__{k}": v for k, v in options.items()})
-    url = url.replace("127.0.0.1:1", f"127.0.0.1:{hostile(begun_handshake).port}")
-
-    outcome = dispatcher.send(make_attempt(url))
-
-    assert (outcome.reason, outcome.error) == ("no_answer", sentence)
-
-
-@pytest.mark.parametrize("name", ["a..b", "a" * 64])
-def test_a_name_that_can_not_be_has_its_sentence(send, name):
-    assert not REPR.search(send(f"http://{name}/").error)
-
-
-# ------------------------------------------------------- answers that are not one's own
-
-
-FORGED = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
-
-
-@SCHEMES
-@pytest.mark.parametrize(("method", "answer"), [
-    ("GET", OK), ("GET", CHUNKED + b"0\r\n\r\n"), ("HEAD", HEAD + b"Content-Length: 6\r\n\r\n"),
-    ("GET", b"HTTP/1.1 204 Fine\r\nContent-Length: 6\r\n\r\n"),
-    ("GET", b"HTTP/1.1 304 Same\r\n\r\n"),
-])  # fmt: skip
-def test_what_comes_unasked_while_a_connection_is_idle_answers_nothing(
-    send, hostile, tls, scheme, method, answer
-):
-    ready, sent = threading.Event(), threading.Event()
-
-    def behave(server, connection):
-        if server.accepted == 1:
-            read_request(connection)
-            connection.sendall(answer)
-            ready.wait(10)
-            connection.sendall(FORGED)
-            sent.set()
-        answers(OK)(server, connection)
-
-    server, codes = hostile(behave, tls if scheme == "https" else None), [200, 204, 304]
-
-    first = send(server.url, method=method, success_codes=codes, verify_tls=False)
-    ready.set()
-    assert first.success and sent.wait(10)
-
-    assert send(server.url, verify_tls=False).response == "OK"
-    assert server.accepted == 2
-
-
-@pytest.mark.parametrize("answer", [
-    HEAD + b"Content-Length: 2\r\nContent-Length: 9\r\n\r\nOK",
-    CHUNKED[:-2] + b"Content-Length: 9\r\n\r\n0\r\n\r\n",
-    HEAD + b"Content-Length: 2\r\nTransfer-Encoding: x\r\n\r\nOK",
-    HEAD + b"Content-Length: 2\r\n 0\r\n\r\nOK",
-    HEAD + b"Connection: keep-alive\r\nConnection: close\r\nContent-Length: 2\r\n\r\nOK",
-    CHUNKED[:-2] + b"Transfer-Encoding: gzip\r\n\r\n2\r\nOK\r\n0\r\n\r\n",
-    HEAD + b"Transfer-Encoding: identity, chunked\r\n\r\n2\r\nOK\r\n0\r\n\r\n",
-    CHUNKED + b"0x2\r\nOK\r\n0\r\n\r\n",
-])  # fmt: skip
-def test_after_an_answer_of_unclear_length_comes_a_new_connection(send, hostile, answer):
-    server = hostile(answers(answer))
-
-    for _ in range(2):
-        outcome = send(server.url, allowed=0.5)
-        assert outcome.success or outcome.reason == "no_answer"
-    assert server.accepted == 2
-
-
-BIG_HEADERS = b"".join(b"X-%d: %s\r\n" % (n, b"x" * 65_000) for n in range(99))
-
-
-@pytest.mark.parametrize(("start", "piece"), [
-    (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
-    (HEAD, b"X-Same: x\r\n" * 1000),
-    (HEAD + b"X: y\r\n", b" folded\r\n" * 1000),
-    (CHUNKED + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
-    (CHUNKED, b"1;" + b"x" * 60000 + b"\r\nx\r\n"),
-    (HEAD + BIG_HEADERS + b"Content-Length: 2\r\n\r\nOK", b"x"),
-    (HEAD, b"x" * 65536),
-], ids=["100", "same header", "folded", "trailers", "extensions", "6 MB", "line"])  # fmt: skip
-def test_what_surrounds_a_body_has_a_bound(send, hostile, start, piece):
-    outcome = send(hostile(repeats(start, piece)).url, allowed=3)
-
-    assert outcome.reason == "no_answer" and outcome.duration < 2 * SECOND
-
-
-# ------------------------------------------------------------------- aborts at any time
-
-
-# CPython leaves a TLS socket whose peer is gone before it is wrapped to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@SCHEMES
-def test_an_abort_at_any_step_ends_the_attempt_and_leaves_nothing(
-    tmp_path, make_dispatcher, hostile, tls, scheme
-):
-    class Clock(chronos.Clock):
-        steps, attempt = 0, None
-
-        def monotonic(self):
-            if threading.current_thread() is threading.main_thread():
-                self.steps -= 1
-                if self.steps == 0:
-                    self.attempt.abort("cancelled")
-            return super().monotonic()
-
-    dispatcher, clock = make_dispatcher(), Clock()
-    server = hostile(answers(OK), tls if scheme == "https" else None)
-    url = server.url.replace("127.0.0.1", "localhost")
-    dispatcher._clock, reasons = clock, []
-    before = len(os.listdir("/proc/self/fd"))
-
-    for step in range(1, 12):
-        clock.attempt, clock.steps = make_attempt(url, verify_tls=False), step
-        outcome, seconds = timed_send(dispatcher, clock.attempt)
-        assert seconds < 1
-        reasons.append(outcome.reason)
-        dispatcher.close_idle(0)
-
-    ended = reasons.index(None)
-    assert ended >= 4 and set(reasons[:ended]) == {"cancelled"} and set(reasons[ended:]) == {None}
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
-
-
-def test_aborts_at_random_moments_never_mix_answers_up(dispatcher, target):
-    chance = random.Random(7)
-
-    def send_and_abort(number):
-        attempt = make_attempt(f"{target.url}/echo", method="POST", body=str(number))
-        if number % 3 == 0:
-            threading.Timer(chance.uniform(0, 0.005), attempt.abort, ["cancelled"]).start()
-        return number, dispatcher.send(attempt)
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(send_and_abort, range(600)))
-
-    cut = [number for number, outcome in results if outcome.reason == "cancelled"]
-    whole = [(number, outcome) for number, outcome in results if number not in cut]
-    assert all((o.success, o.response) == (True, str(number)) for number, o in whole)
-    assert len(cut) > 20 and all(number % 3 == 0 for number in cut)
-
-
-# ======================================================================================
-# 11. Engine: fire times and executions
-# ======================================================================================
-
-
-def script(target, *paths):
-    """Make the target treat its requests, one after another, as if made for these paths.
-
-    "/hang/echo" hangs until let_go is set, and is then "/echo".
-    """
-    left = list(paths)
-
-    class Scripted(TargetHandler):
-        def do_POST(self):
-            self.path = left.pop(0) if left else self.path
-            if self.path.startswith("/hang/"):
-                self.server.hanging.release()
-                self.server.let_go.wait(30)
-                self.path = self.path.removeprefix("/hang")
-            self.answer()
-
-    target.RequestHandlerClass = Scripted
-
-
-def trigger(world, job):
-    """Trigger a job, and return the id of the execution."""
-    execution_id = f"exec-{uuid.uuid4()}"
-    world.do(world.engine.trigger, job.id, execution_id)
-    return execution_id
-
-
-def hang(world, target, job):
-    """Trigger a job whose request hangs, and return the id of the execution."""
-    execution_id = trigger(world, job)
-    assert target.hanging.acquire(timeout=10)
-    return execution_id
-
-
-def turn_until(world, condition):
-    """Turn the engine until something is so."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        world.engine.run_pass(10_000)
-
-
-def states(world, job, *names):
-    """Return the status of each execution of a job, or other columns, the oldest first."""
-    rows = [tuple(getattr(e, name) for name in names) for e in world.executions(job)]
-    return rows if names else [e.status for e in world.executions(job)]
-
-
-def fire_times(target, job):
-    """Return the fire times that the target was called for, in the order of the calls."""
-    headers = [target.take()[2] for _ in range(target.received.qsize())]
-    mine = [h for h in headers if h["X-Chronos-Job-ID"] == job.id]
-    return [h["X-Chronos-Scheduled-Time"][11:-1] for h in mine]
-
-
-def at(text):
-    """Return an instant of the day on which the tests begin."""
-    return chronos.parse_time(f"2027-03-01T{text}Z")
-
-
-def test_a_fire_time_becomes_one_execution_whose_id_follows_from_it(world, target):
-    job = world.create(target.url, schedule="* * * * *")
-
-    world.advance(59)
-    assert world.executions(job) == []
-    world.advance(1)
-
-    [execution] = world.executions(job)
-    assert execution.id == f"exec-{uuid.uuid5(uuid.UUID(job.id), '2027-03-01T12:01:00Z')}"
-    assert (execution.status, execution.trigger) == ("success", "schedule")
-    assert execution.scheduled_at == at("12:01:00")
-    assert target.take()[2]["X-Chronos-Execution-ID"] == execution.id
-
-
-def test_a_fire_time_never_fires_twice_even_if_the_cursor_is_moved_back(world, target):
-    job = world.create(target.url, schedule="* * * * *")
-    world.advance(60)
-
-    by_hand(world, "UPDATE jobs SET next_run_at = ?", at("12:01:00"))
-    world.do(world.engine.set_enabled, job.id, True)
-    world.settle()
-
-    assert fire_times(target, job) == ["12:01:00"]
-    assert world.store.job(job.id).next_run_at == at("12:02:00")
-
-
-def test_a_thousand_jobs_that_are_due_in_the_same_second_all_fire_once(world, target):
-    jobs = add_jobs(world, 1000, target.url, schedule="* * * * *")
-
-    world.advance(60)
-
-    calls = [target.take()[2]["X-Chronos-Job-ID"] for _ in jobs]
-    assert sorted(calls) == sorted(job.id for job in jobs)
-    assert target.received.empty()
-    ended = by_hand(world, "SELECT status, trigger, count(*) FROM executions GROUP BY 1, 2")
-    assert ended == [("success", "schedule", 1000)]
-
-
-def test_nothing_is_sent_before_its_execution_is_on_disk_as_running(world, target):
-    seen = queue.SimpleQueue()
-
-    class Witness(TargetHandler):
-        def do_POST(self):
-            find = "SELECT status, attempts FROM executions WHERE id = ?"
-            seen.put(by_hand(world, find, self.headers["X-Chronos-Execution-ID"]))
-            self.answer()
-
-    target.RequestHandlerClass = Witness
-    add_jobs(world, 100, target.url, schedule="* * * * *")
-
-    world.advance(60)
-
-    assert [seen.get(timeout=10) for _ in range(100)] == [[("running", 1)]] * 100
-
-
-def test_disabling_a_job_leaves_what_was_due_before_and_its_retries(world, target):
-    script(target, "/status/503")
-    job = world.create(target.url, schedule="* * * * *")
-    world.clock.advance(60)
-    world.do(world.engine.set_enabled, job.id, False)
-    world.settle()
-
-    world.advance(3600)
-    world.do(world.engine.set_enabled, job.id, True)
-    world.settle()
-
-    assert states(world, job, "status", "attempts") == [("success", 2)]
-    assert world.store.job(job.id).next_run_at == at("13:02:00")
-
-
-def test_disabling_a_job_leaves_what_was_due_before_behind_many_others(world, target):
-    job = add_jobs(world, 300, target.url, schedule="* * * * *")[-1]
-
-    world.clock.advance(60)
-    world.do(world.engine.set_enabled, job.id, False)
-    world.settle()
-
-    assert states(world, job) == ["success"]
-
-
-def test_every_is_spaced_from_the_previous_fire_time(world, target):
-    job = world.create(target.url, schedule="@every 10s")
-
-    world.advance(13)
-    world.advance(7)
-
-    assert fire_times(target, job) == ["12:00:10", "12:00:20"]
-
-
-def test_at_fires_once_and_a_spent_job_can_not_be_enabled(world, target):
-    job = world.create(target.url, schedule="@at 2027-03-01T12:00:30Z")
-
-    world.advance(30)
-
-    assert states(world, job) == ["success"]
-    assert not world.store.job(job.id).enabled
-    with pytest.raises(chronos.ApiError, match="nothing comes any more") as refusal:
-        world.do(world.engine.set_enabled, job.id, True)
-    assert refusal.value.code == "CONFLICT"
-
-
-def test_a_paused_server_starts_nothing(make_world, target):
-    world = make_world(scheduler__paused=True)
-    job = world.create(target.url, schedule="* * * * *")
-    add_executions(world, job, 1, "pending")
-
-    world.advance(60)
-    with pytest.raises(chronos.ApiError, match="paused"):
-        trigger(world, job)
-
-    assert states(world, job) == ["pending"]
-    assert target.received.empty()
-
-
-def test_a_pass_with_nothing_to_do_writes_nothing_but_the_heartbeat(world, target):
-    world.create(target.url)
-    world.settle()
-    with contextlib.closing(sqlite3.connect(world.store.path)) as observer:
-        commits = lambda: observer.execute("PRAGMA data_version").fetchone()[0]  # noqa: E731
-        before = commits()
-
-        for _ in range(59):
-            world.advance(1)
-            assert commits() == before
-        world.advance(1)
-
-        assert commits() == before + 1
-    assert world.store.number("last_seen") == at("12:01:00")
 
 
 def summary(world, job):
@@ -3654,2123 +2824,191 @@ def test_a_strip_has_the_newest_thirty_and_ends_are_counted_by_the_hour(world, t
 
 
 # ======================================================================================
-# 11. Engine: retries and limits
+# 12. Logs and metrics
 # ======================================================================================
 
-
-def test_retries_wait_in_the_database_for_one_second_and_then_two(world, target):
-    job = world.create(target.url + "/status/503")
-    trigger(world, job)
-    world.settle()
-    waits = []
-
-    while (execution := world.executions(job)[0]).status == "pending":
-        waits.append((execution.due_at - world.clock.now()) / SECOND)
-        world.advance(waits[-1] - 0.001)
-        assert world.executions(job) == [execution]
-        world.advance(0.001)
-
-    assert waits == [1, 2]
-    assert (execution.status, execution.reason, execution.attempts) == ("failed", "http_status", 3)
-    log = [
-        (e["number"], e["started_at"][-3:], e["status_code"])
-        for e in json.loads(execution.attempt_log)
-    ]
-    assert log == [(1, "00Z", 503), (2, "01Z", 503), (3, "03Z", 503)]
-    calls = [target.take()[2] for _ in range(3)]
-    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2", "3"]
-    assert {call["X-Chronos-Execution-ID"] for call in calls} == {execution.id}
+# --- what is logged -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("asked", "wait"), [("7", 7), ("0", 1), ("soon", 1)])
-def test_a_longer_retry_after_is_respected(world, target, asked, wait):
-    target.extra_headers["Retry-After"] = asked
-    job = world.create(target.url + "/status/429")
-
-    trigger(world, job)
-    world.settle()
-
-    assert world.executions(job)[0].due_at == NOON + wait * SECOND
-
-
-def test_the_time_allowed_spans_attempts_and_waits(world, target):
-    script(target, "/status/503", "/hang")
-    job = world.create(target.url, timeout="30s", retry_policy={"initial_interval": "20s"})
-    trigger(world, job)
-    world.settle()
-
-    world.dispatcher.start()
-    world.clock.advance(20)
-    world.engine.run_pass()
-    assert target.hanging.acquire(timeout=10)
-    world.advance(10)
-    world.dispatcher.stop()
-
-    assert states(world, job, "status", "reason", "attempts") == [("failed", "timeout", 2)]
-    assert world.executions(job)[0].to_json()["duration"] == 30_000_000_000
-
-
-def test_an_execution_whose_next_wait_would_pass_the_limit_fails_at_once(world, target):
-    job = world.create(target.url + "/status/503", timeout="3s")
-
-    trigger(world, job)
-    world.settle()
-    world.advance(1)
-
-    assert states(world, job, "status", "reason", "spent") == [("failed", "timeout", SECOND)]
-
-
-def test_every_attempt_uses_the_version_that_the_execution_began_with(world, target):
-    job = world.create(target.url + "/status/503")
-    trigger(world, job)
-    world.settle()
-
-    config = job.config | {"webhook": job.config["webhook"] | {"url": target.url + "/ok"}}
-    by_hand(world, "INSERT INTO versions VALUES (?, 2, ?, 0, '')", job.id, json.dumps(config))
-    by_hand(world, "UPDATE jobs SET version = 2")
-    world.advance(1)
-    world.advance(2)
-    trigger(world, job)
-    world.settle()
-
-    assert [target.take()[1] for _ in range(4)] == ["/status/503"] * 3 + ["/ok"]
-    assert states(world, job, "job_version", "status") == [(1, "failed"), (2, "success")]
-
-
-@pytest.fixture
-def other_target():
-    server = Target()
-    yield server
-    server.stop()
-
-
-def test_no_more_run_at_once_than_there_are_workers_and_the_oldest_is_next(make_world, target):
-    world = make_world(dispatcher__max_concurrent_jobs=1, dispatcher__max_concurrent_per_host=9)
-    hang(world, target, world.create(target.url + "/hang"))
-    jobs = [world.create(f"{target.url}/{n}", schedule=f"@every {n}s") for n in (5, 3, 4)]
-
-    world.clock.advance(5)
-    world.engine.run_pass()
-    assert [states(world, job) for job in jobs] == [["pending"]] * 3
-    target.let_go.set()
-    world.settle()
-
-    assert [target.take()[1] for _ in range(4)] == ["/hang", "/3", "/4", "/5"]
-
-
-def test_a_dead_target_does_not_hold_up_the_others(make_world, target, other_target):
-    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
-    dead = world.create(target.url + "/hang", concurrency="allow")
-    add_executions(world, dead, 10, "pending")
-    job = world.create(other_target.url)
-
-    trigger(world, job)
-    turn_until(world, lambda: states(world, job) == ["success"])
-
-    assert sorted(states(world, dead)) == ["pending"] * 8 + ["running"] * 2
-    target.let_go.set()
-    world.settle()
-    assert states(world, dead) == ["success"] * 10
-
-
-def test_taking_stays_quick_while_50000_executions_wait_for_a_dead_target(
-    make_world, target, other_target
+def test_what_a_run_becomes_is_logged_and_only_what_needs_somebody_as_a_warning(
+    world, target, caplog
 ):
-    world = make_world(dispatcher__max_concurrent_per_host=1)
-    dead = world.create(target.url + "/hang", concurrency="allow")
-    job = world.create(other_target.url, concurrency="allow")
-    hang(world, target, dead)
-    full = {chronos.target_of(target.url)}
-
-    def quickest():
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            assert world.store.due_executions(world.clock.now(), 64, full) == []
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    add_executions(world, dead, 100, "pending")
-    few = quickest()
-    add_executions(world, dead, 49_900, "pending")
-    assert quickest() < 5 * few
-
-    trigger(world, job)
-    turn_until(world, lambda: states(world, job) == ["success"])
-
-
-# ======================================================================================
-# 11. Engine: overlap
-# ======================================================================================
-
-IN_THE_WAY = pytest.mark.parametrize(
-    ("path", "status"), [("/hang", "running"), ("/status/503", "pending")]
-)
-
-
-@IN_THE_WAY
-def test_forbid_skips_what_overlaps_and_names_the_one_in_the_way(world, target, path, status):
-    script(target, path)
-    job = world.create(target.url, concurrency="forbid")
-    first = trigger(world, job)
-    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
-
-    trigger(world, job)
-
-    skipped = world.executions(job)[1]
-    assert (skipped.status, skipped.reason, skipped.completed_at) == ("skipped", "overlap", NOON)
-    assert skipped.error == f"{first} was still {status}"
-
-
-@IN_THE_WAY
-def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, path, status):
-    script(target, path)
-    job = world.create(target.url, concurrency="replace")
-    old = trigger(world, job)
-    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
-
-    told = world.engine.waiters[old] = threading.Event()
-    new = trigger(world, job)
-    assert told.is_set()
-    world.advance(60)  # though the target still holds the old request
-
-    assert states(world, job, "id", "status", "reason", "error") == [
-        (old, "failed", "replaced", f"replaced by {new}"),
-        (new, "success", None, None),
-    ]
-    assert target.received.qsize() == 2
-
-
-# ======================================================================================
-# 11. Engine: missed runs
-# ======================================================================================
-
-
-@pytest.mark.parametrize(
-    ("server", "own", "run", "missed"),
-    [
-        ("ignore", None, [], (3, at("12:01:00"), at("12:03:00"))),
-        ("ignore", "execute_one", ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
-        ("execute_one", None, ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
-        ("execute_one", "execute_all", ["12:01:00", "12:02:00", "12:03:00"], None),
-    ],
-)
-def test_missed_runs_are_made_up_for_as_the_policy_says(
-    make_world, target, server, own, run, missed
-):
-    world = make_world(scheduler__missed_run_policy=server)
-    job = world.create(target.url, schedule="* * * * *", missed_run_policy=own)
-
-    world.advance(230)
-
-    assert fire_times(target, job) == run
-    rows = [e for e in world.executions(job) if e.status != "skipped"]
-    assert [e.trigger for e in rows] == ["catch_up"] * len(run)
-    names = {e.id: chronos.format_time(e.scheduled_at) for e in rows}
-    assert names == {f"exec-{uuid.uuid5(uuid.UUID(job.id), at)}": at for at in names.values()}
-    skipped = states(
-        world, job, "missed_count", "missed_from", "missed_to", "scheduled_at", "reason"
-    )
-    expected = [(*missed, missed[2], "missed")] if missed else []
-    assert [row for row in skipped if row[0]] == expected
-    world.advance(10)
-    assert fire_times(target, job) == ["12:04:00"]
-
-
-def test_execute_all_makes_up_for_the_newest_100_in_order(world, target):
-    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
-
-    world.advance(150 * 60)
-
-    newest = [NOON + n * 60 * SECOND for n in range(51, 151)]
-    assert fire_times(target, job) == [chronos.format_time(n)[11:-1] for n in newest]
-    assert states(world, job, "status", "missed_count", "missed_to") == [
-        ("skipped", 50, at("12:50:00")),
-        *[("success", None, None)] * 100,
-    ]
-
-
-@pytest.mark.parametrize("concurrency", ["allow", "forbid", "replace"])
-def test_runs_that_are_made_up_for_run_one_at_a_time(world, target, concurrency):
-    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
-    script(target, "/hang", "/status/503")
-    job = world.create(target.url, schedule="0 * * * *", **fields)
-
-    world.clock.advance(3 * 3600 + 60)
-    turn_until(world, lambda: target.hanging.acquire(blocking=False))
-    world.engine.run_pass()
-    assert states(world, job) == ["running", "pending", "pending"]
-    target.let_go.set()
-    world.settle()
-    assert states(world, job) == ["success", "pending", "pending"]  # the second waits to retry
-    world.advance(1)
-
-    assert states(world, job) == ["success"] * 3
-    assert fire_times(target, job) == ["13:00:00", "14:00:00", "14:00:00", "15:00:00"]
-
-
-@pytest.mark.parametrize(
-    ("concurrency", "after"),
-    [
-        ("allow", ["running", "pending", "running"]),
-        ("forbid", ["running", "pending", "skipped"]),
-        ("replace", ["failed", "failed", "running"]),
-    ],
-)
-def test_a_normal_fire_time_that_meets_made_up_runs_follows_the_policy(
-    world, target, concurrency, after
-):
-    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
-    job = world.create(target.url + "/hang", schedule="0 * * * *", **fields)
-    world.clock.advance(2 * 3600 + 3590)
-    world.engine.run_pass()
-
-    world.clock.advance(10)
-    world.engine.run_pass()
-
-    kinds = ["catch_up", "catch_up", "schedule"]
-    assert states(world, job, "trigger", "status") == list(zip(kinds, after, strict=True))
-
-
-@pytest.mark.parametrize(("late", "kind"), [(10, "schedule"), (10.001, "catch_up")])
-def test_a_fire_time_is_missed_when_it_is_older_than_the_grace(world, target, late, kind):
-    job = world.create(target.url, schedule="* * * * *")
-
-    world.advance(60 + late)
-
-    assert states(world, job, "trigger", "status") == [(kind, "success")]
-
-
-def test_what_the_engine_takes_long_to_work_off_is_late_but_not_missed(world, target):
-    jobs = add_jobs(world, 600, target.url, schedule="0 * * * *")
-    world.clock.advance(3600)
-    for _ in range(2):
-        world.engine.run_pass()
-        assert not all(world.executions(job) for job in jobs)
-        world.clock.advance(6)  # the grace is 10 s
-    world.settle()
-
-    assert [states(world, job, "trigger") for job in jobs] == [[("schedule",)]] * 600
-
-
-# ======================================================================================
-# 11. Engine: after a crash
-# ======================================================================================
-
-
-def test_after_a_crash_what_ran_is_due_at_once_and_its_attempt_counts(make_world, target):
-    script(target, "/hang")
-    before = make_world()
-    job = before.create(target.url)
-    execution_id = hang(before, target, job)
-
-    world = make_world()
-    world.settle()
-
-    [execution] = world.executions(job)
-    assert (execution.id, execution.status, execution.attempts) == (execution_id, "success", 2)
-    errors = [entry["error"] for entry in json.loads(execution.attempt_log)]
-    assert errors == [INTERRUPTED, None]
-    calls = [target.take()[2] for _ in range(2)]
-    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
-    assert {call["Idempotency-Key"] for call in calls} == {execution_id}
-
-
-def test_after_a_crash_what_ran_in_its_last_attempt_has_failed(make_world, target):
-    before = make_world()
-    job = before.create(target.url + "/hang", retry_policy={"max_attempts": 1})
-    hang(before, target, job)
-
-    world = make_world()
-    world.settle()
-
-    expected = ("failed", "interrupted", 1, NOON)
-    assert states(world, job, "status", "reason", "attempts", "completed_at") == [expected]
-
-
-def test_a_run_that_is_resumed_after_a_crash_comes_before_what_was_missed(make_world, target):
-    script(target, "/hang", "/status/503")
-    before = make_world()
-    job = before.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
-    before.clock.advance(60)
-    before.engine.run_pass()
-    assert target.hanging.acquire(timeout=10)
-
-    world = make_world()
-    world.advance(125)
-    assert states(world, job) == ["pending"] * 3  # the resumed one waits to retry
-    world.advance(2)
-
-    assert states(world, job) == ["success"] * 3
-    assert fire_times(target, job) == ["12:01:00"] * 3 + ["12:02:00", "12:03:00"]
-
-
-def test_a_crash_during_a_big_delete_does_not_stop_the_next_start(make_world, target):
-    before = make_world()
-    job = before.create(target.url + "/hang")
-    add_executions(before, job, 2000, "success")
-    hang(before, target, job)
-    before.do(before.engine.delete_job, job, False)
-
-    world = make_world()
-    turn_until(world, lambda: world.executions(job) == [])
-
-
-# ======================================================================================
-# 11. Engine: the clock
-# ======================================================================================
-
-
-def test_a_step_forward_is_missed_time_and_keeps_the_waits_of_retries(world, target):
-    retrying = world.create(target.url + "/status/503")
-    job = world.create(target.url, schedule="* * * * *")
-    trigger(world, retrying)
-    world.settle()
-
-    world.clock.step(3600)
-    world.advance(0.999)
-    assert states(world, job, "status", "missed_count") == [("skipped", 59), ("success", None)]
-    assert states(world, retrying, "attempts") == [(1,)]
-    world.advance(0.001)
-
-    assert states(world, retrying, "attempts") == [(2,)]
-
-
-def test_a_step_back_of_less_than_3_h_makes_cursors_wait_but_not_retries(world, target):
-    retrying = world.create(target.url + "/status/503")
-    job = world.create(target.url, schedule="* * * * *")
-    world.advance(60)
-    trigger(world, retrying)
-    world.settle()
-
-    world.clock.step(-2.9 * 3600)
-    world.advance(1)
-    assert states(world, retrying, "attempts") == [(2,)]
-    world.advance(2.9 * 3600 - 2)
-    assert fire_times(target, job) == ["12:01:00"]
-    world.advance(61)
-
-    assert fire_times(target, job) == ["12:02:00"]
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_step_back_of_more_than_3_h_computes_every_cursor_anew(make_world, target, restart):
-    world = make_world()
-    jobs = add_jobs(world, 300, target.url, schedule="0 * * * *")
-    world.advance(3600)
-
-    world.clock.step(-4 * 3600)
-    world = make_world() if restart else world
-    world.settle()
-    for _ in range(4):  # to 13:00, which has been
-        world.advance(3600)
-
-    assert target.received.qsize() == 1200
-    fired = [chronos.to_datetime(e.scheduled_at).hour for e in world.executions(jobs[-1])]
-    assert fired == [13, 10, 11, 12]
-
-
-@pytest.mark.parametrize("step", [-3600, 3600])
-def test_a_step_during_an_attempt_leaves_the_wait_after_it_as_it_is(world, target, step):
-    script(target, "/hang/status/503")
+    caplog.set_level("INFO", "chronos")
+    script(target, "/ok", "/status/503", "/ok", "/status/404")
     job = world.create(target.url)
-    hang(world, target, job)
-
-    world.clock.step(step)
-    target.let_go.set()
+    trigger(world, job)
     world.settle()
-
-    assert world.executions(job)[0].due_at == world.clock.now() + SECOND
-
-
-def test_a_clock_from_before_the_release_fires_nothing_and_decades_are_not_missed(
-    make_world, clock, target, caplog
-):
-    clock.step(-NOON / SECOND)
-    world = make_world(scheduler__missed_run_policy="execute_all")
-    job = world.create(target.url, schedule="* * * * *")
-
-    world.advance(3600)
-    assert "no job fires" in caplog.text
-    clock.step(NOON / SECOND - 3600)
+    trigger(world, job)
     world.settle()
-    assert world.executions(job) == []
-    world.advance(60)
-
-    assert states(world, job, "scheduled_at", "status") == [(at("12:01:00"), "success")]
-
-
-# ======================================================================================
-# 11. Engine: writes
-# ======================================================================================
-
-
-def set_number(world, key):
-    """Hand in a change, which writes ``key``."""
-    return world.engine.hand_in(lambda _turn: world.store.set_number(key, 1))
-
-
-def numbers(world):
-    return [key for (key,) in by_hand(world, "SELECT key FROM meta")]
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(chronos.ApiError("CONFLICT", "no"), "CONFLICT"), (RuntimeError("oh"), "INTERNAL_ERROR")],
-)
-def test_changes_are_one_commit_and_one_that_fails_takes_no_other_with_it(world, error, code):
-    def fail(_turn):
-        world.store.set_number("b", 1)
-        raise error
-
-    statements = []
-    engine_connection(world).set_trace_callback(statements.append)
-    first = set_number(world, "a")
-    second = world.engine.hand_in(fail)
-    third = set_number(world, "c")
-    world.engine.run_pass()
-
-    with pytest.raises(chronos.ApiError) as refusal:
-        second.result(5)
-    assert refusal.value.code == code
-    assert (first.result(5), third.result(5)) == (None, None)
-    assert numbers(world) == ["a", "c", "last_seen"]
-    assert statements.count("COMMIT") == 1
-
-
-def fill_disk(world):
-    """Let the database grow no more, as on a full disk."""
-    [pages] = engine_connection(world).execute("PRAGMA page_count").fetchone()
-    engine_connection(world).execute(f"PRAGMA max_page_count = {pages}")
-
-
-def free_disk(world):
-    engine_connection(world).execute("PRAGMA max_page_count = 1000000")
-
-
-def test_a_full_disk_refuses_every_change_of_the_pass(world):
-    world.engine.run_pass()
-    fill_disk(world)
-
-    writes = [set_number(world, key) for key in ("a", "b" * 90_000, "c")]
-    world.engine.run_pass()
-
-    for write in writes:
-        with pytest.raises(chronos.StoreError, match="disk is full") as refusal:
-            write.result(5)
-        assert refusal.value.code == "STORE_ERROR"
-    assert numbers(world) == ["last_seen"]
-    assert "disk is full" in world.engine.problem
-    free_disk(world)
-    again = set_number(world, "b" * 90_000)
-    world.engine.run_pass()
-    assert again.result(5) is world.engine.problem is None
-
-
-def test_an_outcome_that_a_full_disk_refuses_is_kept_and_written_later(world, target):
-    script(target, "/hang/echo")
-    job = world.create(target.url, webhook={"body": "x" * 60_000})
-    hang(world, target, job)
-    fill_disk(world)
-
-    target.let_go.set()
-    turn_until(world, lambda: world.engine.problem)
-    world.engine.run_pass()
-    assert states(world, job) == ["running"]
-    free_disk(world)
-    world.settle()
-
-    assert states(world, job, "status", "response") == [("success", "x" * 60_000)]
-    assert target.received.qsize() == 1
-
-
-def test_who_has_waited_too_long_withdraws_a_change_that_was_not_begun(world, target, monkeypatch):
-    job = world.create(target.url)
-    monkeypatch.setattr(chronos, "WRITE_PATIENCE_S", 0.05)
-
-    with pytest.raises(chronos.StoreError, match="nothing was changed"):
-        world.engine.make(world.engine.set_enabled, job.id, False)
-    world.settle()
-
-    assert world.store.job(job.id).enabled
-
-
-@pytest.mark.parametrize("status", ["success", "pending"])
-def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_world, target, status):
-    world = make_world(dispatcher__max_concurrent_per_host=1)
-    job, other = [world.create(target.url + "/hang", concurrency="allow") for _ in range(2)]
-    executions = [hang(world, target, job)]
-    add_executions(world, other, 10, "success")
-    executions.append(trigger(world, job))
-    add_executions(world, job, 5000, status)
-    left = [5002]
-
-    world.engine.waiters |= {execution_id: threading.Event() for execution_id in executions}
-    world.engine.hand_in(world.engine.delete_job, job, False)
-    while left[-1]:
-        world.engine.run_pass(10_000)
-        left.append(world.store.count_executions(job.id))
-    assert all(told.is_set() for told in world.engine.waiters.values())
-    world.settle()  # though the target still holds the request
-
-    assert world.all_jobs() == [other]
-    assert target.received.qsize() == 1
-    assert world.store.count_executions(other.id) == 10
-    assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
-
-
-def test_a_job_that_never_catches_up_has_a_thousand_runs_waiting_and_skips_more(world, target):
-    script(target, "/hang")
-    job = world.create(target.url, enabled=False, concurrency="allow")
-    hang(world, target, job)
-    add_executions(world, job, 998, "pending")
-
-    last, refused = trigger(world, job), trigger(world, job)
-
-    assert world.store.execution_of(None, last).status in ("pending", "running")
-    skipped = world.store.execution_of(None, refused)
-    assert (skipped.status, skipped.reason) == ("skipped", "overlap")
-    assert skipped.error == "1000 executions had not ended"
-
-
-def test_ending_a_run_releases_the_one_that_is_made_up_for_behind_it(world, target):
-    script(target, "/hang")
-    job = world.create(target.url, schedule="* * * * *")
-    hang(world, target, job)
-    world.clock.advance(80)
-    world.engine.run_pass()
-
-    first, _behind = world.executions(job)
-    world.engine.hand_in(lambda turn: world.engine._end(turn, first, "replaced", "by another"))
-    world.settle()
-
-    assert states(world, job) == ["failed", "success"]
-
-
-def test_the_outcome_of_an_earlier_attempt_does_not_count_for_a_later_one(make_world, target):
-    script(target, "/hang/echo", "/hang/echo")
-    before = make_world()
-    job = before.create(target.url)
-    hang(before, target, job)
-    world = make_world()
-    target.let_go.set()
-    target.let_go.clear()
-    turn_until(world, lambda: target.hanging.acquire(blocking=False))
-    turn_until(before, lambda: not before.engine._in_flight)
-
-    assert states(world, job, "status", "attempts") == [("running", 2)]
-
-
-@pytest.mark.parametrize(("policy", "seconds", "expected"), [
-    ("ignore", 11, ("schedule", "skipped", 1)),
-    ("execute_one", 11, ("catch_up", "success", None)),
-    ("ignore", 10, ("schedule", "success", None)),
-])  # fmt: skip
-def test_what_passed_while_the_disk_was_full_is_missed(world, target, policy, seconds, expected):
-    add_jobs(world, 100, target.url, schedule="* * * * *", missed_run_policy=policy)
-    fill_disk(world)
-    world.advance(60)
-    for _ in range(seconds - 1):
-        world.advance(1)
-        assert "disk is full" in world.engine.problem
-
-    free_disk(world)
     world.advance(1)
-
-    rows = by_hand(world, "SELECT trigger, status, missed_count FROM executions")
-    assert rows == [expected] * 100
-
-
-@pytest.mark.parametrize("step", [0, -4 * 3600])
-def test_a_job_whose_time_zone_is_gone_does_not_stop_the_others(world, target, step):
-    gone, job = [world.create(target.url, schedule="0 * * * *") for _ in range(2)]
-    config = json.dumps(gone.config | {"timezone": "Gone/Zone"})
-    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, gone.id)
-
-    world.clock.step(step)
-    world.settle()
-    world.advance(3600)
-
-    assert states(world, job) == ["success"]
-    assert not (world.store.job(gone.id).enabled or world.engine.problem)
-
-
-@pytest.mark.parametrize(("policy", "run"), [("ignore", []), ("execute_one", ["12:03:00"])])
-def test_a_boot_in_1970_hides_nothing_that_was_missed(make_world, target, clock, policy, run):
-    job = make_world().create(target.url, schedule="* * * * *", missed_run_policy=policy)
-    clock.step(-NOON / SECOND)
-    world = make_world()
-    world.advance(100)
-
-    clock.step(NOON / SECOND + 130)
+    trigger(world, job)
     world.settle()
 
-    assert fire_times(target, job) == run
-    first, *_ = states(world, job, "status", "missed_count", "missed_from")
-    assert first == ("skipped", 3 - len(run), at("12:01:00"))
+    assert logged(caplog, " success: the server answered 200") == ["INFO", "INFO"]
+    assert logged(caplog, "failed in attempt 1: the server answered 503") == ["INFO"]
+    assert logged(caplog, "failed: the server answered 404") == ["WARNING"]
+    assert len(logged(caplog, f"job {job.id}: exec-")) == 4
 
 
-def test_a_pass_with_long_work_to_do_is_cut_short_and_the_next_follows_at_once(tmp_path, target):
-    world = World(tmp_path / "data", HookedClock())
-    jobs = add_jobs(world, 30, target.url, schedule="0 * * * *", missed_run_policy="execute_all")
-    world.clock.advance(50 * 3600)
-    world.clock.hook = lambda: world.clock.advance(0.01)
+def test_a_skipped_replaced_or_cancelled_run_needs_nobody(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/hang")
+    other = world.create(target.url + "/hang", concurrency="replace")
+    first = hang(world, target, job)
+    trigger(world, job)
+    world.do(world.engine.cancel, job.id, first, "ada")
+    hang(world, target, other)
+    hang(world, target, other)
 
-    done = [0]
-    while done[-1] < 30:
-        wait = world.engine.run_pass()
-        done.append(sum(bool(world.executions(job)) for job in jobs))
-        assert 0 < done[-1] - done[-2] <= 6 and (wait == 0 or done[-1] == 30)
-    world.close()
-
-
-def test_an_error_of_passes_is_logged_once_a_minute_and_its_end_is_logged(world, caplog):
-    fill_disk(world)
-    for minute in (1, 2):
-        for _ in range(61):
-            set_number(world, "b" * 90_000)
-            world.engine.run_pass()
-            world.clock.advance(1)
-        assert len(caplog.messages) == caplog.text.count("disk is full") == minute
-
-    free_disk(world)
-    world.engine.run_pass()
-
-    assert caplog.messages[2:] == ["the engine goes on"]
-
-
-def test_an_error_that_leaves_a_pass_does_not_end_the_engine(service, target, monkeypatch, caplog):
-    with monkeypatch.context() as patch:
-        patch.setattr(service.service.engine, "_settle", a_bug)
-        wait_until(lambda: service.call("GET", "/health")[0] == 503)
-
-    service.create(target.url)
-    wait_until(lambda: service.call("GET", "/health")[0] == 200)
-    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
-
-
-def test_an_outcome_that_arrives_during_the_stop_is_written(make_service, target, monkeypatch):
-    begun, clock = threading.Event(), HookedClock()
-    monkeypatch.setattr(chronos, "Clock", lambda: clock)
-    client = make_service(server__shutdown_grace="0s")
-    engine, job = client.service.engine, client.create(target.url + "/hang")
-
-    def last_pass(_turn):
-        begun.set()
-        target.let_go.set()
-        wait_until(lambda: engine._inbox.qsize() == 2)  # the outcome, the call to stop
-
-    def hook():
-        if threading.current_thread() is threading.main_thread():  # it begins to count the grace
-            clock.hook = HookedClock.hook
-            engine.hand_in(last_pass)
-            assert begun.wait(10)
-
-    client.expect(202, "POST", trigger_path(job, "?wait=0"))
-    assert target.hanging.acquire(timeout=10)
-    clock.hook = hook
-    engine.stop(0)
-
-    assert client.get(f"/jobs/{job['id']}")["last_execution"]["status"] == "success"
-
-
-# ======================================================================================
-# 12. API
-# ======================================================================================
-
-EXAMPLE = {  # the request body of "Create Job" in the API reference
-    "name": "daily-report", "description": "Generate daily report", "schedule": "0 9 * * *",
-    "timezone": "America/New_York",
-    "webhook": {
-        "url": "https://api.example.com/reports", "method": "POST",
-        "headers": {"Authorization": "Bearer token123", "Content-Type": "application/json"},
-        "body": "{\"type\": \"daily\"}", "auth": {"type": "bearer", "token": "my-secret-token"},
-        "success_codes": [200, 201, 202]},
-    "retry_policy": {
-        "max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0},
-    "timeout": "5m", "concurrency": "forbid",
-    "tags": {"team": "backend", "environment": "production"}, "enabled": True,
-}  # fmt: skip
-NOBODY = "http://127.0.0.1:1/"  # nobody listens on port 1
-ONCE = {"max_attempts": 1}
-CANARY = "canary-in-a-coal-mine"
-WITH_SECRET = {
-    "bearer": {"auth": {"type": "bearer", "token": CANARY}},
-    "basic": {"auth": {"type": "basic", "username": "user", "password": CANARY}},
-    "api_key": {"auth": {"type": "api_key", "api_key": CANARY}},
-    "header": {"headers": {"Authorization": f"Bearer {CANARY}"}},
-    "another header": {"headers": {"X-Hook-Token": CANARY}},
-}
-
-
-class HeaderEcho(TargetHandler):
-    """Answers with the headers of the request, and says so in its reason phrase."""
-
-    def do_POST(self):
-        answer = str(self.headers).encode()
-        self.send_response(503, "Sorry\x1b[31m\x85CRITICAL " + self.headers["X-Chronos-Job-ID"])
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-
-def send_as_is(client, method, path, body=None):
-    """Send a path just as it is written, which requests does not; return status and answer."""
-    host, port = client.url.removeprefix("http://").split(":")
-    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:
-        connection.request(method, path, body)
-        answer = connection.getresponse()
-        answer.text = answer.read().decode()
-        return answer.status, answer
-
-
-def trigger_path(job, query=""):
-    return f"/jobs/{job['id']}/trigger{query}"
-
-
-@pytest.fixture
-def background():
-    """Runs calls that wait for something, in threads."""
-    pool = concurrent.futures.ThreadPoolExecutor(32)
-    yield pool
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-def test_health_is_healthy_and_knows_the_time(service):
-    health = service.get("/health")
-
-    assert health["status"] == "healthy"
-    assert abs(chronos.parse_time(health["timestamp"]) / SECOND - time.time()) < 5
-
-
-def test_a_store_that_fails_is_a_store_error_which_health_shows_until_it_is_over(service):
-    with contextlib.closing(sqlite3.connect(service.service.store.path)) as database:
-        database.execute("ALTER TABLE jobs RENAME TO gone")
-        assert service.error(500, "POST", "/jobs", job_body(NOBODY))["code"] == "STORE_ERROR"
-        assert service.error(500, "GET", "/jobs")["code"] == "STORE_ERROR"
-        problem = service.error(503, "GET", "/health")
-        database.execute("ALTER TABLE gone RENAME TO jobs")
-
-    assert problem["code"] == "UNAVAILABLE"
-    assert "no such table: jobs" in problem["message"]
-    wait_until(lambda: service.call("GET", "/health")[0] == 200)
-    assert service.create(NOBODY)["name"] == "report"
-
-
-def test_the_example_of_the_reference_is_created_with_every_field_and_sent(service, target):
-    webhook = EXAMPLE["webhook"] | {"url": target.url + "/reports"}
-
-    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
-
-    shown = {"Authorization": "********", "Content-Type": "application/json"}
-    webhook |= {"headers": shown, "auth": {"type": "bearer", "token": "********"}}
-    assert webhook.items() <= job["webhook"].items()
-    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
-    plain = EXAMPLE.keys() - {"webhook", "retry_policy"}
-    assert {name: job[name] for name in plain} == {name: EXAMPLE[name] for name in plain}
-    assert str(uuid.UUID(job["id"])) == job["id"]
-    assert job["created_at"] == job["updated_at"]
-    next_run = datetime.fromisoformat(job["next_run"]).astimezone(ZoneInfo("America/New_York"))
-    assert (next_run.hour, next_run.minute, next_run.second) == (9, 0, 0)
-    assert service.post(trigger_path(job))["status"] == "success"
-    method, path, headers, body, _at = target.take()
-    assert (method, path, body) == ("POST", "/reports", b'{"type": "daily"}')
-    assert headers["Authorization"] == "Bearer my-secret-token"
-    assert headers["Content-Type"] == "application/json"
-
-
-def test_what_a_create_leaves_out_has_the_defaults_of_the_reference(service):
-    body = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
-
-    job = service.post("/jobs", body)
-
-    assert job["timezone"] == "UTC"
-    assert job["webhook"]["method"] == "GET"
-    assert job["webhook"]["success_codes"] is job["webhook"]["body"] is job["description"] is None
-    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
-    assert (job["timeout"], job["concurrency"], job["tags"]) == ("5m", "forbid", {})
-    assert job["enabled"] is False
-    assert job["next_run"] is None
-
-
-def test_jobs_are_listed_in_the_order_of_their_creation_as_get_shows_them(service):
-    jobs = [service.create(NOBODY, name=name) for name in "bca"]
-
-    assert service.get("/jobs") == {"jobs": jobs, "total": 3}
-    assert service.get(f"/jobs/{jobs[1]['id']}") == jobs[1]
-
-
-def test_a_job_has_a_next_run_only_while_it_is_enabled(service):
-    job = service.create(NOBODY)
-
-    enabled = service.post(f"/jobs/{job['id']}/enable")
-    again = service.post(f"/jobs/{job['id']}/enable")
-    disabled = service.post(f"/jobs/{job['id']}/disable")
-
-    year = datetime.now(UTC).year + 1
-    assert (job["enabled"], job["next_run"]) == (False, None)
-    assert (enabled["enabled"], enabled["next_run"]) == (True, f"{year}-01-01T00:00:00Z")
-    assert again == enabled
-    assert (disabled["enabled"], disabled["next_run"]) == (False, None)
-
-
-def test_a_deleted_job_is_gone_with_its_executions(service, target):
-    job = service.create(target.url + "/ok")
-    execution = service.post(trigger_path(job))
-
-    assert service.expect(200, "DELETE", f"/jobs/{job['id']}") == {"id": job["id"]}
-
-    for path in ("", "/executions", f"/executions/{execution['id']}"):
-        assert service.error(404, "GET", f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
-    for method, path in (("DELETE", ""), ("POST", "/enable"), ("POST", "/trigger")):
-        assert service.error(404, method, f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
-    wait_until(lambda: service.service.store.count_executions(job["id"]) == 0)
-    assert service.get("/jobs") == {"jobs": [], "total": 0}
-
-
-def test_a_trigger_answers_with_the_ended_execution_even_of_a_disabled_job(service, target):
-    job = service.create(target.url + "/ok", enabled=False)
-
-    execution = service.post(trigger_path(job))
-
-    _method, _path, headers, _body, _at = target.take()
-    instants = ("scheduled_time", "started_at", "completed_at")
-    scheduled, started, completed = (chronos.parse_time(execution[name]) for name in instants)
-    assert headers["X-Chronos-Execution-ID"] == execution["id"]
-    assert execution["id"] == f"exec-{uuid.UUID(execution['id'][5:])}"
-    assert (execution["job_id"], execution["job_name"]) == (job["id"], "report")
-    assert (execution["status"], execution["attempts"]) == ("success", 1)
-    assert (execution["status_code"], execution["response"]) == (200, "OK")
-    assert scheduled <= started < completed
-    assert 0 < execution["duration"] // 1000 <= completed - started + SECOND // 100
-    assert execution["node_id"] == service.service.settings["cluster.node_id"]
-    assert service.get(f"/jobs/{job['id']}")["last_execution"]["id"] == execution["id"]
-
-
-@pytest.mark.parametrize(("query", "at_least"), [("?wait=0", 0), ("?wait=1s", 1)])
-def test_a_trigger_waits_no_longer_than_it_is_asked_to(service, target, query, at_least):
-    job = service.create(target.url + "/hang")
-    start = time.monotonic()
-
-    execution = service.expect(202, "POST", trigger_path(job, query))
-
-    assert at_least <= time.monotonic() - start < at_least + 5
-    assert execution["status"] in ("pending", "running")
-    assert execution["completed_at"] is execution["duration"] is None
+    for text in ("was still running", "failed: cancelled by ada", "failed: replaced by exec-"):
+        assert logged(caplog, text) == ["INFO"], text
     target.let_go.set()
-    path = f"/jobs/{job['id']}/executions/{execution['id']}"
-    assert wait_until(lambda: service.get(path)["completed_at"])
 
 
-@pytest.mark.parametrize("wait", ["", "x", "5", "-1s", "1e3s", "NaN", "inf", "%D9%A3s", "1s%00"])
-def test_a_wait_that_is_no_duration_is_refused_and_nothing_runs(service, target, wait):
-    job = service.create(target.url + "/ok")
+def test_missed_fire_times_are_logged_once(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url, schedule="* * * * *")
+    world.advance(600)
 
-    error = service.error(400, "POST", trigger_path(job, f"?wait={wait}"))
+    assert logged(caplog, f"job {job.id}: ").count("WARNING") == 1
+    assert logged(caplog, "skipped: 9 fire times from") == ["WARNING"]
 
-    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "wait")
-    assert service.get(f"/jobs/{job['id']}/executions")["total"] == 0
 
-
-def test_a_wait_of_ages_is_as_good_as_none_given(service, target):
-    job = service.create(target.url + "/ok")
-
-    status, _envelope = service.call("POST", trigger_path(job, "?wait=999999999999h"))
-
-    assert status in (200, 400)
-
-
-def test_a_trigger_whose_webhook_answers_with_a_failure_is_200_and_failed(service, target):
-    job = service.create(target.url + "/status/503", retry_policy=ONCE)
-
-    execution = service.post(trigger_path(job))
-
-    assert (execution["status"], execution["reason"]) == ("failed", "http_status")
-    assert (execution["status_code"], execution["response"]) == (503, "OK")
-    assert "503" in execution["error"]
-
-
-@pytest.mark.parametrize(
-    ("path", "timeout", "cause"),
-    [
-        (NOBODY, "5s", "refused"),
-        ("/hang", "200ms", "timeout"),
-        ("http://127.0.0.2:1/", "5s", "127.0.0.2"),
-    ],
-)
-def test_a_trigger_without_any_answer_is_an_execution_error(
-    make_service, target, path, timeout, cause
-):
-    service = make_service(dispatcher__blocked_networks=["127.0.0.2/32"])
-    url = target.url + path if path.startswith("/") else path
-    job = service.create(url, timeout=timeout, retry_policy=ONCE)
-
-    error = service.error(500, "POST", trigger_path(job))
-
-    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
-    assert (error["code"], execution["status"]) == ("EXECUTION_ERROR", "failed")
-    assert execution["id"] in error["message"]
-    assert execution["error"] in error["message"]
-    assert cause in error["message"]
-
-
-def test_a_trigger_that_meets_a_running_execution_under_forbid_is_200_and_skipped(service, target):
-    job = service.create(target.url + "/hang", concurrency="forbid")
-    first = service.expect(202, "POST", trigger_path(job, "?wait=0"))
-
-    second = service.post(trigger_path(job))
-
-    assert (second["status"], second["reason"], second["attempts"]) == ("skipped", "overlap", 0)
-    assert first["id"] in second["error"]
-
-
-def test_triggers_that_wait_leave_four_threads_to_everybody_else(make_service, target, background):
-    service = make_service(server__http__threads=8)
-    job = service.create(target.url + "/hang", concurrency="allow")
-    calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(20)]
-
-    at_once = concurrent.futures.as_completed(calls, 10)
-    done = {next(at_once) for _ in range(16)}
-    start = time.monotonic()
-    service.get("/health")
-
-    assert time.monotonic() - start < 1
-    assert [call.result()[0] for call in done] == [202] * 16
-    target.let_go.set()
-    assert [call.result(10)[0] for call in set(calls) - done] == [200] * 4
-
-
-def test_the_executions_of_a_job_are_listed_newest_first_and_at_most_100(service, target):
-    job = service.create(target.url + "/hang")
-    ids = [service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"]]
-    ids += [service.post(trigger_path(job))["id"] for _ in range(104)]
-    path = f"/jobs/{job['id']}/executions"
-
-    for query, count in (("", 20), ("?limit=1", 1), ("?limit=100", 100), ("?limit=101", 100)):
-        page = service.get(path + query)
-        assert [execution["id"] for execution in page["executions"]] == ids[::-1][:count]
-        assert page["total"] == 105
-
-
-@pytest.mark.parametrize("limit", ["0", "-1", "x", "1e99", "", "1.5", "%D9%A3", "9" * 5000])
-def test_a_limit_that_is_no_number_from_1_is_refused(service, limit):
-    job = service.create(NOBODY)
-
-    error = service.error(400, "GET", f"/jobs/{job['id']}/executions?limit={limit}")
-
-    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "limit")
-
-
-def test_one_execution_shows_each_attempt(service, target):
-    retry = {"max_attempts": 2, "initial_interval": "1ms"}
-    job = service.create(target.url + "/status/503", retry_policy=retry)
-    execution = service.post(trigger_path(job))
-
-    shown = service.get(f"/jobs/{job['id']}/executions/{execution['id']}")
-
-    attempts = shown.pop("attempt_log")
-    assert shown.pop("request")["method"] == "POST"
-    assert shown == execution
-    assert shown["attempts"] == 2
-    assert [(a["number"], a["status_code"]) for a in attempts] == [(1, 503), (2, 503)]
-    assert "503" in attempts[0]["error"]
-    starts = [chronos.parse_time(entry["started_at"]) for entry in (shown, *attempts)]
-    assert starts[0] <= starts[1] < starts[2]
-    assert 0 < sum(attempt["duration"] for attempt in attempts) <= shown["duration"]
-
-
-def test_an_execution_is_not_found_under_another_job(service, target):
-    job, other = (service.create(target.url + "/ok") for _ in range(2))
-    execution = service.post(trigger_path(job))
-
-    assert service.get(f"/jobs/{job['id']}/executions/{execution['id']}")["id"] == execution["id"]
-    path = f"/jobs/{other['id']}/executions/{execution['id']}"
-    assert service.error(404, "GET", path)["code"] == "NOT_FOUND"
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/nope", "/api/v1", "/api/v1/jobs/", "/health/", "/api/v2/jobs", "/..%2fhealth", "/%00"],
-)
-def test_an_unknown_path_is_answered_in_the_envelope(service, path):
-    status, answer = send_as_is(service, "GET", path)
-
-    assert (status, answer.headers["Content-Type"]) == (404, "application/json")
-    assert json.loads(answer.text)["error"]["code"] == "NOT_FOUND"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
-        ("DELETE", "/api/v1/jobs", {"GET", "POST"}),
-        ("OPTIONS", "/api/v1/jobs", {"GET", "POST"}),
-        ("BREW", "/api/v1/jobs", {"GET", "POST"}),
-        ("POST", "/health", {"GET"}),
-        ("GET", "/api/v1/jobs/x/trigger", {"POST"}),
-    ],
-)
-def test_a_wrong_method_is_answered_with_what_is_allowed(service, method, path, allowed):
-    status, answer = send_as_is(service, method, path)
-
-    assert json.loads(answer.text)["error"]["code"] == "METHOD_NOT_ALLOWED"
-    assert (status, answer.headers["Content-Type"]) == (405, "application/json")
-    assert allowed <= set(re.split(", *", answer.headers["Allow"])) <= allowed | {"HEAD"}
-    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
-
-
-@pytest.mark.parametrize(
-    ("body", "hint"),
-    [
-        (b"", ""),
-        (b"{", ""),
-        (b'{"name": "a"} x', ""),
-        (b'{"name": "\xff"}', ""),
-        (b'{"name": NaN}', "NaN"),
-        (b'{"name": -Infinity}', "Infinity"),
-        (b'{"webhook": {"url": "a", "url": "b"}}', "'url'"),
-        (b"[" * 100_000, "nested"),
-        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
-    ],
-)
-def test_a_body_that_is_no_json_is_refused(service, body, hint):
-    error = service.error(400, "POST", "/jobs", body)
-
-    assert error["code"] == "INVALID_JSON"
-    assert hint in error["message"]
-
-
-@pytest.mark.parametrize("body", ["[]", '"job"', "1", "null", "true"])
-def test_json_that_is_no_object_is_a_validation_error(service, body):
-    assert service.error(400, "POST", "/jobs", body)["code"] == "VALIDATION_ERROR"
-
-
-@pytest.mark.parametrize(
-    ("fields", "path", "nearest"),
-    [
-        ({"shedule": "@daily"}, "shedule", "schedule"),
-        ({"webhook": {"metod": "GET"}}, "webhook.metod", "method"),
-        ({"retry_policy": {"max_attemps": 3}}, "retry_policy.max_attemps", "max_attempts"),
-    ],
-)
-def test_an_unknown_field_is_refused_naming_the_nearest(service, fields, path, nearest):
-    error = service.error(400, "POST", "/jobs", job_body(NOBODY, **fields))
-
-    assert error["code"] == "VALIDATION_ERROR"
-    assert [detail["field"] for detail in error["details"]] == [path]
-    assert f"'{nearest}'" in error["details"][0]["message"]
-
-
-@pytest.mark.parametrize(
-    "odd", ["%00", "a%00b", "%", "%zz", "..", "%2e%2e", "a%2Fb", "%F0%9F%92%A5", "'--"]
-)
-def test_an_odd_id_is_of_no_job_and_no_execution(service, odd):
-    job = service.create(NOBODY)
-
-    for path in (odd, f"{job['id']}{odd}", f"{job['id']}/executions/{odd}"):
-        status, answer = send_as_is(service, "GET", f"/api/v1/jobs/{path}")
-        assert status in (400, 404), path
-        assert json.loads(answer.text)["error"]["code"] in ("VALIDATION_ERROR", "NOT_FOUND")
-
-
-@pytest.mark.parametrize("odd", ["%ff", "%ed%a0%80"])
-def test_bytes_that_are_not_utf_8_are_not_dropped_from_an_id(service, odd):
-    job = service.create(NOBODY)
-
-    status, _answer = send_as_is(service, "DELETE", f"/api/v1/jobs/{odd}{job['id']}")
-
-    assert status in (400, 404)
-    assert service.get("/jobs")["total"] == 1
-
-
-@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
-def test_a_secret_never_leaves_again(service, target, caplog, webhook):
-    target.RequestHandlerClass = HeaderEcho
-    caplog.set_level("DEBUG")
-    job = service.create(target.url, webhook=webhook, retry_policy=ONCE)
-    path = f"/jobs/{job['id']}"
-
-    execution = service.post(path + "/trigger")
-    answers = [service.post(path + "/enable"), service.post(path + "/disable")]
-    answers += map(service.get, ("/jobs", path, path + "/executions"))
-    answers.append(service.get(f"{path}/executions/{execution['id']}"))
-
-    told = json.dumps([job, execution, *answers]) + caplog.text
-    assert "********" in execution["response"]
-    assert "********" in json.dumps(job["webhook"])
-    assert CANARY not in told
-    assert base64.b64encode(f"user:{CANARY}".encode()).decode() not in told
-
-
-@pytest.mark.parametrize("webhook", WITH_SECRET.values(), ids=WITH_SECRET)
-def test_the_mask_of_a_secret_is_no_secret(service, webhook):
-    masked = json.loads(re.sub(f"(Bearer )?{CANARY}", "********", json.dumps(webhook)))
-
-    error = service.error(400, "POST", "/jobs", job_body(NOBODY, webhook=masked))
-
-    assert error["code"] == "VALIDATION_ERROR"
-    assert error["details"][0]["field"].startswith("webhook.")
-    assert service.get("/jobs")["total"] == 0
-
-
-@pytest.mark.parametrize(("charset", "body"), [("utf-7", "+2AA-"), ("unicode_escape", "\\ud800")])
-def test_a_lone_surrogate_in_an_answer_harms_no_list(service, target, charset, body):
-    target.extra_headers["Content-Type"] = f"text/plain; charset={charset}"
-    job = service.create(target.url + "/echo", webhook={"body": body})
-    service.post(trigger_path(job))
-
-    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
-
-    assert execution["status"] == "success"
-    assert "\ud800" not in execution["response"]
-
-
-# ======================================================================================
-# 12. API: changing a job, and its secrets
-# ======================================================================================
-
-NO_ID = "11111111-1111-4111-8111-111111111111"
-EXAMPLE_RETRY = EXAMPLE["retry_policy"] | {"attempt_timeout": None}
-MASKED_BEARER = {"type": "bearer", "token": chronos.MASK}
-BASIC_AUTH = {"type": "basic", "username": "me", "password": "p"}
-
-
-def path_of(job, rest=""):
-    return f"/jobs/{job['id']}{rest}"
-
-
-def put(service, job, body):
-    return service.expect(200, "PUT", path_of(job), body)
-
-
-def patch(service, job, body):
-    return service.expect(200, "PATCH", path_of(job), body)
-
-
-def wrong_fields(service, method, path, body=None):
-    """Return the names of the fields for which a request is refused."""
-    return [detail["field"] for detail in service.error(400, method, path, body)["details"]]
-
-
-def differences(before, after):
-    return {name: after[name] for name in before if before[name] != after[name]}
-
-
-def in_seconds(seconds):
-    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
-
-
-def test_put_replaces_everything_and_what_is_left_out_goes_to_its_default(service, caplog):
-    caplog.set_level("INFO")
-    minimal = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
-    job, fresh = service.post("/jobs", EXAMPLE), service.post("/jobs", minimal)
-
-    changed = put(service, job, minimal)
-
-    assert differences(fresh, changed).keys() == {"id", "version", "created_at", "updated_at"}
-    assert (changed["id"], changed["version"]) == (job["id"], 2)
-    assert job["created_at"] == changed["created_at"] != changed["updated_at"]
-    assert changed["enabled"] is False
-    assert any(job["id"] in line and "disabled" in line for line in caplog.messages)
-
-
-@pytest.mark.parametrize(("name", "value", "becomes"), [
-    ("timeout", None, "5m"), ("description", None, None), ("concurrency", "replace", "replace"),
-    ("tags", {"a": "9", "b": None, "c": "3"}, {"a": "9", "c": "3"}), ("tags", None, {}),
-    ("retry_policy", {"max_attempts": 7, "multiplier": None}, EXAMPLE_RETRY | {"max_attempts": 7}),
-    ("webhook", {"method": None}, {"method": "GET"}),
-    ("webhook", {"success_codes": [204]}, {"success_codes": [204]}),
-    ("webhook", {"headers": {"x-a": None, "X-B": "2"}}, {"headers": {"X-B": "2"}}),
-    ("webhook", {"auth": None}, {"auth": None}),
-    ("webhook", {"auth": {"username": "u"}},
-     {"auth": BASIC_AUTH | {"username": "u", "password": chronos.MASK}}),
-    ("webhook", {"auth": MASKED_BEARER | {"token": "t"}}, {"auth": MASKED_BEARER}),
-])  # fmt: skip
-def test_patch_changes_what_it_names_and_null_is_the_default(service, name, value, becomes):
-    webhook = {"success_codes": [200], "headers": {"x-a": "1"}, "auth": BASIC_AUTH, "body": "b"}
-    fields = {"timeout": "1m", "tags": {"a": "1", "b": "2"}, "description": "d"}
-    job = service.create(NOBODY, webhook=webhook, retry_policy={"multiplier": 4}, **fields)
-
-    after = patch(service, job, {name: value})
-
-    assert differences(job, after).keys() == {name, "version", "updated_at"}
-    assert after[name] == (job["webhook"] | becomes if name == "webhook" else becomes)
-    assert after["version"] == 2
-
-
-@pytest.mark.parametrize(("body", "moves"), [
-    ({"description": "x", "timeout": "1s", "schedule": "@every 1h", "enabled": True}, False),
-    ({"schedule": "@every 2h"}, True),
-    ({"timezone": "Asia/Tokyo"}, True),
-])  # fmt: skip
-def test_a_cursor_moves_only_where_schedule_time_zone_or_state_change(service, body, moves):
-    job = service.create(NOBODY, schedule="@every 1h", enabled=True)
-
-    after = patch(service, job, body)
-
-    assert (after["next_run"] != job["next_run"]) is moves
-    assert put(service, job, after) == service.post(path_of(job, "/enable")) == after
-    disabled = patch(service, job, {"enabled": None})
-    enabled = patch(service, job, {"enabled": True})
-    assert differences(after, disabled).keys() == {"enabled", "next_run", "updated_at"}
-    assert enabled["next_run"] not in (None, after["next_run"])
-    assert enabled["version"] == after["version"] == 2
-
-
-def test_an_instant_in_the_past_is_kept_but_not_set_anew(service):
-    job = service.create(NOBODY, schedule=f"@at {in_seconds(1)}", enabled=True, retry_policy=ONCE)
-    path = path_of(job)
-    job = wait_until(lambda: (got := service.get(path))["next_run"] is None and got)
-    past = {"schedule": f"@at {in_seconds(-5)}"}
-
-    assert patch(service, job, {"description": "was"})["version"] == 2
-    assert wrong_fields(service, "PATCH", path, past) == ["schedule"]
-    assert wrong_fields(service, "POST", "/jobs", job_body(NOBODY, **past)) == ["schedule"]
-    for method, rest, body in (("POST", "/enable", None), ("PATCH", "", {"enabled": True})):
-        assert service.error(409, method, path + rest, body)["code"] == "CONFLICT"
-    assert patch(service, job, {"schedule": f"@at {in_seconds(60)}", "enabled": True})["next_run"]
-
-
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
-@pytest.mark.parametrize(("wanted", "status"), [
-    ("*", 200), ('"2"', 200), ('"1", "2"', 200),
-    ('"1","2"', 200),
-    ('"1"', 412), ('"1", "3"', 412), ('W/"2"', 412), ("2", 412), ("", 412),
-])  # fmt: skip
-def test_a_change_is_made_only_to_a_version_that_if_match_names(service, method, wanted, status):
-    job = service.create(NOBODY)
-    job = patch(service, job, {"name": "second"})
-    body = None if method == "DELETE" else job_body(NOBODY, name="third")
-
-    got, envelope = service.call(method, path_of(job), body, headers={"If-Match": wanted})
-
-    assert got == status, envelope
-    if status == 412:
-        assert envelope["error"]["code"] == "PRECONDITION_FAILED"
-        assert service.get(path_of(job)) == job
-
-
-def test_the_etag_of_a_job_is_its_version(service):
-    path = f"/api/v1{path_of(service.create(NOBODY))}"
-
-    for method, body, etag in (("GET", None, 1), ("PATCH", '{"name": "b"}', 2), ("GET", None, 2)):
-        assert send_as_is(service, method, path, body)[1].headers["ETag"] == f'"{etag}"'
-
-
-@pytest.mark.parametrize(("headers", "made"), [({}, 16), ({"If-Match": '"1"'}, 1)])
-def test_of_changes_at_the_same_time_none_is_lost(service, background, headers, made):
-    job = service.create(NOBODY)
-
-    def change(n):
-        return service.call("PATCH", path_of(job), {"tags": {f"t{n}": ""}}, headers=headers)[0]
-
-    assert sorted(background.map(change, range(16))) == [200] * made + [412] * (16 - made)
-    after = service.get(path_of(job))
-    assert (len(after["tags"]), after["version"]) == (made, 1 + made)
-
-
-def test_every_change_of_the_configuration_is_a_version_newest_first(service):
-    job = service.create(NOBODY, name="one")
-    patch(service, job, {"name": "two"})
-    third = put(service, job, job_body(NOBODY, name="three"))
-
-    versions = service.get(path_of(job, "/versions"))
-
-    found = [(v["version"], v["config"]["name"], v["created_by"]) for v in versions]
-    assert found == [(3, "three", "anonymous"), (2, "two", "anonymous"), (1, "one", "anonymous")]
-    assert versions[0]["created_at"] == third["updated_at"] != versions[2]["created_at"]
-    assert versions[0]["config"].items() <= third.items()
-    assert [service.get(path_of(job, f"/versions/{n}")) for n in (3, 2, 1)] == versions
-
-
-def test_a_rollback_is_a_new_version_and_leaves_state_and_cursor_alone(service, target):
-    fields = {"schedule": "@every 1h", "enabled": True, "webhook": WITH_SECRET["bearer"]}
-    job = service.create(target.url, **fields)
-    patch(service, job, {"name": "two", "webhook": {"auth": {"token": "another"}}})
-
-    answer = service.post(path_of(job, "/rollback/1"))
-    again = service.post(path_of(job, "/rollback/3"))
-    service.post(trigger_path(job))
-    service.post(path_of(job, "/disable"))
-
-    assert (answer["rolled_back_from"], answer["new_version"]) == (1, 3)
-    assert differences(job, answer["job"]).keys() == {"version", "updated_at"}
-    assert (again["rolled_back_from"], again["new_version"], again["job"]["version"]) == (3, 4, 4)
-    assert target.take()[2]["Authorization"] == f"Bearer {CANARY}"
-    assert service.post(path_of(job, "/rollback/1"))["job"]["enabled"] is False
-
-
-@pytest.mark.parametrize("n", ["2", "0", "-1", "%2B1", "1.0", "x", "%D9%A1", "9" * 10, "9" * 5000])
-def test_a_version_that_is_not_there_is_not_found(service, n):
-    job = service.create(NOBODY)
-
-    for method, rest in (("GET", "versions"), ("POST", "rollback")):
-        assert service.error(404, method, path_of(job, f"/{rest}/{n}"))["code"] == "NOT_FOUND"
-    assert service.get(path_of(job)) == job
-
-
-SECRETS = {  # by the field that is the secret
-    "auth.token": WITH_SECRET["bearer"], "auth.password": WITH_SECRET["basic"],
-    "auth.api_key": {"auth": {"type": "api_key", "api_key": CANARY, "header": "X-Key"}},
-} | {f"headers.{name}": {"headers": {name: CANARY}}
-     for name in ("Authorization", "cookie", "X-PASSWORD", "x-api-key", "the-secret")}  # fmt: skip
-EACH_SECRET = pytest.mark.parametrize(("field", "webhook"), SECRETS.items(), ids=SECRETS)
-
-
-@EACH_SECRET
-def test_what_get_gave_can_be_sent_back_and_the_target_gets_secrets(
-    service, target, field, webhook
-):
-    webhook = EXAMPLE["webhook"] | {"headers": {}, "auth": None, "url": target.url} | webhook
-    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
-
-    def sent():
-        service.post(trigger_path(job))
-        headers = target.take()[2].items()
-        return {n: v for n, v in headers if not n.startswith(("X-Chronos", "Idempotency"))}
-
-    before = sent()
-    shown = service.get(path_of(job))
-    assert put(service, job, shown) == shown
-    assert put(service, job, job | {"description": "changed"})["version"] == 2
-    assert sent() == before
-    patch(service, job, {"webhook": {"url": target.url + "/b", "auth": job["webhook"]["auth"]}})
-    assert sent() == before
-    for path in (path_of(job), path_of(job, "/versions"), path_of(job, "/versions/1")):
-        assert CANARY not in json.dumps(service.get(path))
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:2", "https://127.0.0.1:1", "http://localhost:1"])
-@EACH_SECRET
-def test_a_stored_secret_does_not_go_to_another_origin(service, field, webhook, url):
-    job = service.create(NOBODY, webhook=webhook)
-    moved = job | {"webhook": job["webhook"] | {"url": url}}
-
-    for method, body in (("PATCH", {"webhook": {"url": url}}), ("PUT", moved)):
-        assert wrong_fields(service, method, path_of(job), body) == [f"webhook.{field}"]
-    assert service.get(path_of(job)) == job
-    assert patch(service, job, {"webhook": webhook | {"url": url}})["webhook"]["url"] == url
-
-
-@pytest.mark.parametrize(("body", "fields"), [
-    ({"webhook": {"headers": {"X-Token": chronos.MASK}}}, ["webhook.headers.X-Token"]),
-    ({"webhook": {"auth": BASIC_AUTH | {"password": chronos.MASK}}}, ["webhook.auth.password"]),
-    ({"webhook": {"auth": {"type": "api_key", "api_key": chronos.MASK}}}, ["webhook.auth.api_key"]),
-    ({"name": None, "schedule": None, "taggs": {}}, ["taggs", "name", "schedule"]),
-    ({"webhook": {"url": None}}, ["webhook.url"]),
-    ({"name": None, "webhook": {"url": "http://other/"}}, ["name", "webhook.auth.token"]),
-])  # fmt: skip
-def test_what_a_change_has_wrong_is_named_all_at_once(service, body, fields):
-    job = service.create(NOBODY, webhook=WITH_SECRET["bearer"])
-
-    assert wrong_fields(service, "PATCH", path_of(job), body) == fields
-    assert service.get(path_of(job)) == job
-
-
-# ======================================================================================
-# 12. API: lists and executions
-# ======================================================================================
-
-
-@pytest.mark.parametrize(("query", "found", "total"), [
-    ("enabled=true", "a", 1), ("enabled=false", "bcd", 3), ("q=REPORT", "b", 1),
-    ("tag=team:x", "ab", 2), ("tag=team:x&tag=env:prod:eu", "b", 1), ("tag=team:", "d", 1),
-    ("tag=gr%C3%B6%C3%9Fe:%22", "c", 1), ("q=nightly", "ac", 2), ("q=%25", "d", 1),
-    ("q=%C3%84RGER", "c", 1),
-    ("status=success", "a", 1), ("status=failed", "b", 1), ("status=skipped", "", 0),
-    ("limit=2", "ab", 4), ("limit=2&offset=1", "bc", 4), ("offset=9", "", 4),
-    ("q=nightly&limit=1", "a", 2), ("q=nightly&enabled=false&tag=team:x", "", 0),
-])  # fmt: skip
-def test_jobs_are_found_by_state_tag_text_and_last_outcome(service, target, query, found, total):
-    tags, url = {"team": "x"}, target.url + "/status/404"
-    service.create(target.url, name="a", description="Nightly", enabled=True, tags=tags)
-    service.create(url, name="b Report", tags=tags | {"env": "prod:eu"})
-    service.create(url, name="c NIGHTLY", description="ärger", tags={"größe": '"', "Team": "x"})
-    service.create(url, name="d 100%", tags={"team": ""})
-    for job in service.get("/jobs?limit=2")["jobs"]:
-        service.post(trigger_path(job))
-
-    answer = service.get(f"/jobs?{query}")
-
-    assert "".join(job["name"][0] for job in answer["jobs"]) == found
-    assert answer["total"] == total
-
-
-@pytest.mark.parametrize(("path", "fields"), [
-    ("jobs?enabled=yes&status=done&limit=0&offset=-1", ["limit", "offset", "enabled", "status"]),
-    ("jobs?limit=x&offset=1e99", ["limit", "offset"]),
-    ("executions?limit=0&status=done", ["limit", "status"]),
-    ("schedules/preview?count=0", ["schedule", "count"]),
-    ("schedules/preview?schedule=* * *&timezone=Mars/Base&count=x&from=tomorrow",
-        ["schedule", "timezone", "count", "from"]),
-])  # fmt: skip
-def test_a_wrong_query_is_refused_naming_every_parameter(service, path, fields):
-    assert wrong_fields(service, "GET", f"/{path}") == fields
-
-
-@pytest.fixture
-def history(service, target):
-    """A job and its executions: two successes, one that runs on, one that it skipped."""
-    job = service.create(target.url + "/ok", name="history")
-    ids = [service.post(trigger_path(job))["id"] for _ in range(2)]
-    patch(service, job, {"webhook": {"url": target.url + "/hang"}})
-    ids.append(service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"])
-    assert target.hanging.acquire(timeout=10)
-    return job, [*ids, service.post(trigger_path(job))["id"]]
-
-
-@pytest.mark.parametrize(("query", "found", "total"), [
-    ("before={3}", [2, 1, 0], 4), ("before={2}&limit=1", [1], 4), ("before={0}", [], 4),
-    ("status=success", [1, 0], 2), ("status=success&before={1}", [0], 2), ("status=failed", [], 0),
-    ("status=running", [2], 1), ("status=skipped", [3], 1), ("limit=500", [3, 2, 1, 0], 4),
-])  # fmt: skip
-def test_executions_are_paged_by_before_and_filtered(service, history, query, found, total):
-    job, ids = history
-
-    page, overall = (
-        service.get(f"{path}/executions?{query.format(*ids)}") for path in (path_of(job), "")
-    )
-
-    assert [execution["id"] for execution in page["executions"]] == [ids[n] for n in found]
-    assert page["total"] == total
-    assert [e["id"] for e in overall["executions"]] == [ids[n] for n in found]
-    assert overall["has_more"] is ("limit=1" in query)
-    assert all(e["job_name"] == "history" and "response" not in e for e in overall["executions"])
-
-
-def test_an_execution_of_another_job_is_none(service, history):
-    other, running = service.create(NOBODY), history[1][2]
-    path = path_of(other, "/executions")
-
-    calls = ["GET ?before={}", "GET /{}", "POST /{}/replay", "POST /{}/cancel"]
-    for method, rest in map(str.split, calls):
-        error = service.error(404, method, path + rest.format(running))
-        assert error["code"] == "NOT_FOUND"
-    assert service.get("/executions?status=running")["executions"][0]["id"] == running
-
-
-def test_nothing_comes_before_an_execution_that_is_not_there(service):
-    assert service.error(404, "GET", f"/executions?before=exec-{NO_ID}")["code"] == "NOT_FOUND"
-
-
-@EACH_SECRET
-def test_an_execution_shows_the_request_of_its_version_masked(service, target, field, webhook):
-    headers = {"X-Plain": "1"} | webhook.get("headers", {})
-    job = service.create(target.url + "/old", webhook=webhook | {"headers": headers, "body": "{}"})
-    execution = service.post(trigger_path(job))
-    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "method": "PUT"}})
-
-    request = service.get(path_of(job, f"/executions/{execution['id']}"))["request"]
-
-    arrived = dict(target.take()[2])
-    shown = request.pop("headers")
-    hidden = {name for name in shown if shown[name] == chronos.MASK}
-    assert request == {"method": "POST", "url": target.url + "/old", "body": "{}"}
-    assert hidden == {n for n, v in arrived.items() if CANARY in v or n == "Authorization"} != set()
-    assert {"X-Plain", "Content-Type", "User-Agent"} <= shown.keys() <= arrived.keys()
-    assert differences(shown, arrived).keys() == hidden
-
-
-def test_a_replay_sends_what_the_original_sent_even_after_a_change(service, target):
-    job = service.create(target.url + "/old", webhook={"body": "old", **WITH_SECRET["bearer"]})
-    original, first = service.post(trigger_path(job)), target.take()
-    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "auth": None}})
-
-    answer = service.expect(202, "POST", path_of(job, f"/executions/{original['id']}/replay"))
-
-    again, replay_id = target.take(), answer.pop("replay_execution_id")
-    assert answer.pop("original_execution_id") == original["id"] != replay_id
-    assert answer == {"message": "Execution replay triggered"}
-    assert [again[n] for n in (0, 1, 3)] == ["POST", "/old", b"old"]
-    fresh = {"X-Chronos-Execution-ID": replay_id, "Idempotency-Key": replay_id}
-    assert differences(dict(first[2]), dict(again[2])) == fresh
-    replay = service.get(path_of(job, f"/executions/{replay_id}"))
-    kept = {name: original[name] for name in ("job_version", "scheduled_time")}
-    assert {"trigger": "replay", "replay_of": original["id"], **kept}.items() <= replay.items()
-
-
-def test_a_replay_obeys_the_concurrency_that_the_job_has_now(service, history):
-    job, ids = history
-
-    for concurrency, status in (("forbid", "skipped"), ("allow", "success")):
-        patch(service, job, {"concurrency": concurrency})
-        service.expect(202, "POST", path_of(job, f"/executions/{ids[0]}/replay"))
-        newest = path_of(job, f"/executions?limit=1&status={status}")
-        wait_until(lambda url=newest: service.get(url)["executions"][0]["trigger"] == "replay")
-
-
-def test_cancelling_a_running_execution_ends_its_connection(service, hostile):
-    def behave(server, connection):
-        server.requests.put(read_request(connection))
-        server.requests.put(connection.recv(1))
-
-    server = hostile(behave)
-    job = service.create(server.url)
-    execution = service.expect(202, "POST", trigger_path(job, "?wait=0"))
-    path = path_of(job, f"/executions/{execution['id']}")
-    assert server.requests.get(timeout=10)
-
-    answer = service.post(path + "/cancel")
-
-    assert (answer["status"], answer["reason"]) == ("failed", "cancelled")
-    assert "anonymous" in answer["error"]
-    assert server.requests.get(timeout=2) == b""
-    assert service.error(409, "POST", path + "/cancel")["code"] == "CONFLICT"
-
-
-def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
-    job = service.create(target.url + "/status/503", retry_policy={"initial_interval": "2s"})
-    execution = service.expect(202, "POST", trigger_path(job, "?wait=1s"))
-
-    answer = service.post(path_of(job, f"/executions/{execution['id']}/cancel"))
-
-    assert (execution["status"], execution["attempts"]) == ("pending", 1)
-    assert (answer["status"], answer["reason"], answer["attempts"]) == ("failed", "cancelled", 1)
+def test_an_end_is_told_once_and_not_before_it_is_on_disk(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/status/404")
+    trigger(world, job)
     target.take()
-    with pytest.raises(queue.Empty):
-        target.received.get(timeout=2)
+    wait_until(world.engine._inbox.qsize)
+    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        engine_connection(world).execute("PRAGMA busy_timeout = 1")
+        world.engine.run_pass()
+        world.clock.advance(2)
+        world.engine.run_pass()
+        assert logged(caplog, "answered 404") == []
+    world.advance(2)
+
+    assert logged(caplog, "answered 404") == ["WARNING"]
 
 
-# ======================================================================================
-# 12. API: what the dashboard asks for
-# ======================================================================================
+def test_a_job_that_takes_any_certificate_is_warned_of(world, target, caplog):
+    for verify_tls in (True, False):
+        job = world.create(target.url, webhook={"verify_tls": verify_tls})
+        trigger(world, job)
+        warned = f"job {job.id} takes any certificate" in caplog.text
+        assert warned == (not verify_tls)
 
 
-def poll(client, etag=None):
-    """Return the status, the data and the ETag that a poll of the dashboard gets."""
-    headers = {"If-None-Match": etag} if etag else {}
-    answer = requests.get(f"{client.url}/api/v1/stats", headers=headers, timeout=10)
-    return answer.status_code, answer.content and answer.json()["data"], answer.headers["ETag"]
+def test_each_request_is_logged_at_debug_and_what_it_asks_is_not(guarded, caplog):
+    caplog.set_level("DEBUG", "chronos")
+    guarded.expect(200, "GET", "/jobs?q=canary", headers=credentials("vera"))
+    guarded.expect(401, "POST", "/jobs", job_body(NOBODY), headers=credentials("eve", "canary"))
+    guarded.expect(404, "GET", "/nothing", headers=credentials("vera"))
+
+    debug = [r for r in caplog.records if (r.levelname, r.name) == ("DEBUG", "chronos")]
+    assert [record.getMessage() for record in debug] == [
+        "GET /api/v1/jobs: 200 for vera at 127.0.0.1",
+        "POST /api/v1/jobs: 401 for anonymous at 127.0.0.1",
+        "GET /api/v1/nothing: 404 for anonymous at 127.0.0.1",
+    ]
 
 
-def test_stats_say_in_one_answer_how_all_is(service, target):
-    good = service.create(target.url, name="good", enabled=True)
-    bad = service.create(target.url + "/status/404", name="bad", enabled=True, tags={"a": "b"})
-    for job in (good, bad, bad):
-        run = service.post(trigger_path(job))
-    hanging = service.create(target.url + "/hang", name="hanging")
-    service.expect(202, "POST", trigger_path(hanging, "?wait=0"))
-    assert target.hanging.acquire(timeout=10)
-
-    _status, stats, _etag = poll(service)
-
-    counts = {"jobs_total": 3, "enabled": 2, "failing": 1, "running": 1, "pending": 0}
-    assert {name: stats[name] for name in counts} == counts
-    assert {name: n for name, n in stats["last_24h"].items() if n} == {"success": 1, "failed": 2}
-    assert [run["job_name"] for run in stats["active"]] == ["hanging"]
-    assert [job["strip"] for job in stats["jobs"]] == ["S", "FF", ""]
-    shown = stats["jobs"][1]
-    assert (shown["name"], shown["tags"], shown["failures"]) == ("bad", {"a": "b"}, 2)
-    assert shown["failing_since"] and shown["next_run"] == bad["next_run"]
-    last = shown["last_execution"]
-    assert (last["id"], last["error"]) == (run["id"], run["error"])
-    assert (stats["problem"], stats["paused"], stats["may_write"]) == (None, False, True)
+# --- how it is written ----------------------------------------------------------------
 
 
-def test_stats_are_not_sent_again_until_something_has_changed(service, target):
-    job = service.create(target.url, name="old")
-    etag = poll(service)[2]
-    assert poll(service, etag)[:2] == (304, b"")
+def test_an_event_is_one_line_of_the_log_whatever_it_is_about(make_process, target):
+    target.RequestHandlerClass = HeaderEcho
+    process = make_process()
+    process.error(400, "POST", "/jobs", job_body(NOBODY, name="a\n2026-11-23 CRITICAL x"))
+    name = "a\u202eb\u2028CRITICAL c"
 
-    patch(service, job, {"name": "new"})
-    status, stats, changed = poll(service, etag)
-    assert (status, stats["jobs"][0]["name"]) == (200, "new")
+    job = process.create(target.url, name=name, retry_policy=ONCE)
+    process.post(trigger_path(job))
+    assert process.end(signal.SIGTERM) == 0
 
-    for path in ("/enable", "/trigger", "/disable"):
-        service.post(path_of(job, path))
-        status, stats, newer = poll(service, changed)
-        assert (status, newer == changed) == (200, False)
-        changed = newer
-    assert (stats["jobs"][0]["strip"], stats["jobs"][0]["enabled"]) == ("S", False)
-
-    service.expect(200, "DELETE", path_of(job))
-    assert poll(service, changed)[1]["jobs"] == []
+    lines = "".join(process.log).splitlines()
+    about = [line for line in lines if job["id"] in line]
+    assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+    assert len(about) == 3  # created, triggered, failed
+    assert r"a\u202eb\u2028CRITICAL c" in about[0]
+    assert r"Sorry\x1b[31m\x85CRITICAL" in about[2]
 
 
-def test_stats_have_the_oldest_thousand_jobs_also_when_one_of_them_goes(service):
-    retry = service.service.settings["scheduler.default_retry_policy"]
-    config, _enabled = chronos.validate_job(job_body(NOBODY), retry, NOON)
-    engine = service.service.engine
+def test_json_logs_are_one_object_a_line_with_the_ids_of_what_they_are_about(make_process, target):
+    process = make_process("logging: {format: json, level: debug}")
+    job = process.create(target.url + "/status/404", name='"a\u2028b')
+    run = process.post(trigger_path(job))
+    assert process.end(signal.SIGTERM) == 0
 
-    def add_many(turn):
-        return [engine.create_job(turn, config | {"name": str(n)}, False, "x") for n in range(1002)]
-
-    jobs = engine.make(add_many)
-    assert [job["name"] for job in poll(service)[1]["jobs"]] == [str(n) for n in range(1000)]
-    service.expect(200, "DELETE", f"/jobs/{jobs[3].id}")
-    names = [job["name"] for job in poll(service)[1]["jobs"]]
-
-    assert names == [str(n) for n in range(1001) if n != 3]
-
-
-def test_a_fault_of_the_store_shows_in_the_stats_until_it_is_over(service):
-    path, etag = service.service.store.path, poll(service)[2]
-    aside = path.with_name("aside")
-
-    path.rename(aside)
-    service.call("POST", "/jobs", job_body(NOBODY))
-    wait_until(lambda: "was removed" in str(poll(service, etag)[1]))
-    aside.rename(path)
-
-    wait_until(lambda: poll(service)[1]["problem"] is None)
+    events = [json.loads(line) for line in "".join(process.log).splitlines()]
+    assert all({"time", "level", "message"} <= event.keys() for event in events)
+    assert all(abs(chronos.parse_time(e["time"]) / SECOND - time.time()) < 60 for e in events)
+    created, triggered, failed = [e for e in events if e.get("job_id") == job["id"]]
+    assert (created["level"], created.get("execution_id")) == ("info", None)
+    assert '("a\u2028b) was created' in created["message"]
+    assert triggered["execution_id"] == failed["execution_id"] == run["id"]
+    assert failed["level"] == "warning" and run["error"] in failed["message"]
+    assert {event["level"] for event in events} == {"debug", "info", "warning"}
 
 
-def test_upcoming_names_the_fire_times_of_the_next_hours_job_by_job(service):
-    service.create(NOBODY, name="off", schedule="@hourly")
-    service.create(NOBODY, name="rare", schedule="0 0 1 1 *", enabled=True)
-    service.create(NOBODY, name="every", schedule="@every 15m", enabled=True)
-    service.create(NOBODY, name="dense", schedule="* * * * * *", enabled=True)
+@pytest.mark.parametrize("kind", ["json", "journal"])
+def test_a_traceback_is_part_of_its_event(kind):
+    try:
+        raise RuntimeError("a bug\nof ours")
+    except RuntimeError:
+        record = chronos.log.makeRecord("chronos", 40, "f", 1, "it %s", ("failed",), sys.exc_info())
 
-    told = service.get("/schedules/upcoming?hours=1")
+    told = chronos.LogFormatter(kind).format(record)
 
-    dense, every = told["upcoming"]
-    assert (dense["job_name"], len(dense["fire_times"]), dense["has_more"]) == ("dense", 50, True)
-    times = [chronos.parse_time(time) for time in every["fire_times"]]
-    assert (every["job_name"], len(times), every["has_more"]) == ("every", 4, False)
-    assert {later - earlier for earlier, later in itertools.pairwise(times)} == {
-        15 * chronos.MINUTE
-    }
-    assert times[-1] <= chronos.parse_time(told["until"])
-    assert wrong_fields(service, "GET", "/schedules/upcoming?hours=0") == ["hours"]
-
-
-def test_a_job_that_is_deleted_meanwhile_is_left_out_of_what_comes(service, monkeypatch):
-    service.create(NOBODY, name="stays", schedule="@daily", enabled=True)
-    store = service.service.store
-    gone, due_jobs = (str(uuid.uuid4()), 1, NOON), store.due_jobs
-
-    monkeypatch.setattr(store, "due_jobs", lambda *asked: [gone, *due_jobs(*asked)])
-
-    upcoming = service.get("/schedules/upcoming?hours=168")["upcoming"]
-    assert [job["job_name"] for job in upcoming] == ["stays"]
-
-
-def test_the_page_of_somebody_who_was_signed_out_is_not_answered_with_a_dialog(guarded):
-    answer = requests.get(guarded.url + "/api/v1/stats", headers={"X-Chronos-UI": "1"}, timeout=5)
-
-    assert answer.status_code == 401
-    assert answer.headers["WWW-Authenticate"].startswith("xBasic ")
-
-
-def test_a_viewer_is_told_that_he_may_only_read(guarded):
-    told = {}
-    for name in ("ada", "vera"):
-        answer = requests.get(guarded.url + "/api/v1/stats", headers=credentials(name), timeout=5)
-        told[name] = answer.json()["data"]["may_write"]
-
-    assert told == {"ada": True, "vera": False}
-
-
-# ======================================================================================
-# 12. API: schedules, cluster, the reference, HTTP
-# ======================================================================================
-
-
-@pytest.mark.parametrize(("schedule", "after", "utc", "local", "note"), [
-    ("30 2 * * *", "03-27T12:00", "03-28T01:00", "03-28T03:00:00+02:00", "forward"),
-    ("30 2 * * *", "03-28T12:00", "03-29T00:30", "03-29T02:30:00+02:00", None),
-    ("0 * * * *", "03-28T00:30", "03-28T01:00", "03-28T03:00:00+02:00", None),
-    ("30 2 * * *", "10-30T12:00", "10-31T00:30", "10-31T02:30:00+02:00", "only the first"),
-    ("30 * * * *", "10-31T00:00", "10-31T00:30", "10-31T02:30:00+02:00", "both"),
-    ("30 * * * *", "10-31T00:30", "10-31T01:30", "10-31T02:30:00+01:00", "both"),
-])  # fmt: skip
-def test_a_preview_notes_a_clock_change(service, schedule, after, utc, local, note):
-    query = f"schedule={schedule}&timezone=Europe/Madrid&from=2027-{after}:00Z&count=1"
-
-    (run,) = service.get(f"/schedules/preview?{query}")["next_runs"]
-
-    assert (run["utc"], run["local"]) == (f"2027-{utc}:00Z", f"2027-{local}")
-    assert note in run["note"] if note else run["note"] is None
-
-
-@pytest.mark.parametrize(("schedule", "warnings"), [
-    ("0 0 1 * 1", ["either"]), ("0 0 31 * *", []), ("0 9 * * 1", []), ("@every 1h", []),
-    ("* * * * * *", ["every second"]),
-    ("0 9 * * *", []),
-])  # fmt: skip
-def test_a_preview_warns_of_what_people_often_do_not_mean(service, schedule, warnings):
-    found = service.get(f"/schedules/preview?schedule={schedule}")["warnings"]
-
-    assert len(found) == len(warnings)
-    assert all(words in warning for warning, words in zip(found, warnings, strict=True))
-
-
-@pytest.mark.parametrize(("query", "count"), [
-    ("@hourly", 5), ("@hourly&count=999", 100), ("@at 2020-01-01T00:00:00Z", 0),
-    ("@at 2020-01-01T01:00:00%2B01:00&from=2019-01-01T00:00:00Z", 1),
-    *((query, 0) for query in (
-        "@daily&from=9999-12-31T23:59:59Z", "0 0 29 2 *&from=9999-01-01T00:00:00Z")),
-    ("@daily&from=0001-01-01T00:00:00Z&timezone=America/New_York", 0),
-])  # fmt: skip
-def test_a_preview_has_five_runs_and_at_most_100_and_ends_where_dates_end(service, query, count):
-    assert len(service.get(f"/schedules/preview?schedule={query}")["next_runs"]) == count
-
-
-def test_the_cluster_counts_what_there_is_and_names_the_ten_soonest(make_service, target):
-    service = make_service(dispatcher__max_concurrent_jobs=1, cluster__node_id="n1")
-    hours = range(12, 0, -1)
-    jobs = [service.create(NOBODY, schedule=f"@every {n}h", enabled=True) for n in hours]
-    busy = service.create(target.url + "/hang", concurrency="allow")
-    for _ in range(3):
-        service.expect(202, "POST", trigger_path(busy, "?wait=0"))
-    assert target.hanging.acquire(timeout=10)
-
-    status = service.get("/cluster/status")
-
-    soonest = [{"job_id": job["id"], "next_run": job["next_run"]} for job in jobs[:1:-1]]
-    assert 0 <= status.pop("uptime") < 60
-    assert status == {
-        "is_leader": True, "node_id": "n1", "version": chronos.__version__, "jobs_total": 13,
-        "enabled": 12, "failing": 0,
-        "running": 1, "pending": 2, "next_runs": soonest}  # fmt: skip
-
-
-# fmt: off
-TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"
-ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-JOB = {  # the answers of the API reference
-    "id": ID, "name": str, "description": str, "schedule": str, "timezone": str, "next_run": TIME,
-    "webhook": {"url": str, "method": str}, "enabled": bool, "created_at": TIME, "updated_at": TIME}
-TRIGGERED = {
-    "id": f"exec-{ID}", "job_id": ID, "status": str, "attempts": int, "started_at": TIME,
-    "completed_at": TIME, "status_code": int, "response": str, "duration": int}
-EXECUTION = TRIGGERED | {"job_name": str, "scheduled_time": TIME, "node_id": str}
-VERSION = {"job_id": ID, "version": int, "config": {}, "created_at": TIME, "created_by": str}
-ROLLED_BACK = {"job": JOB, "rolled_back_from": int, "new_version": int}
-CLUSTER = {
-    "is_leader": bool, "jobs_total": int, "running": int,
-    "next_runs": [{"job_id": ID, "next_run": TIME}]}
-# fmt: on
-
-
-def check(value, documented):
-    """Check that everything of an answer in the reference is there, with its type."""
-    if isinstance(documented, dict):
-        for name, inner in documented.items():
-            check(value[name], inner)
-    elif isinstance(documented, list):
-        for item in value or [None]:
-            check(item, documented[0])
-    elif isinstance(documented, str):
-        assert re.fullmatch(documented, value)
+    if kind == "json":
+        event = json.loads(told)
+        assert "\n" not in told and event["message"] == "it failed"
+        assert event["traceback"].startswith("Traceback") and "bug\nof" in event["traceback"]
     else:
-        assert type(value) is documented
-
-
-def test_every_answer_has_what_the_reference_documents(service, target):
-    body = EXAMPLE | {"webhook": EXAMPLE["webhook"] | {"url": target.url + "/reports"}}
-    job = service.post("/jobs", body)
-    execution = service.post(trigger_path(job))
-    path = path_of(job)
-
-    check(job, JOB)
-    check(put(service, job, body | {"description": "Changed"}), JOB)
-    check(service.get(path), JOB)
-    check(service.get("/jobs"), {"jobs": [JOB], "total": int})
-    check(execution, TRIGGERED)
-    check(service.get(path + "/executions"), {"executions": [EXECUTION], "total": int})
-    check(service.get(f"{path}/executions/{execution['id']}"), EXECUTION)
-    check(service.get(path + "/versions"), [VERSION])
-    check(service.get(path + "/versions/2"), VERSION)
-    check(service.post(path + "/rollback/1"), ROLLED_BACK)
-    check(service.get("/cluster/status"), CLUSTER)
-    check(service.post(path + "/enable"), JOB)
-    check(service.post(path + "/disable"), JOB | {"next_run": type(None)})
-
-
-def test_a_job_is_on_disk_when_its_201_arrives(service, background):
-    def create_and_look(_n):
-        job_id = service.create(NOBODY)["id"]
-        with contextlib.closing(sqlite3.connect(service.service.store.path)) as other:
-            sql = "SELECT count(*) FROM jobs JOIN versions ON id = job_id WHERE id = ?"
-            return other.execute(sql, [job_id]).fetchone()[0]
-
-    assert list(background.map(create_and_look, range(80))) == [1] * 80
-
-
-@pytest.mark.parametrize(("method", "path"), [r[:2] for r in chronos.Api.ROUTES if "<" in r[1]])
-def test_what_is_not_there_is_not_found(service, method, path):
-    status, answer = send_as_is(service, method, re.sub("<.*?>", NO_ID, path), "{}")
-
-    assert (status, json.loads(answer.text)["error"]["code"]) == (404, "NOT_FOUND")
-
-
-def test_head_answers_with_the_head_of_get(service):
-    job_path = f"/api/v1{path_of(service.create(NOBODY))}"
-
-    for path in ("/health", job_path, f"{job_path}/executions", "/api/v1/jobs/x"):
-        got, head = (send_as_is(service, method, path) for method in ("GET", "HEAD"))
-        assert (got[0], bool(got[1].text), head[1].text) == (head[0], True, "")
-        assert differences(dict(got[1].headers), dict(head[1].headers)).keys() <= {"Date"}
-
-
-def test_a_body_of_one_mebibyte_is_accepted(service):
-    assert service.call("POST", "/jobs", json.dumps(job_body(NOBODY)).ljust(2**20))[0] == 201
-
-
-@pytest.mark.parametrize(("sent", "status"), [
-    (b"garbage\r\n\r\n", "400 405"), (b"\x16\x03\x01\r\n\r\n", "400 405"),  # waitress 2.1: 405
-    (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", "400"), (b"GET /\xff HTTP/1.1\r\n\r\n", "400"),
-    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "400"),
-    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "400"),
-    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", "501"),
-    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", "413"),
-    (b"GET / HTTP/1.1\r\nX: " + b"x" * 262_144, "431"),
-    (b"GET http://[::1/ HTTP/1.1\r\n\r\n", "400"),
-])  # fmt: skip
-def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
-    host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(sent)
-        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-
-    codes = {"413": "PAYLOAD_TOO_LARGE", "405": "METHOD_NOT_ALLOWED"}
-    got, envelope = head.split()[1].decode(), json.loads(body)
-    assert got in status.split()
-    assert b"\r\nX-Content-Type-Options: nosniff" in head and b"\r\nCache-Control: no-store" in head
-    assert b"Content-Type: application/json" in head and b"\r\nServer:" not in head
-    assert envelope.pop("error")["code"] == codes.get(got, "VALIDATION_ERROR")
-    assert envelope == {"success": False, "data": None}
-
-
-# ======================================================================================
-# 12. API: who may do what
-# ======================================================================================
-
-
-@pytest.fixture
-def guarded(make_service):
-    """A service with two users: ada, and vera who may only read; the password is pässwörd."""
-    hashed = chronos.hash_password("pässwörd".encode(), bytes(16))
-    users = {"ada": hashed, "vera": hashed}
-    return make_service(auth__type="basic", auth__users=users, auth__viewers=["vera"])
-
-
-def credentials(name, password="pässwörd"):
-    pair = f"{name}:{password}".encode()
-    return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
-
-
-def test_every_route_but_health_asks_who_it_is(guarded):
-    for method, path, _name in chronos.Api.ROUTES:
-        status, answer = send_as_is(guarded, method, re.sub("<.*?>", "1", path))
-        assert status == (200 if path == "/health" else 401), path
-        assert json.loads(answer.text)["success"] == (status == 200)
-    for path in ("//api/v1/jobs", "/%61pi/v1/jobs", "/api/v1/jobs?x"):
-        answer = requests.get(guarded.url + path, timeout=5)
-        assert answer.status_code == 401
-        assert answer.headers["WWW-Authenticate"] == 'Basic realm="Chronos", charset="UTF-8"'
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "", "Basic", "Basic !!!", "Basic YWRh", "Bearer x", "Basic " + "A" * 5000, "Digest a=b",
-        "Basic \xff",
-    ],
-)  # fmt: skip
-def test_what_are_no_credentials_is_a_401_and_no_failure(guarded, header):
-    for _ in range(12):
-        error = guarded.expect(401, "GET", "/jobs", headers={"Authorization": header})
-
-    assert error["code"] == "UNAUTHORIZED"
-    assert guarded.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
-
-
-def test_who_changed_a_version_is_known_and_a_viewer_only_reads(guarded, target):
-    body, vera = job_body(target.url), credentials("vera")
-    job = guarded.expect(201, "POST", "/jobs", body, headers=credentials("ada"))
-
-    [version] = guarded.expect(200, "GET", path_of(job, "/versions"), headers=vera)
-    assert version["created_by"] == "ada"
-    for method, rest in (("DELETE", ""), ("POST", "/trigger"), ("PATCH", ""), ("PUT", "")):
-        error = guarded.expect(403, method, path_of(job, rest), headers=vera)
-        assert error["code"] == "FORBIDDEN" and "auth.viewers" in error["message"]
-    assert target.received.empty()
-
-
-def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_not(
-    guarded, monkeypatch
-):
-    clock = ManualClock()
-    monkeypatch.setattr(guarded.service.api.sign_in, "_clock", clock)
-    known, new = credentials("ada"), credentials("vera")
-    guarded.expect(200, "GET", "/jobs", headers=known)
-
-    for name in ("ada", "nobody") * 5:
-        guarded.expect(401, "GET", "/jobs", headers=credentials(name, "wrong"))
-        clock.advance(1)
-    refused = requests.get(f"{guarded.url}/api/v1/jobs", headers=new, timeout=5)
-
-    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "51")
-    assert refused.json()["error"]["code"] == "TOO_MANY_REQUESTS"
-    guarded.expect(200, "GET", "/jobs", headers=known)
-    clock.advance(51)
-    guarded.expect(200, "GET", "/jobs", headers=new)
-
-
-def test_a_failed_sign_in_is_logged_without_its_password(guarded, caplog):
-    guarded.expect(401, "GET", "/jobs", headers=credentials("eve", "canary-word"))
-
-    assert "somebody at 127.0.0.1 could not sign in as eve" in caplog.text
-    assert "canary-word" not in caplog.text
-
-
-def test_while_others_sign_in_for_long_nobody_holds_a_thread(guarded):
-    known = credentials("ada")
-    guarded.expect(200, "GET", "/jobs", headers=known)
-
-    with guarded.service.api.sign_in._lock:  # as hashing does
-        error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
-        guarded.expect(200, "GET", "/jobs", headers=known)
-
-    assert "too many sign-ins at once" in error["message"]
-
-
-def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(monkeypatch):
-    settings = make_settings(Path("unused"), auth__users={"ada": ADA})
-    sign_in, clock = chronos.SignIn(settings, ManualClock()), ManualClock()
-    monkeypatch.setattr(chronos, "hash_password", lambda *_: "")
-    wrong = credentials("ada", "wrong")["Authorization"]
-
-    codes = []
-    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]:
-        chronos.bottle.request.bind({"REMOTE_ADDR": address})
-        with pytest.raises(chronos.ApiError) as refusal:
-            sign_in.user(wrong, True)
-        codes.append(refusal.value.code)
-
-    assert clock.now() == NOON
-    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 1000
-    assert len(sign_in._failures) == 1000
-    chronos.bottle.request.bind({"REMOTE_ADDR": "10.0.0.1"})
-    with pytest.raises(chronos.ApiError, match="missing or wrong"):
-        sign_in.user(wrong, True)  # its failures are forgotten
-
-
-def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(
-    guarded, monkeypatch
-):
-    hashed = []
-    real = chronos.hash_password
-    monkeypatch.setattr(chronos, "hash_password", lambda *a: hashed.append(a) or real(*a))
-
-    for name, password in (("nobody", "x"), ("ada", "x"), ("ada", "pässwörd")):
-        guarded.call("GET", "/jobs", headers=credentials(name, password))
-    for _ in range(5):
-        guarded.expect(200, "GET", "/jobs", headers=credentials("ada"))
-
-    assert len(hashed) == 3
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({}, 200),
-        ({"Origin": "http://HOST"}, 200),
-        ({"Origin": "http://HOST", "Sec-Fetch-Site": "same-origin"}, 200),
-        ({"Sec-Fetch-Site": "none"}, 200),
-        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
-        ({"Host": "localhost:80", "Origin": "http://localhost"}, 200),
-        ({"Host": "localhost", "Origin": "https://Localhost:443"}, 200),
-        ({"Host": "localhost:443", "Origin": "https://localhost"}, 200),
-        ({"Origin": "null"}, 403),
-        ({"Origin": ""}, 403),
-        ({"Origin": "http://HOST1"}, 403),
-        ({"Origin": "http://HOST.evil.test"}, 403),
-        ({"Origin": "http://evil.test"}, 403),
-        ({"Host": "localhost", "Origin": "http://localhost:8080"}, 403),
-        ({"Host": "localhost", "Origin": "http://localhost:443"}, 403),
-        ({"Host": "localhost:8080", "Origin": "http://localhost"}, 403),
-        ({"Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Sec-Fetch-Site": "same-site"}, 403),
-        ({"Origin": "http://HOST", "Sec-Fetch-Site": "cross-site"}, 403),
-    ],
-)
-def test_a_page_of_another_site_changes_nothing(service, target, headers, status):
-    job = service.create(target.url)
-    host = service.url.removeprefix("http://")
-    headers = {name: value.replace("HOST", host) for name, value in headers.items()}
-
-    got, envelope = service.call("POST", path_of(job, "/enable"), headers=headers)
-
-    assert got == status
-    assert status == 200 or "server.trusted_proxy" in envelope["error"]["message"]
-    assert service.call("GET", "/jobs", headers=headers)[0] == 200  # reading is the page's right
-    assert service.get(path_of(job))["enabled"] == (status == 200)
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost", 200), ("LOCALHOST:8080", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200),
-        ("10.0.0.5:8080", 200), ("cron.test", 200), ("CRON.test:80", 200),
-        (platform.node(), 200), ("evil.test", 403), ("cron.test.evil.test", 403),
-        ("127.0.0.1.evil.test", 403), ("localhost, evil.test", 403), ("[::1", 403),
-    ],
-)  # fmt: skip
-def test_without_sign_in_only_own_names_are_answered(make_service, host, status):
-    service = make_service(server__allowed_hosts=["Cron.Test"])
-
-    got, envelope = service.call("GET", "/jobs", headers={"Host": host})
-
-    assert got == status
-    assert status == 200 or "server.allowed_hosts" in envelope["error"]["message"]
-    assert service.call("GET", "/health", headers={"Host": host})[0] == 200
-
-
-def test_with_sign_in_any_name_will_do(guarded):
-    headers = credentials("ada") | {"Host": "evil.test"}
-
-    assert guarded.call("GET", "/jobs", headers=headers)[0] == 200
-
-
-@pytest.mark.parametrize("trusted", [None, "127.0.0.1", "127.0.0.9"])
-def test_who_asks_is_taken_from_the_trusted_proxy_only(make_service, trusted):
-    service = make_service(server__trusted_proxy=trusted)
-    forwarded = {"X-Forwarded-For": "10.9.9.9", "X-Forwarded-Host": "evil.test"}
-
-    status = service.call("GET", "/jobs", headers=forwarded)[0]
-
-    assert status == (403 if trusted == "127.0.0.1" else 200)
-
-
-def test_a_stored_secret_does_not_go_to_another_virtual_host(service, target):
-    webhook = {"auth": {"type": "bearer", "token": "canary-token"}, "headers": {"Host": "a.test"}}
-    job = service.create(target.url, webhook=webhook)
-
-    for host in ("b.test", None):
-        patch = {"webhook": {"headers": {"Host": host}}}
-        error = service.error(400, "PATCH", path_of(job), patch)
-        assert error["details"][0]["field"] == "webhook.auth.token"
-    service.expect(200, "PATCH", path_of(job), {"webhook": {"headers": {"X-More": "1"}}})
-
-
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_request_whose_end_is_unclear_is_refused_and_nothing_behind_it_is_read(service, version):
-    hidden = b"GET /health?hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    head = b"POST /api/v1/jobs HTTP/%s\r\nHost: localhost\r\nConnection: keep-alive\r\n" % version
-    framing = b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n"
-    port = int(service.url.rpartition(":")[2])
-
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(head + framing + b"%x\r\n" % len(hidden) + hidden + b"\r\n0\r\n\r\n")
-        received = b"".join(iter(lambda: connection.recv(65536), b""))
-
-    assert received.startswith(b"HTTP/%s 400" % version)
-    assert len(re.findall(rb"HTTP/1\.[01] \d{3}", received)) == 1
-
-
-def test_answers_are_not_kept_framed_or_sniffed(service):
-    for path in ("/health", "/api/v1/jobs", "/nothing"):
-        headers = requests.get(service.url + path, timeout=5).headers
-        assert {name: headers[name] for name in chronos.HEADERS} == (chronos.HEADERS)
-        assert not [name for name in headers if name.startswith("Access-Control-")]
-
-
-# ======================================================================================
-# 12. API: metrics
-# ======================================================================================
-
+        assert told.startswith("<3>it failed\n<3>Traceback")
+        assert all(line.startswith("<3>") for line in told.splitlines())
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_journal_gets_priorities_and_no_times_of_ours(configure, is_journal, style):
+    read_end, write_end = os.pipe()
+    about = os.fstat(write_end)
+    stream = f"{about.st_dev}:{about.st_ino + (not is_journal)}"
+    environment = {"JOURNAL_STREAM": stream, "CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
+    config = configure(f"logging: {{format: {style}}}")
+    command = [sys.executable, CHRONOS, "--paused", "--config", config]
+    with subprocess.Popen(command, stderr=write_end, env=os.environ | environment) as process:
+        os.close(write_end)
+        with open(read_end, encoding="utf-8") as log:
+            lines = [log.readline(), log.readline()]
+            process.terminate()
+            lines += log.read().splitlines(keepends=True)
+
+    first, paused = lines[:2]
+    if style == "json":
+        assert all(json.loads(line)["time"] for line in lines)
+    elif is_journal:
+        assert first.startswith("<6>Chronos ") and paused == "<4>paused: nothing fires\n"
+        assert all(re.match("<[46]>[A-Za-z]", line) for line in lines)
+    else:
+        assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+
+
+def test_a_log_that_nobody_reads_any_more_does_not_end_the_service(tmp_path, configure):
+    arguments = (CHRONOS, "--config", configure(""))
+    with serving(*arguments, directory=tmp_path) as (process, client):
+        process.stderr.close()
+
+        client.create(NOBODY)
+
+        assert client.get("/jobs")["total"] == 1
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+# --- metrics --------------------------------------------------------------------------
 
 NEEDS_PROMTOOL = pytest.mark.skipif(
     not shutil.which("promtool"), reason="no promtool: Debian has it in the package prometheus"
@@ -6014,907 +3252,2373 @@ def test_errors_of_the_metrics_are_json_as_all_others(service):
     assert all(a.json()["success"] is False for a in (foreign, wrong))
 
 
-def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
-    api = chronos.Api(world.engine, world.store, world.settings, world.clock)
-    run, plans = world.store._run, []
-
-    def explain(statement, /, *row, **values):
-        plans.extend(row[3] for row in run(f"EXPLAIN QUERY PLAN {statement}", *row, **values))
-        return run(statement, *row, **values)
-
-    monkeypatch.setattr(world.store, "_run", explain)
-    api.metrics()
-
-    looked = [plan for plan in plans if "executions" in plan]
-    partial = ("executions_of_target", "executions_listed (status=?)", "executions_active")
-    assert looked and all(plan.endswith(partial) for plan in looked), plans
-
-
 # ======================================================================================
-# 13. Service and command line
+# 13. Requests
 # ======================================================================================
 
 
-def run_chronos(*arguments, program=CHRONOS, **environment):
-    """Run the program to its end; return the completed process."""
-    environment = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"} | environment
-    command = [sys.executable, program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
+def headers_of(request):
+    """Return the headers of a raw request as a list of pairs."""
+    lines = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return [tuple(line.split(": ", 1)) for line in lines]
 
 
-@contextlib.contextmanager
-def serving(program, *arguments, directory):
-    """Run the program in a directory; yield the process, its stderr open, and a client."""
-    with subprocess.Popen(
-        [sys.executable, program, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=directory,
-        env=os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"},
-    ) as process:
-        try:
-            yield process, Client(process.stderr.readline().split("listens on ")[1].split(",")[0])
-        finally:
-            process.kill()
+def test_the_request_is_the_configured_one_with_the_headers_of_chronos(send, target):
+    outcome = send(
+        f"{target.url}/echo/a%20b?q=ö&r=1#part",
+        method="PUT",
+        body='{"name": "Zoë ☃"}',
+        headers={"X-Own": "Zoë"},
+    )
+
+    method, path, headers, body, _at = target.take()
+    assert (method, path) == ("PUT", "/echo/a%20b?q=%C3%B6&r=1")
+    assert body == '{"name": "Zoë ☃"}'.encode()
+    assert headers["X-Own"].encode("latin-1") in ("Zoë".encode("latin-1"), "Zoë".encode())
+    expected = {
+        "Host": target.url.removeprefix("http://"),
+        "User-Agent": f"chronos/{chronos.__version__}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Accept-Encoding": "identity",
+        "X-Chronos-Job-ID": JOB_ID,
+        "X-Chronos-Execution-ID": "exec-1",
+        "X-Chronos-Scheduled-Time": "2027-03-01T12:00:00Z",
+        "X-Chronos-Attempt": "2",
+        "Idempotency-Key": "exec-1",
+    }
+    assert {name: headers.get_all(name) for name in expected} == {
+        name: [value] for name, value in expected.items()
+    }
+    assert (outcome.success, outcome.status_code, outcome.response) == (True, 200, body.decode())
+    assert (outcome.reason, outcome.error, outcome.retry_after) == (None, None, None)
 
 
-def check_refused(result, status, *words):
-    """Check that the start was refused in few words, these among them."""
-    assert result.returncode == status, result.stderr
-    assert 1 <= len(result.stderr.splitlines()) <= 3
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize("body", [None, "text"])
+def test_every_method_goes_out_with_and_without_a_body(send, target, method, body):
+    outcome = send(f"{target.url}/ok", method=method, body=body)
+
+    taken = target.take()
+    assert (taken[0], taken[3]) == (method, (body or "").encode())
+    assert (outcome.success, outcome.response) == (True, "" if method == "HEAD" else "OK")
 
 
-@pytest.fixture
-def configure(tmp_path):
-    """Write a configuration, return its path."""
+@pytest.mark.parametrize("name", ["user-agent", "idempotency-key", "content-type", "host"])
+def test_the_jobs_own_headers_win_in_whatever_case(send, target, name):
+    send(target.url, method="POST", body="{}", headers={name: "own.example"})
 
-    def write(config):
-        path = tmp_path / "chronos.yaml"
-        path.write_text(config)
-        return path
-
-    return write
-
-
-def fill_store(directory, url, count, schedule, next_run_at):
-    """Make a database with enabled jobs that are next due at ``next_run_at``."""
-    directory.mkdir(parents=True)
-    retry, now = make_settings(directory)["scheduler.default_retry_policy"], chronos.Clock().now()
-    config, _enabled = chronos.validate_job(job_body(url, schedule=schedule), retry, now)
-    store = chronos.Store(directory / "chronos.db")
-    store.open()
-    with store.transaction():
-        for _ in range(count):
-            job_id = str(uuid.uuid4())
-            store.save_job(chronos.Job(job_id, 1, True, now, now, next_run_at, config), "tester")
-    store.close()
-
-
-def refuses(client):
-    """Say whether nobody accepts connections there any more."""
-    try:
-        socket.create_connection(("127.0.0.1", int(client.url.rpartition(":")[2])), 1).close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
-def test_without_a_configuration_the_data_is_beside_the_program(tmp_path):
-    program = shutil.copy(CHRONOS, tmp_path)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-
-    with serving(program, directory=elsewhere) as (_process, client):
-        client.create(NOBODY)
-
-    assert (tmp_path / "data" / "chronos.db").exists()
-    assert list(elsewhere.iterdir()) == []
-
-
-def test_the_configuration_beside_the_program_is_taken_unless_another_is_named(tmp_path, configure):
-    program = shutil.copy(CHRONOS, tmp_path)
-    configure("nonsense: 1")
-    (tmp_path / "good.yaml").write_text("logging: {level: error}")
-
-    beside = run_chronos("check-config", program=program)
-    named = run_chronos("check-config", "--config", tmp_path / "good.yaml", program=program)
-
-    check_refused(beside, 78, "nonsense", "line 1")
-    assert (named.returncode, named.stderr) == (0, "")
-
-
-def test_the_option_config_stands_before_or_after_the_command(configure):
-    wrong = configure("server:\n  shutdown_grase: 1s\n")
-
-    for arguments in (("--config", wrong, "check-config"), ("check-config", "--config", wrong)):
-        check_refused(run_chronos(*arguments), 78, "line 2", "shutdown_grase", "shutdown_grace")
-    check_refused(run_chronos("--config", wrong), 78, "shutdown_grase")
-    check_refused(run_chronos("serve", "--config", wrong), 78, "shutdown_grase")
-
-
-def test_a_configuration_that_is_not_there_is_a_wrong_one(tmp_path):
-    check_refused(run_chronos("--config", tmp_path / "nope.yaml"), 78, "nope.yaml")
-    check_refused(run_chronos("check-config", "--config", tmp_path), 78, str(tmp_path))
-
-
-def test_the_option_version_prints_it():
-    result = run_chronos("--version")
-
-    assert (result.returncode, result.stdout) == (0, f"chronos {chronos.__version__}\n")
-
-
-@pytest.mark.parametrize("package", ["bottle", "requests", "waitress", "yaml", "croniter"])
-def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
-    shadow = f"raise ModuleNotFoundError('No module named {package}', name='{package}')"
-    (tmp_path / f"{package}.py").write_text(shadow)
-
-    result = run_chronos("--version", PYTHONPATH=str(tmp_path))
-
-    check_refused(result, 1, repr(package), "pip install -r requirements.txt")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_port_in_use_is_told_in_one_line(configure):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-
-        result = run_chronos("--config", configure(""), CHRONOS_SERVER_HTTP_ADDRESS=address)
-
-    check_refused(result, 1, address, "in use")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_host_that_cannot_be_is_told_in_one_line(configure):
-    config = configure("")
-
-    result = run_chronos("--config", config, CHRONOS_SERVER_HTTP_ADDRESS="a..b:8080")
-
-    assert result.returncode in (1, 78)
-    check_refused(result, result.returncode, "a..b:8080")
-
-
-def test_a_second_process_on_the_same_data_is_refused_naming_the_first(
-    make_process, tmp_path, configure
-):
-    first = make_process()
-    config = configure("cluster: {data_dir: home/data}")
-
-    result = run_chronos("--config", config)
-
-    check_refused(result, 75, f"process {first.process.pid}\n", str(tmp_path / "home" / "data"))
-    assert first.get("/health")["status"] == "healthy"
-
-
-def test_the_lock_of_a_killed_process_is_none(make_process):
-    make_process().end(signal.SIGKILL)
-
-    assert make_process().get("/health")["status"] == "healthy"
-
-
-@pytest.mark.parametrize("data_dir", ["/dev/null/data", "/proc/data", "chronos.yaml", "x" * 300])
-def test_a_data_dir_that_cannot_be_is_told_in_one_line(configure, data_dir):
-    result = run_chronos("--config", configure(f"cluster: {{data_dir: {data_dir}}}"))
-
-    check_refused(result, 78, data_dir)
-    assert len(result.stderr.splitlines()) == 1
+    assert target.take()[2].get_all(name) == ["own.example"]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "body, content_type",
     [
-        pytest.param("PRAGMA user_version = 99", "newer", id="newer"),
-        pytest.param(
-            "PRAGMA application_id = 7; PRAGMA journal_mode = DELETE",
-            "not a database of Chronos",
-            id="foreign",
-        ),
-        pytest.param(b"not a database at all" * 200, "not a database", id="damaged"),
+        ('{"a": 1}', "application/json"),
+        ("[" * 100_000, "text/plain; charset=utf-8"),
+        ("Zoë", "text/plain; charset=utf-8"),
+        ("", None),
+        (None, None),
     ],
 )
-def test_a_database_that_is_not_ours_to_read_is_refused_untouched(
-    configure, tmp_path, change, words
+def test_a_body_without_content_type_is_json_if_it_parses_else_text(
+    send, target, body, content_type
 ):
-    fill_store(tmp_path / "data", NOBODY, 1, "@daily", None)
-    path = tmp_path / "data" / "chronos.db"
-    if isinstance(change, bytes):
-        path.write_bytes(change)
-    else:
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            database.executescript(change)
-    before = path.read_bytes()
+    send(target.url, method="POST", body=body)
 
-    result = run_chronos("--config", configure(""))
-
-    assert path.read_bytes() == before
-    check_refused(result, 78, words, str(path))
+    assert target.take()[2]["Content-Type"] == content_type
 
 
-def test_a_backup_of_a_working_server_is_restored_by_copying_it_back(
-    make_process, target, tmp_path, background
-):
-    process = make_process()
-    stop = threading.Event()
+@pytest.mark.parametrize(
+    "auth, name, value",
+    [
+        (
+            {"type": "basic", "username": "zoë", "password": "pä:ss"},
+            "Authorization",
+            "Basic " + base64.b64encode("zoë:pä:ss".encode()).decode(),
+        ),
+        ({"type": "bearer", "token": "t0k.en=="}, "Authorization", "Bearer t0k.en=="),
+        ({"type": "api_key", "header": "X-API-Key", "api_key": "k"}, "X-API-Key", "k"),
+        ({"type": "api_key", "header": "X-Own", "api_key": "k"}, "X-Own", "k"),
+    ],
+)
+def test_auth_sets_its_header_last(send, target, auth, name, value):
+    send(target.url, auth=auth, headers={name.lower(): "the job's own"})
 
-    def create_jobs():
-        ids = []
-        while not stop.is_set():
-            ids.append(process.create(target.url)["id"])
-        return ids
-
-    writers = [background.submit(create_jobs) for _ in range(4)]
-    wait_until(lambda: process.get("/jobs?limit=1")["total"] > 20)
-    before = {job["id"] for job in process.get("/jobs")["jobs"]}
-    config = tmp_path / "home" / "chronos.yaml"
-    result = run_chronos("backup", tmp_path / "copy.db", "--config", config)
-    stop.set()
-    created = {job_id for writer in writers for job_id in writer.result(10)}
-    process.end(signal.SIGKILL)
-
-    assert (result.returncode, result.stderr) == (0, "")
-    for path in (tmp_path / "home" / "data").glob("chronos.db*"):
-        path.unlink()
-    shutil.copy(tmp_path / "copy.db", tmp_path / "home" / "data" / "chronos.db")
-    restored = {job["id"] for job in make_process("", "--paused").get("/jobs")["jobs"]}
-    assert before <= restored <= created
+    assert target.take()[2].get_all(name) == [value]
 
 
-def test_hash_password_prints_one_line_that_signs_in(make_process):
-    command = [sys.executable, CHRONOS, "hash-password"]
-    lines = [
-        subprocess.run(command, input="pässwörd\n", capture_output=True, text=True, timeout=20)
-        for _ in range(2)
-    ]
-    hashed = [result.stdout.strip() for result in lines]
-    assert hashed[0] != hashed[1]  # each has a salt of its own
-    assert [result.stdout.count("\n") for result in lines] == [1, 1]
+def test_an_ipv6_target_is_named_in_brackets(send, hostile):
+    server = hostile(answers(OK), host="::1")
 
-    process = make_process(f"auth: {{type: basic, users: {{ada: {hashed[0]}}}}}")
-
-    assert process.call("GET", "/jobs")[0] == 401
-    assert process.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
-    assert process.call("GET", "/health")[0] == 200
+    assert send(server.url).success
+    assert ("Host", f"[::1]:{server.port}") in headers_of(server.requests.get())
 
 
-@pytest.mark.parametrize("typed", ["alpha", ""])
-def test_hash_password_does_not_show_what_is_typed(typed):
-    pid, terminal = pty.fork()
-    if not pid:
-        os.execv(sys.executable, [sys.executable, str(CHRONOS), "hash-password"])
-    shown = b""
-    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
-        while b"Password: " not in shown:
-            shown += console.read(1000)
-        console.write(typed.encode() + b"\n")
-        while data := console.read(1000):
-            shown += data
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def test_proxy_variables_netrc_and_cookies_are_not_used(send, target, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login l password p\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    target.extra_headers = {"Set-Cookie": "a=b; Path=/"}
 
-    assert b"alpha" not in shown
-    assert (status, b"scrypt:" in shown) == ((0, True) if typed else (1, False))
+    outcomes = [send(target.url) for _ in range(2)]
+
+    assert [outcome.success for outcome in outcomes] == [True, True]
+    for _ in outcomes:
+        headers = target.take()[2]
+        assert headers["Authorization"] is None and headers["Cookie"] is None
 
 
-def test_an_empty_password_from_a_pipe_is_refused():
-    command = [sys.executable, CHRONOS, "hash-password"]
-    result = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=20)
+def test_nothing_of_the_environment_is_sent_or_called(make_process, hostile, tls, tmp_path):
+    proxy, behave = (
+        hostile(answers(OK)),
+        answers(OK.replace(b"OK\r\n", b"OK\r\nSet-Cookie: a=b\r\n")),
+    )
+    names = ("http_proxy", "https_proxy", "all_proxy", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+    environment = dict.fromkeys(names, proxy.url) | {"HOME": str(tmp_path), "NO_PROXY": ""}
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login l password p\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    process = make_process(environment=environment)
 
-    check_refused(result, 1, "an empty password is none")
-
-
-def test_a_backup_without_a_database_says_so(configure, tmp_path):
-    result = run_chronos("backup", tmp_path / "copy.db", "--config", configure(""))
-
-    check_refused(result, 1, "no backup to", "copy.db", "unable to open database file")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_lets_what_runs_end_and_answers_who_waits(make_process, target, background, number):
-    process = make_process("server: {shutdown_grace: 20s}")
-    job = process.create(target.url + "/hang")
-    waiting = background.submit(process.call, "POST", trigger_path(job))
-    assert target.hanging.acquire(timeout=10)
-
-    process.process.send_signal(number)
-
-    status, envelope = waiting.result(5)
-    assert (status, envelope["data"]["status"]) == (202, "running")
-    wait_until(lambda: refuses(process), 2)
-    assert process.process.poll() is None
-    target.let_go.set()
-    process.process.wait(10)
-    assert process.end(number) == 0
-    (execution,) = make_process().get(f"/jobs/{job['id']}/executions")["executions"]
-    assert execution["id"] == envelope["data"]["id"]
-    assert (execution["status"], execution["attempts"]) == ("success", 1)
+    for server in (hostile(behave), hostile(behave, tls)):
+        for _ in range(2):
+            job = process.create(f"{server.url}/{_}", webhook={"verify_tls": False})
+            process.post(trigger_path(job))
+            sent = {name.lower() for name, _value in headers_of(server.requests.get(timeout=5))}
+            assert "x-chronos-job-id" in sent
+            assert not sent & {"authorization", "cookie", "proxy-authorization"}
+    assert proxy.accepted == 0
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
-def test_what_ran_when_the_process_ended_is_resumed_by_the_next(
-    make_process, target, number, status
-):
-    process = make_process("server: {shutdown_grace: 200ms}")
-    job = process.create(target.url + "/hang", enabled=False)
-    execution = process.expect(202, "POST", trigger_path(job, "?wait=0"))
-    first = target.take()[2]
+@pytest.mark.parametrize("text", ["env:HIDDEN", "${HIDDEN}", "$HIDDEN", "%HIDDEN%", "{HIDDEN}"])
+def test_names_of_the_environment_in_a_job_are_sent_as_they_are(service, target, monkeypatch, text):
+    monkeypatch.setenv("HIDDEN", "expanded")
+    webhook = {"auth": {"type": "bearer", "token": text}, "headers": {"X-A": text}, "body": text}
 
-    assert process.end(number) == status
-    target.let_go.set()
-    process = make_process()
+    service.post(trigger_path(service.create(target.url, webhook=webhook)))
 
-    second = target.take()[2]
-    assert first["X-Chronos-Execution-ID"] == second["X-Chronos-Execution-ID"] == execution["id"]
-    assert (first["X-Chronos-Attempt"], second["X-Chronos-Attempt"]) == ("1", "2")
-    path = f"/jobs/{job['id']}/executions/{execution['id']}"
-    assert wait_until(lambda: process.get(path)["completed_at"])
-    shown = process.get(path)
-    assert (shown["status"], shown["attempts"]) == ("success", 2)
-    assert [attempt["error"] for attempt in shown["attempt_log"]] == [INTERRUPTED, None]
+    _method, _path, headers, body, _at = target.take()
+    assert (headers["Authorization"], headers["X-A"]) == (f"Bearer {text}", text)
+    assert body.decode() == text
 
 
-def test_an_event_is_one_line_of_the_log_whatever_it_is_about(make_process, target):
-    target.RequestHandlerClass = HeaderEcho
-    process = make_process()
-    process.error(400, "POST", "/jobs", job_body(NOBODY, name="a\n2026-11-23 CRITICAL x"))
-    name = "a\u202eb\u2028CRITICAL c"
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        {"url": "http://*.test/"},
+        {"url": "http://.x/"},
+        {"method": "POST", "body": "\ud800"},
+        {"headers": {"X-Split": "a\r\nX-Chronos-Attempt: 9"}},
+        {"headers": {"X-Number": 5}},
+        {"auth": {"type": "basic", "username": "\ud800", "password": ""}},
+    ],
+)
+def test_what_cannot_be_prepared_ends_as_an_outcome(send, target, webhook):
+    outcome = send(**{"url": target.url} | webhook)
 
-    job = process.create(target.url, name=name, retry_policy=ONCE)
-    process.post(trigger_path(job))
-    assert process.end(signal.SIGTERM) == 0
-
-    lines = "".join(process.log).splitlines()
-    about = [line for line in lines if job["id"] in line]
-    assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
-    assert len(about) == 3  # created, triggered, failed
-    assert r"a\u202eb\u2028CRITICAL c" in about[0]
-    assert r"Sorry\x1b[31m\x85CRITICAL" in about[2]
-
-
-def test_a_low_soft_limit_of_open_files_is_raised(make_process):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
-        process = make_process()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
-
-    with contextlib.ExitStack() as idle:
-        for _ in range(300):
-            idle.enter_context(socket.create_connection(address))
-        with contextlib.suppress(requests.RequestException):
-            requests.get(process.url + "/health", timeout=2)
-
-    assert process.get("/health")["status"] == "healthy"
-    assert "Too many open files" not in "".join(process.log)
-
-
-def test_a_log_that_nobody_reads_any_more_does_not_end_the_service(tmp_path, configure):
-    arguments = (CHRONOS, "--config", configure(""))
-    with serving(*arguments, directory=tmp_path) as (process, client):
-        process.stderr.close()
-
-        client.create(NOBODY)
-
-        assert client.get("/jobs")["total"] == 1
-        process.terminate()
-        assert process.wait(10) == 0
-
-
-@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])
-def test_each_fire_time_arrives_once_and_on_time(make_process, target, seconds):
-    process = make_process()
-    intervals = {
-        process.create(target.url, schedule=schedule, enabled=True)["id"]: interval
-        for schedule, interval in (("@every 1s", 1), ("*/2 * * * * *", 2))
-    }
-
-    arrivals = [target.take() for _ in range(seconds * 3 // 2)]
-
-    lateness = []
-    for job_id, interval in intervals.items():
-        mine = [(h, at) for _, _, h, _, at in arrivals if h["X-Chronos-Job-ID"] == job_id]
-        fires = [chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) for headers, _at in mine]
-        assert fires == list(range(fires[0], fires[-1] + 1, interval * SECOND))
-        assert len(fires) >= seconds // interval - 1
-        lateness += [at - fire / SECOND for (_headers, at), fire in zip(mine, fires, strict=True)]
-    median = statistics.median(lateness)
-    print(f"lateness: median {median * 1000:.1f} ms, worst {max(lateness) * 1000:.1f} ms")
-    assert min(lateness) >= 0
-    assert median < (0.01 if seconds == 60 else 0.25)
-
-
-def test_a_thousand_jobs_due_in_one_second_all_fire_once(make_process, target, tmp_path):
-    at = (int(time.time()) + 3) * SECOND
-    fill_store(tmp_path / "home" / "data", target.url, 1000, f"@at {chronos.format_time(at)}", at)
-
-    process = make_process()
-
-    arrivals = [target.take() for _ in range(1000)]
-    ended = lambda job: job["last_execution"]["status"] == "success"  # noqa: E731
-    wait_until(lambda: all(map(ended, process.get("/jobs")["jobs"])))
-    print(f"1000 jobs took {max(at for *_, at in arrivals) - at / SECOND:.2f} s")
-    assert len({headers["X-Chronos-Job-ID"] for _, _, headers, _, _ in arrivals}) == 1000
-    assert {headers["X-Chronos-Attempt"] for _, _, headers, _, _ in arrivals} == {"1"}
-    assert min(arrived for *_, arrived in arrivals) >= at / SECOND
+    assert (outcome.success, outcome.reason) == (False, "no_answer")
     assert target.received.empty()
 
 
-@pytest.mark.long
-def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_process, tmp_path):
-    now = chronos.Clock().now()
-    hour = chronos.to_datetime(now).hour
-    later = now + 12 * chronos.HOUR
-    fill_store(tmp_path / "home" / "data", NOBODY, 1000, f"0 {(hour + 12) % 24} * * *", later)
-    process = make_process()
-
-    def cpu_seconds():
-        stat = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-
-    before = cpu_seconds()
-    time.sleep(20)
-    share = (cpu_seconds() - before) / 20
-
-    print(f"idle: {share:.2%} of a core")
-    assert share < 0.01
-
-
-@pytest.mark.long
-def test_under_a_steady_load_neither_file_nor_memory_grow(make_process, target, tmp_path):
-    now, directory = chronos.Clock().now(), tmp_path / "home" / "data"
-    fill_store(directory, target.url, 200, "* * * * * *", now)
-    process = make_process("retention: {executions_per_job: 100}")
-    seen = []
-
-    for minute in range(6):
-        time.sleep(60)  # what is measured is what it has come to after so long
-        memory = Path(f"/proc/{process.process.pid}/statm").read_text().split()[1]
-        size = sum(path.stat().st_size for path in directory.glob("chronos.db*"))
-        seen.append((int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6, size / 1e6))
-        print(f"minute {minute + 1}: {seen[-1][0]:.1f} MB of memory, {seen[-1][1]:.1f} MB on disk")
-
-    jobs = process.get("/jobs?limit=20")["jobs"]
-    totals = [process.get(path_of(job) + "/executions?limit=1")["total"] for job in jobs]
-    print(f"{target.received.qsize() / 360:.0f} executions/s; a job has {max(totals)} at most")
-    assert target.received.qsize() > 190 * 360
-    assert max(totals) <= 110
-    assert seen[5][0] - seen[2][0] < 3
-    assert seen[5][1] <= seen[2][1] * 1.1
-
-
-@pytest.mark.parametrize("silent", ["watchdog", "engine"])
-def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypatch, silent):
-    clock, begun, let_go = HookedClock(), threading.Event(), threading.Event()
-    monkeypatch.setattr(chronos, "Clock", lambda: clock)
-
-    def hook():
-        if threading.current_thread().name == silent and not let_go.is_set():
-            begun.set()
-            if silent == "watchdog":
-                raise RuntimeError("a bug")
-            let_go.wait(20) or let_go.set()
-
-    clock.hook, client = hook, make_service()
-    engine = client.service.engine
-    assert begun.wait(10)
-    for seconds, status in ((30, 200), (1, 503)):
-        clock.advance(seconds)
-        wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
-        shown = client.expect(status, "GET", "/health")
-        assert ("WATCHDOG=1" in client.service.signs_of_life()) == (status == 200)
-    let_go.set()
-    wait_until(lambda: client.call("GET", "/health")[0] == 200)
-
-    assert shown == {"code": "UNAVAILABLE", "message": "a thread has been silent for 31 s"}
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-@pytest.mark.parametrize("free", [0, 4, 8, 40, 80])
-def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free):
-    directory = tmp_path / "data"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory], check=True)
-    try:
-        (directory / "ballast").write_bytes(bytes((3072 - free) << 10))
-        result = run_chronos("--config", configure("cluster: {data_dir: data}"))
-    finally:
-        subprocess.run(["umount", directory], check=True)
-
-    check_refused(result, result.returncode or "an error", str(directory))
-    assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("nixt",), ("'nixt'", "--help")),
-    (("serve", "--confog"), ("--confog", "--help")),
-    (("backup",), ("FILE", "--help")),
-])  # fmt: skip
-def test_a_wrong_command_is_told_in_one_line(arguments, words):
-    result = run_chronos(*arguments)
-
-    check_refused(result, 1, "chronos: ", *words)
-    assert (len(result.stderr.splitlines()), result.stdout) == (1, "")
-
-
-def test_help_explains_every_command():
-    result = run_chronos("--help")
-
-    assert (result.returncode, result.stderr) == (0, "")
-    told = " ".join(result.stdout.split())
-    runs = {name: run for name, run in vars(chronos).items() if name.startswith("run_")}
-    assert len(runs) == 5
-    for name, run in runs.items():
-        assert f"{name.removeprefix('run_').replace('_', '-')} {run.__doc__}" in told
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0"])
-def test_whoever_starts_it_by_hand_is_told_which_address_to_open(tmp_path, configure, address):
-    config = configure("{server: {allow_unauthenticated: true}, logging: {level: error}}")
-    pid, terminal = pty.fork()
-    if not pid:
-        os.environ["CHRONOS_SERVER_HTTP_ADDRESS"] = address
-        os.execv(sys.executable, [sys.executable, str(CHRONOS), "--config", str(config)])
-    shown = b""
-    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
-        while b"Ctrl-C" not in shown:
-            if not select.select([console], [], [], 10)[0]:
-                os.kill(pid, signal.SIGKILL)
-            shown += console.read(1000)
-        url = re.search(rb"open (http://\S+) in a browser", shown)[1].decode()
-        assert requests.get(f"{url}/api/v1/jobs", timeout=5).status_code == 200
-        console.write(b"\x03")
-        while console.read(1000):
-            pass
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert url.startswith("http://localhost" if address[0] == "0" else "http://127.0.0.1")
-
-
 # ======================================================================================
-# 13. Service: logs
+# 14. The wire
 # ======================================================================================
 
-
-def logged(caplog, text):
-    """Return the levels of the events whose message has this text."""
-    return [r.levelname for r in caplog.records if text in r.getMessage()]
-
-
-def test_json_logs_are_one_object_a_line_with_the_ids_of_what_they_are_about(make_process, target):
-    process = make_process("logging: {format: json, level: debug}")
-    job = process.create(target.url + "/status/404", name='"a\u2028b')
-    run = process.post(trigger_path(job))
-    assert process.end(signal.SIGTERM) == 0
-
-    events = [json.loads(line) for line in "".join(process.log).splitlines()]
-    assert all({"time", "level", "message"} <= event.keys() for event in events)
-    assert all(abs(chronos.parse_time(e["time"]) / SECOND - time.time()) < 60 for e in events)
-    created, triggered, failed = [e for e in events if e.get("job_id") == job["id"]]
-    assert (created["level"], created.get("execution_id")) == ("info", None)
-    assert '("a\u2028b) was created' in created["message"]
-    assert triggered["execution_id"] == failed["execution_id"] == run["id"]
-    assert failed["level"] == "warning" and run["error"] in failed["message"]
-    assert {event["level"] for event in events} == {"debug", "info", "warning"}
+HEAD = b"HTTP/1.1 200 OK\r\n"
+MEGABYTE = "x" * 1_000_000
+SCHEMES = pytest.mark.parametrize("scheme", ["http", "https"])
 
 
-@pytest.mark.parametrize("kind", ["json", "journal"])
-def test_a_traceback_is_part_of_its_event(kind):
-    try:
-        raise RuntimeError("a bug\nof ours")
-    except RuntimeError:
-        record = chronos.log.makeRecord("chronos", 40, "f", 1, "it %s", ("failed",), sys.exc_info())
+def stalls(start):
+    """Return a behaviour: after the request this beginning of an answer, and no more."""
 
-    told = chronos.LogFormatter(kind).format(record)
+    def behave(server, connection):
+        read_request(connection)
+        connection.sendall(start)
+        server.hold()
 
-    if kind == "json":
-        event = json.loads(told)
-        assert "\n" not in told and event["message"] == "it failed"
-        assert event["traceback"].startswith("Traceback") and "bug\nof" in event["traceback"]
-    else:
-        assert told.startswith("<3>it failed\n<3>Traceback")
-        assert all(line.startswith("<3>") for line in told.splitlines())
+    return behave
 
 
-@pytest.mark.parametrize("is_journal", [True, False])
-@pytest.mark.parametrize("style", ["text", "json"])
-def test_the_journal_gets_priorities_and_no_times_of_ours(configure, is_journal, style):
-    read_end, write_end = os.pipe()
-    about = os.fstat(write_end)
-    stream = f"{about.st_dev}:{about.st_ino + (not is_journal)}"
-    environment = {"JOURNAL_STREAM": stream, "CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
-    config = configure(f"logging: {{format: {style}}}")
-    command = [sys.executable, CHRONOS, "--paused", "--config", config]
-    with subprocess.Popen(command, stderr=write_end, env=os.environ | environment) as process:
-        os.close(write_end)
-        with open(read_end, encoding="utf-8") as log:
-            lines = [log.readline(), log.readline()]
-            process.terminate()
-            lines += log.read().splitlines(keepends=True)
+def repeats(start, piece, pause=0.0):
+    """Return a behaviour: this beginning of an answer, and ``piece`` for ever."""
 
-    first, paused = lines[:2]
-    if style == "json":
-        assert all(json.loads(line)["time"] for line in lines)
-    elif is_journal:
-        assert first.startswith("<6>Chronos ") and paused == "<4>paused: nothing fires\n"
-        assert all(re.match("<[46]>[A-Za-z]", line) for line in lines)
-    else:
-        assert all(re.match(r"\d{4}-\d\d-\d\d .{12} (INFO|WARNING) ", line) for line in lines)
+    def behave(server, connection):
+        read_request(connection)
+        connection.sendall(start)
+        server.reached.release()
+        while not server.stopping.wait(pause):
+            connection.sendall(piece)
+
+    return behave
 
 
-def test_each_request_is_logged_at_debug_and_what_it_asks_is_not(guarded, caplog):
-    caplog.set_level("DEBUG", "chronos")
-    guarded.expect(200, "GET", "/jobs?q=canary", headers=credentials("vera"))
-    guarded.expect(401, "POST", "/jobs", job_body(NOBODY), headers=credentials("eve", "canary"))
-    guarded.expect(404, "GET", "/nothing", headers=credentials("vera"))
-
-    debug = [r for r in caplog.records if (r.levelname, r.name) == ("DEBUG", "chronos")]
-    assert [record.getMessage() for record in debug] == [
-        "GET /api/v1/jobs: 200 for vera at 127.0.0.1",
-        "POST /api/v1/jobs: 401 for anonymous at 127.0.0.1",
-        "GET /api/v1/nothing: 404 for anonymous at 127.0.0.1",
-    ]
+def reads_nothing(server, _connection):
+    server.hold()
 
 
-def test_what_a_run_becomes_is_logged_and_only_what_needs_somebody_as_a_warning(
-    world, target, caplog
-):
-    caplog.set_level("INFO", "chronos")
-    script(target, "/ok", "/status/503", "/ok", "/status/404")
-    job = world.create(target.url)
-    trigger(world, job)
-    world.settle()
-    trigger(world, job)
-    world.settle()
-    world.advance(1)
-    trigger(world, job)
-    world.settle()
-
-    assert logged(caplog, " success: the server answered 200") == ["INFO", "INFO"]
-    assert logged(caplog, "failed in attempt 1: the server answered 503") == ["INFO"]
-    assert logged(caplog, "failed: the server answered 404") == ["WARNING"]
-    assert len(logged(caplog, f"job {job.id}: exec-")) == 4
+def resets(_server, connection):
+    """Take a request and answer with a TCP reset."""
+    read_request(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def test_a_skipped_replaced_or_cancelled_run_needs_nobody(world, target, caplog):
-    caplog.set_level("INFO", "chronos")
-    job = world.create(target.url + "/hang")
-    other = world.create(target.url + "/hang", concurrency="replace")
-    first = hang(world, target, job)
-    trigger(world, job)
-    world.do(world.engine.cancel, job.id, first, "ada")
-    hang(world, target, other)
-    hang(world, target, other)
-
-    for text in ("was still running", "failed: cancelled by ada", "failed: replaced by exec-"):
-        assert logged(caplog, text) == ["INFO"], text
-    target.let_go.set()
+def hangs_up(_server, connection):
+    connection.recv(1000)  # and closes while the rest of the request is on its way
 
 
-def test_missed_fire_times_are_logged_once(world, target, caplog):
-    caplog.set_level("INFO", "chronos")
-    job = world.create(target.url, schedule="* * * * *")
-    world.advance(600)
-
-    assert logged(caplog, f"job {job.id}: ").count("WARNING") == 1
-    assert logged(caplog, "skipped: 9 fire times from") == ["WARNING"]
+def begun_handshake(server, connection):
+    connection.recv(100)
+    server.hold()
 
 
-def test_an_end_is_told_once_and_not_before_it_is_on_disk(world, target, caplog):
-    caplog.set_level("INFO", "chronos")
-    job = world.create(target.url + "/status/404")
-    trigger(world, job)
-    target.take()
-    wait_until(world.engine._inbox.qsize)
-    with contextlib.closing(sqlite3.connect(world.store.path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        engine_connection(world).execute("PRAGMA busy_timeout = 1")
-        world.engine.run_pass()
-        world.clock.advance(2)
-        world.engine.run_pass()
-        assert logged(caplog, "answered 404") == []
-    world.advance(2)
-
-    assert logged(caplog, "answered 404") == ["WARNING"]
+def encoded(coding, body):
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (coding, len(body)) + body
 
 
-# ======================================================================================
-# 13. Service: systemd
-# ======================================================================================
+def timed_send(dispatcher, attempt):
+    """Return the outcome and how many seconds it took."""
+    start = time.monotonic()
+    outcome = dispatcher.send(attempt)
+    return outcome, time.monotonic() - start
 
 
-NEEDS_SYSTEMD = pytest.mark.skipif(
-    not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt-get install -y systemd"
+# --- reuse of connections -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_connection_is_reused(send, hostile, tls, scheme):
+    server = hostile(answers(OK), tls if scheme == "https" else None)
+
+    outcomes = [send(server.url, verify_tls=False) for _ in range(5)]
+
+    assert all(outcome.success for outcome in outcomes)
+    assert (server.accepted, server.requests.qsize()) == (1, 5)
+
+
+def test_requests_at_the_same_time_do_not_share_a_connection(send, hostile):
+    together = threading.Barrier(4)
+
+    def behave(_server, connection):
+        while read_request(connection):
+            together.wait(10)
+            connection.sendall(OK)
+
+    server = hostile(behave)
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(send, [server.url] * 8))
+
+    assert all(outcome.success for outcome in outcomes)
+    assert server.accepted == 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000,  # read in part
+        OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged",  # more than was asked for
+    ],
 )
+def test_a_connection_that_is_used_up_is_not_reused(send, hostile, answer):
+    server = hostile(answers(answer))
+
+    assert send(server.url).success
+    assert send(server.url).success
+    assert server.accepted == 2
 
 
-def print_unit(config, program=CHRONOS):
-    """Return what systemd-unit prints, and its settings; of one that is there twice the last."""
-    result = run_chronos("systemd-unit", "--config", config, program=program)
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if re.match("[A-Z][A-Za-z]*=", line)]
-    return result, dict(line.split("=", 1) for line in lines)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("end", ["closed while idle", "closed", "reset"])
+def test_a_reused_connection_that_is_dead_is_replaced_in_the_same_attempt(
+    send, hostile, tls, scheme, end
+):
+    closed = threading.Event()
+
+    def behave(server, connection):
+        server.requests.put(read_request(connection))
+        connection.sendall(OK)
+        if server.accepted == 1 and end == "closed":
+            server.requests.put(read_request(connection))
+        elif server.accepted == 1 and end == "reset":
+            resets(server, connection)
+        connection.close()
+        closed.set()
+
+    server = hostile(behave, tls if scheme == "https" else None)
+
+    assert send(server.url, verify_tls=False).success
+    assert end != "closed while idle" or closed.wait(10)
+    assert send(server.url, verify_tls=False, method="POST", body="x").success
+    assert server.accepted == 2
 
 
-@NEEDS_SYSTEMD
-def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(configure, tmp_path):
-    result, _settings = print_unit(configure(""))
-    path = tmp_path / "chronos.service"
-    path.write_text(result.stdout)
+@pytest.mark.parametrize("behave", [answers(b"", close=True), resets])
+def test_a_fresh_connection_that_is_dead_is_no_answer(send, hostile, behave):
+    server = hostile(behave)
 
-    def analyze(*arguments):
-        command = ["systemd-analyze", *arguments, path]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    outcome = send(server.url)
 
-    verified = analyze("verify")
-    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
-    exposed = analyze("security", "--offline=true", "--no-pager").stdout
-    assert float(re.search(r"exposure level for \S+: ([0-9.]+)", exposed)[1]) < 2.0
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
+    assert outcome.error == f"{server.url} closed the connection without an answer"
+    assert server.accepted == 1
 
 
-def test_the_unit_starts_this_program_with_this_interpreter_and_configuration(tmp_path):
-    home = tmp_path / 'a "b" 100% é'
-    home.mkdir()
-    program = shutil.copy(CHRONOS, home)
-    (home / "own.yaml").write_text("cluster: {data_dir: ../state}")
+def test_an_interim_answer_is_passed_over_and_its_final_one_never_answers_another_request(
+    send, hostile
+):
+    def behave(_server, connection):
+        for name in (b"first", b"second"):
+            read_request(connection)
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+            time.sleep(0.2)  # the final answer comes in a packet of its own
+            body = b"Content-Length: %d\r\n\r\n%s" % (len(name), name)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + body)
 
-    _result, settings = print_unit(home / "own.yaml", program=program)
+    server = hostile(behave)
 
-    command = shlex.split(settings["ExecStart"].replace("%%", "%"))
-    assert command == [sys.executable, "-I", program, "--config", str(home / "own.yaml")]
-    assert "%%" in settings["ExecStart"]
-    assert settings["ReadWritePaths"] == f'"{tmp_path}/state"'
-    started = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True)
-    assert started.stdout.startswith(b"chronos ")
-
-
-def test_the_unit_without_a_configuration_names_none(tmp_path):
-    program = shutil.copy(CHRONOS, tmp_path)
-
-    result = run_chronos("systemd-unit", program=program)
-
-    assert f'-I "{program}"\n' in result.stdout
-    assert f'\nReadWritePaths="{tmp_path}/data"\n' in result.stdout
+    assert [send(server.url).response for _ in range(2)] == ["first", "second"]
 
 
-def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(configure):
-    _result, settings = print_unit(configure(
-        "{cluster: {data_dir: /var/lib/chronos}, server: {shutdown_grace: 2m}}"
-    ))  # fmt: skip
+def test_what_tls_has_read_ahead_does_not_answer_the_next_request(send, hostile, tls):
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 12000\r\n\r\n"
+    server = hostile(answers(head + b"x" * 12_000), tls)  # a body that HEAD must not have
 
-    expected = {
-        "Type": "notify", "User": "chronos", "Restart": "on-failure", "TimeoutStopSec": "135",
-        "RestartSec": "5",  # by default five starts in ten seconds would be the last
-        "RestartPreventExitStatus": f"{chronos.EXIT_RUNNING} {chronos.EXIT_CONFIG}",
-        "ReadWritePaths": '"/var/lib/chronos"', "ExecReload": "/bin/kill -HUP $MAINPID",
-    }  # fmt: skip
-    assert settings | expected == settings
-    assert int(settings["WatchdogSec"]) >= 4 * chronos.SIGN_OF_LIFE_S
-    most = {"dispatcher.max_concurrent_jobs": 1000, "server.http.threads": 256}
-    for name, threads in most.items():
-        with pytest.raises(ValueError, match=f"to {threads}"):
-            chronos.SETTINGS[name].check(threads + 1)
-    assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
+    for _ in range(2):
+        assert send(server.url, method="HEAD", verify_tls=False).error is None
 
 
-def test_a_wrong_configuration_makes_no_unit(configure):
-    result = run_chronos("systemd-unit", "--config", configure("nonsense: 1"))
+def test_an_attempt_is_delivered_at_most_twice_however_many_idle_connections_die(send, hostile):
+    together = threading.Barrier(4)
 
-    check_refused(result, 78, "nonsense")
-    assert result.stdout == ""
+    def behave(server, connection):
+        if server.accepted <= 4 and read_request(connection):
+            together.wait(10)
+            connection.sendall(OK)
+        server.requests.put(read_request(connection))  # and closes without an answer
+
+    server = hostile(behave)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(outcome.success for outcome in pool.map(send, [server.url] * 4))
+
+    assert send(server.url, method="POST", body="x").reason == "no_answer"
+    assert (server.requests.qsize(), server.accepted) == (2, 5)
 
 
-class Manager:
-    """What systemd is to a service: a datagram socket, and the variables that name it."""
+def test_idle_connections_are_no_more_than_the_workers_and_end_after_30_s(make_world, hostile):
+    world = make_world(dispatcher__max_concurrent_jobs=3)
+    servers = [hostile(answers(OK), host=f"127.0.0.{n}") for n in range(2, 14)]
+    opened = lambda: [len(server.handles) for server in servers]  # noqa: E731
+    world.dispatcher.start()
 
-    def __init__(self, address):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(re.sub("^@", "\0", str(address)))
-        self.socket.settimeout(15)
-        self.environment = {"NOTIFY_SOCKET": str(address)}
+    for server in servers:
+        assert world.dispatcher.send(make_attempt(server.url)).success
+    wait_until(lambda: opened() == [0] * 9 + [1, 1, 1])
+    world.clock.advance(29.9)
+    wait_until(lambda: world.dispatcher.last_watch == world.clock.monotonic())
+    assert (
+        world.dispatcher.send(make_attempt(servers[-2].url)).success and servers[-2].accepted == 1
+    )
+    for seconds, left in ((0.1, [0, 1, 0]), (29.9, [0, 0, 0])):
+        world.clock.advance(seconds)
+        wait_until(lambda left=left: opened() == [0] * 9 + left)
+    world.dispatcher.stop()
 
-    def take(self):
-        """Return the next message: its variables."""
-        lines = self.socket.recv(4096).decode().split("\n")
-        return dict(line.split("=", 1) for line in lines)
 
-    def await_variables(self, **expected):
-        """Take messages until one has these variables; return it."""
-        while not expected.items() <= (message := self.take()).items():
-            pass
-        return message
+FORGED = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+
+
+@SCHEMES
+@pytest.mark.parametrize(("method", "answer"), [
+    ("GET", OK), ("GET", CHUNKED + b"0\r\n\r\n"), ("HEAD", HEAD + b"Content-Length: 6\r\n\r\n"),
+    ("GET", b"HTTP/1.1 204 Fine\r\nContent-Length: 6\r\n\r\n"),
+    ("GET", b"HTTP/1.1 304 Same\r\n\r\n"),
+])  # fmt: skip
+def test_what_comes_unasked_while_a_connection_is_idle_answers_nothing(
+    send, hostile, tls, scheme, method, answer
+):
+    ready, sent = threading.Event(), threading.Event()
+
+    def behave(server, connection):
+        if server.accepted == 1:
+            read_request(connection)
+            connection.sendall(answer)
+            ready.wait(10)
+            connection.sendall(FORGED)
+            sent.set()
+        answers(OK)(server, connection)
+
+    server, codes = hostile(behave, tls if scheme == "https" else None), [200, 204, 304]
+
+    first = send(server.url, method=method, success_codes=codes, verify_tls=False)
+    ready.set()
+    assert first.success and sent.wait(10)
+
+    assert send(server.url, verify_tls=False).response == "OK"
+    assert server.accepted == 2
+
+
+@pytest.mark.parametrize("answer", [
+    HEAD + b"Content-Length: 2\r\nContent-Length: 9\r\n\r\nOK",
+    CHUNKED[:-2] + b"Content-Length: 9\r\n\r\n0\r\n\r\n",
+    HEAD + b"Content-Length: 2\r\nTransfer-Encoding: x\r\n\r\nOK",
+    HEAD + b"Content-Length: 2\r\n 0\r\n\r\nOK",
+    HEAD + b"Connection: keep-alive\r\nConnection: close\r\nContent-Length: 2\r\n\r\nOK",
+    CHUNKED[:-2] + b"Transfer-Encoding: gzip\r\n\r\n2\r\nOK\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: identity, chunked\r\n\r\n2\r\nOK\r\n0\r\n\r\n",
+    CHUNKED + b"0x2\r\nOK\r\n0\r\n\r\n",
+])  # fmt: skip
+def test_after_an_answer_of_unclear_length_comes_a_new_connection(send, hostile, answer):
+    server = hostile(answers(answer))
+
+    for _ in range(2):
+        outcome = send(server.url, allowed=0.5)
+        assert outcome.success or outcome.reason == "no_answer"
+    assert server.accepted == 2
+
+
+# --- the answer -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\nto the end", "to the end"),
+        (b"HTTP/1.1 200 OK\n\nbare line feeds", "bare line feeds"),
+        (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", "x"),
+        (CHUNKED + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
+        (CHUNKED + b"2 \r\nOK\r\n000\r\n\r\n", "OK"),
+        (b"HTTP/1.1 200 OK\r\nX: a\r\nX: b\r\nContent-Length : 2\r\n\r\nOK!", "OK"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", ""),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, "OK"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK and more than was said", "OK"),
+        (typed(b"text/plain", "Zoë ☃".encode()), "Zoë ☃"),
+        (typed(b"text/plain; charset=latin-1", b"Zo\xeb"), "Zoë"),
+        (typed(b'text/plain; charset="UTF-16LE"', "☃".encode("utf-16-le")), "☃"),
+        (typed(b"text/plain; charset=klingon", "☃".encode()), "☃"),
+        (typed(b"text/plain; charset=base64", "☃".encode()), "☃"),
+        (typed(b"text/plain", b"a\xff\xed\xa0\x80b"), "a\ufffd\ufffd\ufffd\ufffdb"),
+        (typed(b"text/plain; charset=unicode_escape", rb"a\ud800b"), r"a\ud800b"),
+        (encoded(b"gzip", b"as it came"), "as it came"),
+    ],
+)
+def test_an_answer_is_kept_as_text(send, hostile, answer, text):
+    outcome = send(hostile(answers(answer, close=True)).url)
+
+    assert (outcome.success, outcome.response) == (True, text), outcome.error
+
+
+@pytest.mark.parametrize("code", [204, 304])
+def test_an_answer_that_can_have_no_body_ends_with_its_head(send, hostile, code):
+    head = b"HTTP/1.1 %d Fine\r\nTransfer-Encoding: chunked\r\n\r\n" % code
+
+    outcome = send(hostile(answers(head)).url, success_codes=[204, 304], allowed=0.5)
+
+    assert (outcome.status_code, outcome.response) == (code, "")
+
+
+def test_a_body_of_exactly_the_limit_is_whole_and_one_byte_more_is_marked(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=10)
+    whole = hostile(answers(typed(b"text/plain", b"x" * 10)))
+    longer = hostile(answers(typed(b"text/plain", b"x" * 11)))
+    chunked = hostile(answers(CHUNKED + b"a\r\n" + b"x" * 10 + b"\r\n0\r\n\r\n"))
+
+    responses = [dispatcher.send(make_attempt(s.url)).response for s in (whole, longer, chunked)]
+
+    assert responses == ["x" * 10, "x" * 10 + "\n[cut off after 10 bytes]", "x" * 10]
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 65536),
+        repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", b"\0" * 65536),
+        repeats(CHUNKED + b"ffffffffffffff\r\n", b"\0" * 65536),
+        repeats(CHUNKED, b"1000\r\n" + b"\0" * 4096 + b"\r\n"),
+    ],
+    ids=["endless", "endless length", "endless chunk", "endless chunks"],
+)
+def test_of_an_endless_body_or_a_bomb_only_the_limit_is_read(send, hostile, behave):
+    server = hostile(behave)
+
+    tracemalloc.start()
+    outcome = send(server.url)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert outcome.success and outcome.duration < SECOND
+    assert outcome.response == "\0" * 65536 + "\n[cut off after 65536 bytes]"
+    assert peak < 3_000_000
+
+
+def test_a_chunk_of_negative_size_is_no_answer(send, hostile):
+    outcome = send(hostile(stalls(CHUNKED + b"-1\r\n" + b"x" * 200_000)).url, allowed=1)
+
+    assert (outcome.reason, outcome.status_code) == ("no_answer", None)
+
+
+def test_no_charset_makes_an_attempt_outlast_its_limit(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=200_000)
+    server = hostile(answers(typed(b"text/plain; charset=punycode", b"b" * 200_000)))
+
+    assert timed_send(dispatcher, make_attempt(server.url, allowed=0.5))[1] < 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 20",
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nO",
+        CHUNKED,
+        CHUNKED + b"2\r\nO",
+        CHUNKED + b"2\r\nOK\r\n",
+        CHUNKED + b"no number\r\n",
+        CHUNKED + b"\r\n",
+        CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n",
+        CHUNKED + b"2\r\nOK!\r\n0\r\n\r\n",
+        CHUNKED + b"0\r\nX-Trailer: x\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 9999 + b"\r\n\r\nOK",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n",
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Many: x\r\n" * 1000,
+        b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000,
+        b"HTTP/1.1 0 Odd\r\n\r\n",
+        b"\0\xff\n\n",
+    ],
+)
+def test_half_an_answer_is_no_answer(send, hostile, tls, scheme, start):
+    server = hostile(answers(start, close=True), tls if scheme == "https" else None)
+
+    outcome = send(server.url, verify_tls=False)
+
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "no_answer", None)
+    assert outcome.response is None
+    assert server.url in outcome.error and "unexpected" not in outcome.error
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_answer_and_is_not_followed(send, target, hostile, code):
+    elsewhere = hostile(answers(OK))
+    target.extra_headers = {"Location": elsewhere.url}
+
+    failed = send(f"{target.url}/status/{code}", method="POST", body="x")
+    success = send(f"{target.url}/status/{code}", method="POST", body="x", success_codes=[code])
+
+    assert (failed.reason, failed.status_code, success.success) == ("http_status", code, True)
+    assert target.received.qsize() == 2 and elsewhere.accepted == 0
+
+
+def test_success_codes_decide_and_the_sentence_names_the_status(send, hostile):
+    busy = hostile(answers(b"HTTP/1.1 503 Too Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"))
+
+    outcome = send(busy.url)
+
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "http_status", 503)
+    assert outcome.error == "the server answered 503 Too Busy"
+    assert outcome.retry_after == 7 * SECOND
+    assert send(busy.url, success_codes=[503]).success
+    assert not send(hostile(answers(OK)).url, success_codes=[503]).success
+
+
+def test_a_senseless_retry_after_does_not_turn_an_answer_into_none(send, target):
+    target.extra_headers = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}
+
+    assert send(f"{target.url}/status/503").status_code == 503
+
+
+BIG_HEADERS = b"".join(b"X-%d: %s\r\n" % (n, b"x" * 65_000) for n in range(99))
+
+
+@pytest.mark.parametrize(("start", "piece"), [
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+    (HEAD, b"X-Same: x\r\n" * 1000),
+    (HEAD + b"X: y\r\n", b" folded\r\n" * 1000),
+    (CHUNKED + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
+    (CHUNKED, b"1;" + b"x" * 60000 + b"\r\nx\r\n"),
+    (HEAD + BIG_HEADERS + b"Content-Length: 2\r\n\r\nOK", b"x"),
+    (HEAD, b"x" * 65536),
+], ids=["100", "same header", "folded", "trailers", "extensions", "6 MB", "line"])  # fmt: skip
+def test_what_surrounds_a_body_has_a_bound(send, hostile, start, piece):
+    outcome = send(hostile(repeats(start, piece)).url, allowed=3)
+
+    assert outcome.reason == "no_answer" and outcome.duration < 2 * SECOND
+
+
+def test_an_answer_to_half_a_request_counts(send, hostile):
+    def refuses(_server, connection):
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+
+    refused = send(hostile(refuses).url, method="POST", body=MEGABYTE * 8)
+
+    assert (refused.status_code, refused.error) == (413, "the server answered 413 Too Large")
+
+
+@SCHEMES
+@pytest.mark.parametrize("behave", [hangs_up, resets])
+def test_a_server_that_hangs_up_while_it_is_sent_to_is_told(send, hostile, tls, scheme, behave):
+    server = hostile(behave, tls if scheme == "https" else None)
+
+    outcome = send(server.url, method="POST", body=MEGABYTE * 8, verify_tls=False)
+
+    assert outcome.duration < SECOND and outcome.reason == "no_answer"
+    assert outcome.error.endswith("closed the connection without an answer")
+
+
+# --- limits of time -------------------------------------------------------------------
+
+FLOODS = ("100 Continue for ever", "trailers for ever")
+STALLS = {
+    "no byte": stalls(b""),
+    "half a head": stalls(b"HTTP/1.1 200 OK\r\nX-Half: "),
+    "a head that drips": repeats(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x", 0.1),
+    "100 Continue for ever": repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "half a body": stalls(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nOK"),
+    "a body that drips": repeats(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"x", 0.1),
+    "a body without length": stalls(b"HTTP/1.1 200 OK\r\n\r\nOK"),
+    "a body without length that drips": repeats(b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0.1),
+    "half a chunk": stalls(CHUNKED + b"ff\r\nOK"),
+    "trailers for ever": repeats(CHUNKED + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
+    "a 30 MB request is not read": reads_nothing,
+}
+CONNECTING = ("SYN unanswered", "TLS handshake stalled")
+
+
+def proc_tcp():
+    return Path("/proc/net/tcp").read_text()
 
 
 @pytest.fixture
-def make_manager(tmp_path):
-    with contextlib.ExitStack() as managers:
+def stalled(hostile, deaf_url, tls):
+    """Return URL, options and a wait for a server that shows one of the ways to stall."""
 
-        def make(address=tmp_path / "notify"):
-            manager = Manager(address)
-            managers.enter_context(manager.socket)
-            return manager
+    def make(name, scheme):
+        if name == "SYN unanswered":
+            port = int(deaf_url.rpartition(":")[2])
+            row = re.compile(rf":{port:04X} 02 ")  # /proc/net/tcp: remote port, SYN_SENT
+            return deaf_url, {}, lambda: wait_until(lambda: row.search(proc_tcp()))
+        if name == "TLS handshake stalled":
+            server = hostile(begun_handshake)
+            server.url = server.url.replace("http:", "https:")
+        else:
+            server = hostile(STALLS[name], tls if scheme == "https" else None)
+        options = {"verify_tls": False}
+        if name == "a 30 MB request is not read":
+            options |= {"method": "POST", "body": "x" * 30_000_000}
+        return server.url, options, lambda: server.reached.acquire(timeout=10)
 
-        yield make
+    return make
 
 
-@pytest.mark.parametrize("is_abstract", [False, True])
-def test_systemd_is_told_of_readiness_life_and_stopping(
-    make_manager, make_process, tmp_path, is_abstract
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "limit, reason", [("timeout", "timeout"), ("attempt_timeout", "no_answer")]
+)
+def test_every_hostile_server_is_cut_off_at_the_limit(dispatcher, stalled, scheme, limit, reason):
+    names = [*STALLS, *CONNECTING]
+    servers = [stalled(name, scheme) for name in names]
+
+    attempts = [make_attempt(url, 1, limit, **options) for url, options, _wait in servers]
+    with ThreadPoolExecutor(len(names)) as pool:
+        results = pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts)
+    for name, (outcome, seconds) in zip(names, results, strict=True):
+        assert (outcome.success, outcome.status_code, outcome.response) == (False, None, None)
+        if name in FLOODS:  # there is a bound before the limit
+            assert seconds <= 1.5 and "too much around its body" in outcome.error, name
+        else:
+            assert 1 <= seconds <= 1.5 and outcome.reason == reason, name
+            assert limit in outcome.error, name
+
+
+def test_neither_a_handshake_that_drips_nor_a_look_up_outlasts_the_limit_for_connecting(
+    make_dispatcher, hostile, name_server
 ):
-    address = f"@chronos-{uuid.uuid4()}" if is_abstract else tmp_path / "notify"
-    manager = make_manager(address)
-    process = make_process(environment=manager.environment)
+    def drip(server, connection):
+        connection.recv(100)
+        connection.sendall(b"\x16\x03\x03\x3f\x00")  # a record of the handshake, 16 KiB
+        while not server.stopping.wait(0.1):
+            connection.sendall(b"x")
 
-    life = {"READY": "1", "STATUS": f"listens on {process.url}", "WATCHDOG": "1"}
-    assert manager.take() == life
-    assert process.get("/health")
-    begun = time.monotonic()
-    assert manager.take() == life
-    assert 8 < time.monotonic() - begun < 12  # WatchdogSec is 60
-    assert process.end(signal.SIGTERM) == 0
-    assert manager.take() == {"STOPPING": "1"}
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
 
-
-def test_a_store_that_fails_is_the_status_and_no_reason_to_be_killed(make_manager, make_process):
-    manager = make_manager()
-    process = make_process(environment=manager.environment)
-    assert "listens on" in manager.await_variables(WATCHDOG="1")["STATUS"]
-
-    with disk_error(process, None):
-        process.error(500, "POST", "/jobs", job_body(NOBODY))
-        assert "disk I/O error" in manager.await_variables(WATCHDOG="1")["STATUS"]
-
-    process.create(NOBODY)
+    for url in (hostile(drip).url.replace("http:", "https:"), "http://hangs.test/"):
+        outcome, seconds = timed_send(dispatcher, make_attempt(url))
+        assert (outcome.success, outcome.reason) == (False, "no_answer")
+        assert outcome.error.startswith("no ") and 0.5 <= seconds <= 1
 
 
-@pytest.mark.parametrize("change", ["logging: {level: error}", "nonsense: 1"])
-def test_reading_the_configuration_anew_is_told_with_its_instant(
-    make_manager, make_process, tmp_path, change
+@pytest.mark.parametrize("name", CONNECTING)
+def test_connecting_has_a_limit_of_its_own(make_dispatcher, stalled, name):
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="500ms")
+    url, options, _wait = stalled(name, "http")
+
+    outcome, seconds = timed_send(dispatcher, make_attempt(url, **options))
+
+    assert 0.5 <= seconds <= 1
+    assert (outcome.success, outcome.reason) == (False, "no_answer")
+    assert outcome.error.startswith("no connection to ")
+
+
+def test_the_limit_for_connecting_does_not_bound_the_answer(make_dispatcher, hostile):
+    dispatcher = make_dispatcher(dispatcher__connect_timeout="100ms")
+    server = hostile(stalls(b""))
+
+    outcome, seconds = timed_send(dispatcher, make_attempt(server.url, allowed=0.6))
+
+    assert outcome.reason == "timeout" and 0.6 <= seconds <= 1.1
+
+
+# --- aborts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("name", [*STALLS, *CONNECTING])
+def test_an_abort_ends_an_attempt_at_once_wherever_it_waits(dispatcher, stalled, name, scheme):
+    url, options, wait = stalled(name, scheme)
+    attempt = make_attempt(url, **options)
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dispatcher.send, attempt)
+        assert wait()
+        aborted_at = time.monotonic()
+        attempt.abort("replaced")
+        attempt.abort("timeout")
+        outcome = sent.result()
+
+    assert time.monotonic() - aborted_at < 0.2
+    assert (outcome.success, outcome.reason, outcome.status_code) == (False, "replaced", None)
+
+
+def test_an_attempt_that_was_aborted_before_it_began_sends_nothing(dispatcher, hostile):
+    server = hostile(answers(OK))
+    attempt = make_attempt(server.url)
+
+    attempt.abort("cancelled")
+
+    assert dispatcher.send(attempt).reason == "cancelled"
+    assert server.requests.empty()
+
+
+def test_a_late_abort_does_not_cut_the_next_attempt_on_the_connection(dispatcher, hostile):
+    server = hostile(answers(OK))
+    first, second = make_attempt(server.url), make_attempt(server.url)
+
+    dispatcher.send(first)
+    first.abort("cancelled")
+
+    assert dispatcher.send(second).success
+    assert server.accepted == 1
+
+
+# CPython leaves a TLS socket whose peer is gone before it is wrapped to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_aborts_leave_no_thread_and_no_descriptor_behind(dispatcher, hostile, tls):
+    def until_it_ends(server, connection):
+        read_request(connection)
+        server.reached.release()
+        connection.recv(1)
+
+    def used():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    servers = [hostile(until_it_ends), hostile(until_it_ends, tls)]
+    warm_up = make_attempt(servers[1].url, allowed=0, verify_tls=False)
+    dispatcher.send(warm_up)
+    wait_until(lambda: not any(thread.is_alive() for s in servers for thread in s.threads[1:]))
+    before, slowest = used(), 0.0
+
+    for _round in range(5):
+        attempts = [make_attempt(servers[i % 2].url, 60, verify_tls=False) for i in range(100)]
+        with ThreadPoolExecutor(100) as pool:
+            sent = [pool.submit(dispatcher.send, attempt) for attempt in attempts]
+            for server in servers:
+                assert all(server.reached.acquire(timeout=10) for _ in range(50))
+            start = time.monotonic()
+            for attempt in attempts:
+                attempt.abort("cancelled")
+            assert {future.result().reason for future in sent} == {"cancelled"}
+            slowest = max(slowest, time.monotonic() - start)
+
+    wait_until(lambda: used() == before)
+    assert slowest < 1
+
+
+# CPython leaves a TLS socket whose peer is gone before it is wrapped to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@SCHEMES
+def test_an_abort_at_any_step_ends_the_attempt_and_leaves_nothing(
+    tmp_path, make_dispatcher, hostile, tls, scheme
 ):
-    manager = make_manager()
-    process = make_process(environment=manager.environment)
-    manager.await_variables(WATCHDOG="1")
+    class Clock(chronos.Clock):
+        steps, attempt = 0, None
 
-    before = time.monotonic_ns() // 1000
-    (tmp_path / "home" / "chronos.yaml").write_text(change)
-    process.process.send_signal(signal.SIGHUP)
+        def monotonic(self):
+            if threading.current_thread() is threading.main_thread():
+                self.steps -= 1
+                if self.steps == 0:
+                    self.attempt.abort("cancelled")
+            return super().monotonic()
 
-    message = manager.take()
-    assert message["RELOADING"] == "1"
-    assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
-    assert manager.take()["READY"] == "1"
+    dispatcher, clock = make_dispatcher(), Clock()
+    server = hostile(answers(OK), tls if scheme == "https" else None)
+    url = server.url.replace("127.0.0.1", "localhost")
+    dispatcher._clock, reasons = clock, []
+    before = len(os.listdir("/proc/self/fd"))
+
+    for step in range(1, 12):
+        clock.attempt, clock.steps = make_attempt(url, verify_tls=False), step
+        outcome, seconds = timed_send(dispatcher, clock.attempt)
+        assert seconds < 1
+        reasons.append(outcome.reason)
+        dispatcher.close_idle(0)
+
+    ended = reasons.index(None)
+    assert ended >= 4 and set(reasons[:ended]) == {"cancelled"} and set(reasons[ended:]) == {None}
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
-@pytest.mark.parametrize("how", ["gone", "full", "none"])
-def test_a_manager_that_does_not_listen_is_no_problem(make_manager, make_process, how):
-    manager = make_manager()
-    if how == "full":
-        for _ in range(10):  # one has no room left for more before the queue is full
-            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with sender, contextlib.suppress(BlockingIOError):
-                while True:
-                    sender.sendto(b"X=1", socket.MSG_DONTWAIT, manager.environment["NOTIFY_SOCKET"])
-    elif how == "gone":
-        manager.socket.close()
-    process = make_process(environment=manager.environment if how != "none" else {})
+def test_aborts_at_random_moments_never_mix_answers_up(dispatcher, target):
+    chance = random.Random(7)
 
-    assert process.get("/health")
-    assert process.end(signal.SIGTERM) == 0
+    def send_and_abort(number):
+        attempt = make_attempt(f"{target.url}/echo", method="POST", body=str(number))
+        if number % 3 == 0:
+            threading.Timer(chance.uniform(0, 0.005), attempt.abort, ["cancelled"]).start()
+        return number, dispatcher.send(attempt)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(send_and_abort, range(600)))
+
+    cut = [number for number, outcome in results if outcome.reason == "cancelled"]
+    whole = [(number, outcome) for number, outcome in results if number not in cut]
+    assert all((o.success, o.response) == (True, str(number)) for number, o in whole)
+    assert len(cut) > 20 and all(number % 3 == 0 for number in cut)
+
+
+def sees_its_end(start, piece=b""):
+    """Return a behaviour: this beginning, ``piece`` again and again; it notes when it is cut."""
+
+    def behave(server, connection):
+        read_request(connection)
+        connection.sendall(start)
+        server.reached.release()
+        try:
+            while not (server.stopping.is_set() or select.select([connection], [], [], 0.05)[0]):
+                connection.sendall(piece)
+        finally:
+            server.requests.put(time.monotonic())
+
+    return behave
+
+
+@SCHEMES
+@pytest.mark.parametrize("how", ["replace", "cancel", "delete", "shutdown"])
+def test_the_server_sees_at_once_that_its_connection_is_cut(service, hostile, tls, how, scheme):
+    starts = [(b"",), (HEAD + b"X-Half: ", b"x"), (HEAD + b"Content-Length: 9\r\n\r\n", b"")]
+    starts += [
+        (HEAD + b"\r\n", b"x"),
+        (CHUNKED + b"fff\r\n", b"x"),
+        (b"", OK[:9] + b"100 C\r\n\r\n"),
+    ]
+    servers = [hostile(sees_its_end(*s), tls if scheme == "https" else None) for s in starts]
+    fields = {"concurrency": "replace", "webhook": {"verify_tls": False}}
+    jobs = [service.create(server.url, **fields) for server in servers]
+    ids = [service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"] for job in jobs]
+    assert all(server.reached.acquire(timeout=10) for server in servers)
+    delays = []
+
+    for job, execution_id, server in zip(jobs, ids, servers, strict=True):
+        if how == "replace":
+            service.expect(202, "POST", trigger_path(job, "?wait=0"))
+        elif how == "cancel":
+            service.post(path_of(job, f"/executions/{execution_id}/cancel"))
+        elif how == "delete":
+            service.expect(200, "DELETE", path_of(job))
+        told = time.monotonic()
+        if how == "shutdown":
+            service.service.engine.stop(0)
+        delays.append(server.requests.get(timeout=5) - told)
+
+    # All but one within 0.2 s; that one because other processes may hold the CPU for a while.
+    assert sorted(delays)[-2] < 0.2
+    assert max(delays) < 0.6
+
+
+# --- names ----------------------------------------------------------------------------
+
+
+def test_a_look_up_that_hangs_is_cut_off_and_only_16_may_hang(dispatcher, name_server):
+    attempts = [make_attempt(f"http://host{i}.test/", allowed=0.6) for i in range(20)]
+
+    with ThreadPoolExecutor(20) as pool:
+        results = list(pool.map(lambda attempt: timed_send(dispatcher, attempt), attempts))
+
+    cut = [seconds for outcome, seconds in results if outcome.reason == "timeout"]
+    busy = [outcome for outcome, _s in results if outcome.error.startswith("DNS busy")]
+    assert (len(cut), len(busy)) == (16, 4)
+    assert all(0.6 <= seconds <= 1.1 for seconds in cut)
+    assert {outcome.reason for outcome in busy} == {"no_answer"}
+
+
+def test_look_ups_go_on_once_the_hanging_ones_have_ended(dispatcher, name_server, hostile):
+    for i in range(16):
+        dispatcher.send(make_attempt(f"http://host{i}.test/", allowed=0))
+    url = hostile(answers(OK)).url.replace("127.0.0.1", "localhost")
+
+    busy = dispatcher.send(make_attempt(url))
+    name_server.set()
+
+    assert busy.error.startswith("DNS busy")
+    wait_until(lambda: dispatcher.send(make_attempt(url)).success)
+
+
+def test_an_abort_ends_a_look_up_that_hangs(dispatcher, name_server):
+    attempt = make_attempt("http://host.test/")
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(timed_send, dispatcher, attempt)
+        wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("dns-")])
+        attempt.abort("cancelled")
+
+    assert sent.result()[0].reason == "cancelled" and sent.result()[1] < 0.5
+
+
+def test_look_ups_wait_for_one_another_and_free_their_place(send, target, monkeypatch):
+    url, real = target.url.replace("127.0.0.1", "slow.test"), socket.getaddrinfo
+
+    def look_up(host, port, *arguments, flags=0, **options):
+        if host == "slow.test" and not flags & socket.AI_NUMERICHOST:
+            time.sleep(0.02)
+            host = "127.0.0.1"
+        return real(host, port, *arguments, flags=flags, **options)
+
+    def no_thread(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        errors = {send(url).error for _ in range(chronos.MAX_LOOKUPS + 1)}
+    with ThreadPoolExecutor(60, initializer=threading.Barrier(60).wait) as pool:
+        outcomes = list(pool.map(send, [url] * 60))
+
+    assert errors == {"unexpected error: RuntimeError"}
+    assert {outcome.error for outcome in outcomes} == {None}
+
+
+@pytest.mark.parametrize("url", ["http://a..b/", f"http://{'a' * 64}.test/", "http://x\u00e9..y/"])
+def test_a_name_that_cannot_exist_is_explained_as_one(send, url):
+    outcome = send(url)
+
+    assert outcome.reason == "no_answer" and "cannot be resolved" in outcome.error
+
+
+# --- addresses that are blocked -------------------------------------------------------
+
+CLOSED_BY_DEFAULT = """
+169.254.169.254 169.254.0.1 168.63.129.16 0.0.0.0 0.1.2.3 224.0.0.1 239.255.255.250
+255.255.255.255 :: fe80::1 fe80::1%lo ff02::1 fd00:ec2::254 ::ffff:169.254.169.254
+::ffff:0.0.0.0 ::ffff:a83f:8110 2002:a9fe:a9fe:: 2002:a9fe:a9fe::1 64:ff9b::a9fe:a9fe
+64:ff9b::168.63.129.16"""
+OPEN_BY_DEFAULT = """
+127.0.0.1 ::1 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 fd00::1 8.8.8.8 2001:db8::1
+::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::808:808"""
+SPELLINGS = """
+127.0.0.2 127.2 2130706434 0x7f.2 0x7f000002 0177.0.0.2 017700000002
+[::ffff:127.0.0.2] [::ffff:7f00:2] [0:0:0:0:0:ffff:7f00:0002]"""
+DEFAULT_BLOCKED = chronos.SETTINGS["dispatcher.blocked_networks"].default
+
+
+@pytest.mark.parametrize(
+    "address",
+    CLOSED_BY_DEFAULT.split(),
+)
+def test_link_local_metadata_and_addresses_of_no_single_host_are_blocked(address):
+    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
+        chronos.check_address(address, DEFAULT_BLOCKED, [])
+
+
+@pytest.mark.parametrize(
+    "address",
+    OPEN_BY_DEFAULT.split(),
+)
+def test_loopback_private_and_public_addresses_are_open(address):
+    chronos.check_address(address, DEFAULT_BLOCKED, [])
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3", "::ffff:10.1.2.3", "2002:a01:203::", "fd00::5"])
+def test_allowed_networks_close_everything_else(address):
+    networks = DEFAULT_BLOCKED, ["10.0.0.0/8", "fd00::/8", "169.254.0.0/16"]
+
+    chronos.check_address(address, *networks)
+    for closed in ("127.0.0.1", "::1", "11.0.0.1", "::ffff:11.0.0.1", "64:ff9b::b00:1"):
+        with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.allowed_networks"):
+            chronos.check_address(closed, *networks)
+    with pytest.raises(chronos.BlockedTarget, match=r"dispatcher\.blocked_networks"):
+        chronos.check_address("169.254.1.1", *networks)
+
+
+@pytest.mark.parametrize(
+    "host",
+    SPELLINGS.split(),
+)
+def test_a_blocked_address_is_refused_in_every_spelling(make_dispatcher, hostile, host):
+    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
+    allowed = make_dispatcher(dispatcher__allowed_networks=["127.0.0.1/32"])
+    server = hostile(answers(OK), host="127.0.0.2")
+    url = server.url.replace("127.0.0.2", host)
+
+    for dispatcher in (closed, allowed):
+        outcome = dispatcher.send(make_attempt(url))
+        assert (outcome.reason, outcome.status_code) == ("blocked", None)
+        assert "is blocked: " in outcome.error
+    assert server.accepted == 0
+    assert make_dispatcher().send(make_attempt(url)).success
+
+
+@pytest.mark.parametrize("host", ["[64:ff9b::7f00:2]", "[2002:7f00:2::]", "[2002:7f00:2::9]"])
+def test_a_blocked_address_is_refused_inside_an_ipv6_one(make_dispatcher, host):
+    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
+
+    assert dispatcher.send(make_attempt(f"http://{host}/")).reason == "blocked"
+
+
+def test_a_name_for_a_blocked_address_is_refused(make_dispatcher, hostile):
+    server = hostile(answers(OK))
+    closed = make_dispatcher(dispatcher__blocked_networks=["127.0.0.0/8", "::1/128"])
+
+    outcome = closed.send(make_attempt(f"http://localhost:{server.port}/"))
+
+    assert outcome.reason == "blocked" and server.accepted == 0
+
+
+SPELLED = """127.0.0.1 2130706433 0x7f.1 127.1 0177.0.0.1 [::ffff:127.0.0.1] [::ffff:7f00:1]
+    [2002:7f00:1::] [64:ff9b::7f00:1] localhost"""
+
+
+@pytest.mark.parametrize(
+    ("networks", "sentence"),
+    [
+        ({"blocked": ["127.0.0.0/8", "::1/128"]}, "dispatcher.blocked_networks has "),
+        ({"allowed": ["10.0.0.0/8"]}, "it is not in dispatcher.allowed_networks"),
+    ],
+)
+def test_a_blocked_job_says_so_at_once_and_is_not_tried_again(
+    make_service, hostile, networks, sentence
+):
+    service = make_service(**{f"dispatcher__{k}_networks": v for k, v in networks.items()})
+    server = hostile(answers(OK))
+
+    for host in SPELLED.split():
+        job = service.create(f"http://{host}:{server.port}/hook")
+        service.error(500, "POST", trigger_path(job))
+        (execution,) = service.get(path_of(job, "/executions"))["executions"]
+        assert (execution["reason"], execution["attempts"]) == ("blocked", 1), host
+        assert re.fullmatch(rf"[0-9a-f.:]+ is blocked: {re.escape(sentence)}.*", execution["error"])
+    assert server.accepted == 0
+
+
+@pytest.mark.parametrize("host", ["0", "0.0.0.0", "[::ffff:0.0.0.0]", "[::]"])
+def test_the_unspecified_address_does_not_lead_to_a_blocked_loopback(
+    make_dispatcher, hostile, host
+):
+    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.0/8", "::1/128"])
+    server = hostile(answers(OK), host="::1" if host == "[::]" else "127.0.0.1")
+
+    outcome = dispatcher.send(make_attempt(f"http://{host}:{server.port}/"))
+
+    assert (outcome.reason, server.accepted) == ("blocked", 0)
+
+
+@pytest.mark.parametrize("later", [["127.0.0.2"], ["127.0.0.3", "127.0.0.2"]])
+def test_a_name_is_judged_by_what_it_resolves_to_this_time(
+    make_dispatcher, hostile, monkeypatch, later
+):
+    real, found = socket.getaddrinfo, [["127.0.0.1"], later]
+
+    def look_up(host, port, *arguments, flags=0, **options):
+        if host != "rebound.test" or flags & socket.AI_NUMERICHOST:
+            return real(host, port, *arguments, flags=flags, **options)
+        return [real(address, port, **options)[0] for address in found.pop(0)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
+    closed = hostile(answers(OK), host="127.0.0.2")
+    opened = hostile(answers(OK, close=True))
+    opened_url = f"http://rebound.test:{opened.port}/"
+
+    assert dispatcher.send(make_attempt(opened_url)).success
+    outcome = dispatcher.send(make_attempt(f"http://rebound.test:{closed.port}/"))
+
+    assert (outcome.reason, closed.accepted, found) == ("blocked", 0, [])
+    assert outcome.error == "127.0.0.2 is blocked: dispatcher.blocked_networks has 127.0.0.2/32"
+
+
+# --- TLS ------------------------------------------------------------------------------
+
+
+def test_an_unknown_authority_is_refused_unless_it_is_in_ca_bundle_or_nobody_asks(
+    make_dispatcher, hostile, tls, certificate
+):
+    server = hostile(answers(OK), tls)
+    strict = make_dispatcher()
+    trusting = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
+
+    assert strict.send(make_attempt(server.url, verify_tls=False)).success
+    refused = strict.send(make_attempt(server.url))
+
+    assert (refused.reason, refused.status_code) == ("no_answer", None)
+    untrusted = f"no connection to {server.url} at 127.0.0.1: TLS failed: "
+    assert re.match(f"{untrusted}self.signed", refused.error)
+    assert trusting.send(make_attempt(server.url)).success
+    assert trusting.send(make_attempt(server.url.replace("127.0.0.1", "localhost"))).success
+    assert server.requests.qsize() == 3
+
+
+def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, tls, certificate):
+    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
+    server = hostile(answers(OK), tls, host="127.0.0.3")
+
+    refused = dispatcher.send(make_attempt(server.url))
+
+    assert refused.error.startswith(f"no connection to {server.url} at 127.0.0.3: TLS failed: ")
+    assert "127.0.0.3" in refused.error.partition("failed: ")[2]
+    assert dispatcher.send(make_attempt(server.url, verify_tls=False)).success
+
+
+def test_a_certificate_that_has_expired_is_refused(make_dispatcher, hostile, certificate, tmp_path):
+    path, key = tmp_path / "expired.pem", certificate[1]
+    command = ["openssl", "x509", "-in", certificate[0], "-signkey", key, "-days", "-1"]
+    subprocess.run([*command, "-out", path], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, key)
+    server = hostile(answers(OK), context)
+
+    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(path))
+    outcome = dispatcher.send(make_attempt(server.url))
+
+    assert outcome.error.endswith(": TLS failed: certificate has expired")
+    assert server.requests.empty()
+
+
+# --- a sentence for each failure ------------------------------------------------------
+
+
+def test_a_refused_connection_is_named_with_its_address(send):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+
+        outcome = send(f"http://127.0.0.1:{port}/hook?token=canary")
+
+    assert outcome.reason == "no_answer"
+    url = f"http://127.0.0.1:{port}"
+    assert outcome.error == f"no connection to {url} at 127.0.0.1: Connection refused"
+
+
+def test_a_name_without_an_address_is_named(send, name_server):
+    outcome = send("http://nowhere.example/hook?token=canary")
+
+    assert outcome.reason == "no_answer"
+    assert outcome.error == (
+        "the name nowhere.example cannot be resolved: Name or service not known"
+    )
+
+
+@pytest.mark.parametrize(
+    "start, sentence",
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", "closed the connection amid its answer"),
+        (b"SSH-2.0-OpenSSH\r\n", "sent what is not a proper HTTP answer"),
+    ],
+)
+def test_a_broken_answer_is_explained(send, hostile, start, sentence):
+    server = hostile(answers(start, close=True))
+
+    assert send(server.url).error.startswith(f"{server.url} {sentence}")
+
+
+def test_tls_with_a_server_that_has_none_is_explained(send, target):
+    url = target.url.replace("http:", "https:")
+
+    outcome = send(url)
+
+    assert outcome.reason == "no_answer" and "TLS failed: " in outcome.error
+
+
+def answers_at_once(_server, connection):
+    connection.recv(10_000)
+    connection.sendall(OK)
+
+
+CLOSED, NOT_HTTP = "{url} closed the connection ", "{url} sent what is not a proper HTTP answer: "
+NO_CONNECTION = "no connection to {url} at 127.0.0.1: "
+SENTENCES = [  # server, scheme, reason, what is said
+    (answers(b"", close=True), "http", "no_answer", CLOSED + "without an answer"),
+    (resets, "http", "no_answer", CLOSED + "without an answer"),
+    (answers(HEAD, close=True), "http", "no_answer",
+     CLOSED + "amid its answer"),
+    (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
+    (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header or too many"),
+    (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),
+    (answers(HEAD + b"Content-Length: -1\r\n\r\n"), "http", "no_answer",
+     NOT_HTTP + "a wrong Content-Length"),
+    (answers(CHUNKED + b"-1\r\n"), "http", "no_answer", NOT_HTTP + "a wrong size of a chunk"),
+    (stalls(b""), "http", "timeout", "there was no whole answer within the timeout"),
+    (answers(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"), "http", "http_status",
+     "the server answered 404 Not Found"),
+    (answers(b"HTTP/1.1 201\r\nContent-Length: 0\r\n\r\n"), "http", "http_status",
+     "the server answered 201, which is not among success_codes"),
+    (begun_handshake, "https", "no_answer",
+     NO_CONNECTION + "it took too long"),
+    (answers(HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"), "http", "no_answer",
+     NOT_HTTP + "a wrong Content-Length"),
+    (answers(CHUNKED + b"zz\r\n"), "http", "no_answer", NOT_HTTP + "a wrong size of a chunk"),
+    (hangs_up, "https", "no_answer",
+     NO_CONNECTION + "TLS failed: unexpected eof while reading"),
+    (answers_at_once, "https", "no_answer", NO_CONNECTION + "TLS failed: wrong version number"),
+]  # fmt: skip
+REPR = re.compile(r"<|Errno|[a-z]Error|Exception|Pool|0x[0-9a-f]{6}|_ssl|codec|int\(|_[A-Z]+_")
+
+
+@pytest.mark.parametrize(("behave", "scheme", "reason", "sentence"), SENTENCES)
+def test_each_failure_has_its_sentence(make_dispatcher, hostile, behave, scheme, reason, sentence):
+    dispatcher, server = make_dispatcher(dispatcher__connect_timeout="300ms"), hostile(behave)
+    url = server.url.replace("http:", f"{scheme}:")
+
+    outcome = dispatcher.send(make_attempt(url, allowed=0.6, success_codes=[200]))
+
+    assert (outcome.reason, outcome.error) == (reason, sentence.format(url=url))
+    assert not REPR.search(outcome.error)
+
+
+@pytest.mark.parametrize(("url", "options", "sentence"), [
+    ("http://[::1]:1/", {}, "no connection to http://[::1]:1 at ::1: Connection refused"),
+    ("http://nowhere.example/", {},
+     "the name nowhere.example cannot be resolved: Name or service not known"),
+    ("http://hangs.test/", {"connect_timeout": "200ms"},
+     "no address of hangs.test within connect_timeout"),
+])  # fmt: skip
+def test_no_connection_has_its_sentence(
+    make_dispatcher, hostile, name_server, url, options, sentence
+):
+    dispatcher = make_dispatcher(**{f"dispatcher__{k}": v for k, v in options.items()})
+    url = url.replace("127.0.0.1:1", f"127.0.0.1:{hostile(begun_handshake).port}")
+
+    outcome = dispatcher.send(make_attempt(url))
+
+    assert (outcome.reason, outcome.error) == ("no_answer", sentence)
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 64])
+def test_a_name_that_can_not_be_has_its_sentence(send, name):
+    assert not REPR.search(send(f"http://{name}/").error)
+
+
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        {"url": "http://a..b/"},
+        {"url": f"http://{'a' * 64}.test/"},
+        {"url": "http://[::1%25nope]/"},
+        {"url": "http://[fe80::1%lo]/"},
+        {"url": "https://127.0.0.1:1/\x00"},
+        {"headers": {"X-Snow": "☃"}},
+        {"headers": {"X-\ud800": "x"}},
+    ],
+)
+def test_what_slips_through_validation_ends_as_an_outcome(send, target, webhook):
+    outcome = send(**{"url": target.url} | webhook)
+
+    assert (outcome.success, outcome.status_code) == (False, None)
+    assert outcome.reason in ("no_answer", "blocked") and outcome.error
+
+
+# --- what it costs the process --------------------------------------------------------
+
+
+def gzip_bomb():
+    """Return a gzip stream of 1 GB, made of one piece again and again."""
+    packer = zlib.compressobj(wbits=-15)
+    piece = packer.compress(b"\0" * 2**20) + packer.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + piece * 1000
+
+
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 1000000000\r\n\r\n"
+ENDLESS = {
+    "1 GB with a length": repeats(HEAD + b"Content-Length: 1000000000\r\n\r\n", b"\0" * 65536),
+    "1 GB in chunks": repeats(CHUNKED, b"100000\r\n" + b"\0" * 2**20 + b"\r\n"),
+    "1 GB until it closes": repeats(HEAD + b"\r\n", b"\0" * 65536),
+    "a bomb of 1 GB": answers(encoded(b"gzip", gzip_bomb())),
+    "a redirect with 1 GB": repeats(REDIRECT, b"\0" * 65536),
+}
+
+
+@SCHEMES
+def test_no_hostile_server_costs_the_process_memory_descriptors_or_threads(
+    make_process, hostile, tls, scheme
+):
+    process, servers = make_process("dispatcher: {max_concurrent_jobs: 2}"), STALLS | ENDLESS
+    home = Path(f"/proc/{process.process.pid}")
+
+    def run(behave, **webhook):
+        url = hostile(behave, tls if scheme == "https" else None).url
+        fields = {"timeout": "300ms", "retry_policy": ONCE}
+        job = process.create(url, webhook={"verify_tls": False} | webhook, **fields)
+        process.call("POST", trigger_path(job))
+        return process.get(path_of(job))["last_execution"]["reason"]
+
+    def memory(name):
+        return int(re.search(rf"{name}:\s+(\d+) kB", (home / "status").read_text())[1]) / 1000
+
+    def used():
+        names = [os.readlink(path) for path in (home / "fd").iterdir() if path.is_symlink()]
+        return sum(name.startswith("socket") for name in names), len(os.listdir(home / "task"))
+
+    for behave in (hangs_up, resets):
+        assert run(behave, body=MEGABYTE, method="POST") == "no_answer"
+    before, at_rest = used(), memory("VmRSS")
+    (home / "clear_refs").write_text("5")  # the peak counts from here
+
+    reasons = {name: run(behave) for name, behave in servers.items()}
+
+    more = memory("VmHWM") - at_rest
+    print(f"{scheme}: at most {more:.1f} MB more")
+    redirect = {"a redirect with 1 GB": "http_status"}
+    ended = dict.fromkeys(STALLS, "timeout") | dict.fromkeys(FLOODS, "no_answer")
+    assert reasons == ended | dict.fromkeys(ENDLESS) | redirect
+    assert more < 10
+    wait_until(lambda: all(now <= then for now, then in zip(used(), before, strict=True)))
 
 
 # ======================================================================================
-# 11. Engine: alerts
+# 15. Work
 # ======================================================================================
 
-ALERTS = "00000000-0000-0000-0000-000000000000"
+
+def fire_times(target, job):
+    """Return the fire times that the target was called for, in the order of the calls."""
+    headers = [target.take()[2] for _ in range(target.received.qsize())]
+    mine = [h for h in headers if h["X-Chronos-Job-ID"] == job.id]
+    return [h["X-Chronos-Scheduled-Time"][11:-1] for h in mine]
 
 
 @pytest.fixture
-def bell():
-    """The target of the alerts."""
+def other_target():
     server = Target()
     yield server
     server.stop()
+
+
+def declare(world, *jobs, rest=""):
+    """Let the engine have the jobs of such a file; return those that this has changed."""
+    path = world.store.path.parent / "chronos.yaml"
+    path.write_text(declared(*jobs, rest=rest))
+    return world.do(world.engine.declare_jobs, chronos.load_settings(path, {})["jobs"])
+
+
+# --- fire times -----------------------------------------------------------------------
+
+
+def test_a_fire_time_becomes_one_execution_whose_id_follows_from_it(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(59)
+    assert world.executions(job) == []
+    world.advance(1)
+
+    [execution] = world.executions(job)
+    assert execution.id == f"exec-{uuid.uuid5(uuid.UUID(job.id), '2027-03-01T12:01:00Z')}"
+    assert (execution.status, execution.trigger) == ("success", "schedule")
+    assert execution.scheduled_at == at("12:01:00")
+    assert target.take()[2]["X-Chronos-Execution-ID"] == execution.id
+
+
+def test_a_fire_time_never_fires_twice_even_if_the_cursor_is_moved_back(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+    world.advance(60)
+
+    by_hand(world, "UPDATE jobs SET next_run_at = ?", at("12:01:00"))
+    world.do(world.engine.set_enabled, job.id, True)
+    world.settle()
+
+    assert fire_times(target, job) == ["12:01:00"]
+    assert world.store.job(job.id).next_run_at == at("12:02:00")
+
+
+def test_a_thousand_jobs_that_are_due_in_the_same_second_all_fire_once(world, target):
+    jobs = add_jobs(world, 1000, target.url, schedule="* * * * *")
+
+    world.advance(60)
+
+    calls = [target.take()[2]["X-Chronos-Job-ID"] for _ in jobs]
+    assert sorted(calls) == sorted(job.id for job in jobs)
+    assert target.received.empty()
+    ended = by_hand(world, "SELECT status, trigger, count(*) FROM executions GROUP BY 1, 2")
+    assert ended == [("success", "schedule", 1000)]
+
+
+def test_disabling_a_job_leaves_what_was_due_before_and_its_retries(world, target):
+    script(target, "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(60)
+    world.do(world.engine.set_enabled, job.id, False)
+    world.settle()
+
+    world.advance(3600)
+    world.do(world.engine.set_enabled, job.id, True)
+    world.settle()
+
+    assert states(world, job, "status", "attempts") == [("success", 2)]
+    assert world.store.job(job.id).next_run_at == at("13:02:00")
+
+
+def test_disabling_a_job_leaves_what_was_due_before_behind_many_others(world, target):
+    job = add_jobs(world, 300, target.url, schedule="* * * * *")[-1]
+
+    world.clock.advance(60)
+    world.do(world.engine.set_enabled, job.id, False)
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_every_is_spaced_from_the_previous_fire_time(world, target):
+    job = world.create(target.url, schedule="@every 10s")
+
+    world.advance(13)
+    world.advance(7)
+
+    assert fire_times(target, job) == ["12:00:10", "12:00:20"]
+
+
+def test_at_fires_once_and_a_spent_job_can_not_be_enabled(world, target):
+    job = world.create(target.url, schedule="@at 2027-03-01T12:00:30Z")
+
+    world.advance(30)
+
+    assert states(world, job) == ["success"]
+    assert not world.store.job(job.id).enabled
+    with pytest.raises(chronos.ApiError, match="nothing comes any more") as refusal:
+        world.do(world.engine.set_enabled, job.id, True)
+    assert refusal.value.code == "CONFLICT"
+
+
+def test_a_paused_server_starts_nothing(make_world, target):
+    world = make_world(scheduler__paused=True)
+    job = world.create(target.url, schedule="* * * * *")
+    add_executions(world, job, 1, "pending")
+
+    world.advance(60)
+    with pytest.raises(chronos.ApiError, match="paused"):
+        trigger(world, job)
+
+    assert states(world, job) == ["pending"]
+    assert target.received.empty()
+
+
+def test_an_execution_that_is_in_the_ledger_does_not_end_again(world, target, caplog):
+    caplog.set_level("INFO", "chronos")
+    job = world.create(target.url + "/hang", schedule="* * * * *")
+    hang(world, target, job)
+    world.clock.advance(60)
+    world.engine.run_pass()
+    before = states(world, job, "id", "status")
+    by_hand(world, "UPDATE jobs SET next_run_at = ? WHERE seq > 0", NOON + 60 * SECOND)
+    world.engine._wake_at = 0
+    world.engine.run_pass()
+
+    assert states(world, job, "id", "status") == before
+    assert len(logged(caplog, "was still running")) == 1
+    target.let_go.set()
+
+
+@pytest.mark.parametrize("step", [0, -4 * 3600])
+def test_a_job_whose_time_zone_is_gone_does_not_stop_the_others(world, target, step):
+    gone, job = [world.create(target.url, schedule="0 * * * *") for _ in range(2)]
+    config = json.dumps(gone.config | {"timezone": "Gone/Zone"})
+    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, gone.id)
+
+    world.clock.step(step)
+    world.settle()
+    world.advance(3600)
+
+    assert states(world, job) == ["success"]
+    assert not (world.store.job(gone.id).enabled or world.engine.problem)
+
+
+# --- missed fire times ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "own", "run", "missed"),
+    [
+        ("ignore", None, [], (3, at("12:01:00"), at("12:03:00"))),
+        ("ignore", "execute_one", ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
+        ("execute_one", None, ["12:03:00"], (2, at("12:01:00"), at("12:02:00"))),
+        ("execute_one", "execute_all", ["12:01:00", "12:02:00", "12:03:00"], None),
+    ],
+)
+def test_missed_runs_are_made_up_for_as_the_policy_says(
+    make_world, target, server, own, run, missed
+):
+    world = make_world(scheduler__missed_run_policy=server)
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy=own)
+
+    world.advance(230)
+
+    assert fire_times(target, job) == run
+    rows = [e for e in world.executions(job) if e.status != "skipped"]
+    assert [e.trigger for e in rows] == ["catch_up"] * len(run)
+    names = {e.id: chronos.format_time(e.scheduled_at) for e in rows}
+    assert names == {f"exec-{uuid.uuid5(uuid.UUID(job.id), at)}": at for at in names.values()}
+    skipped = states(
+        world, job, "missed_count", "missed_from", "missed_to", "scheduled_at", "reason"
+    )
+    expected = [(*missed, missed[2], "missed")] if missed else []
+    assert [row for row in skipped if row[0]] == expected
+    world.advance(10)
+    assert fire_times(target, job) == ["12:04:00"]
+
+
+def test_execute_all_makes_up_for_the_newest_100_in_order(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+
+    world.advance(150 * 60)
+
+    newest = [NOON + n * 60 * SECOND for n in range(51, 151)]
+    assert fire_times(target, job) == [chronos.format_time(n)[11:-1] for n in newest]
+    assert states(world, job, "status", "missed_count", "missed_to") == [
+        ("skipped", 50, at("12:50:00")),
+        *[("success", None, None)] * 100,
+    ]
+
+
+@pytest.mark.parametrize("concurrency", ["allow", "forbid", "replace"])
+def test_runs_that_are_made_up_for_run_one_at_a_time(world, target, concurrency):
+    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
+    script(target, "/hang", "/status/503")
+    job = world.create(target.url, schedule="0 * * * *", **fields)
+
+    world.clock.advance(3 * 3600 + 60)
+    turn_until(world, lambda: target.hanging.acquire(blocking=False))
+    world.engine.run_pass()
+    assert states(world, job) == ["running", "pending", "pending"]
+    target.let_go.set()
+    world.settle()
+    assert states(world, job) == ["success", "pending", "pending"]  # the second waits to retry
+    world.advance(1)
+
+    assert states(world, job) == ["success"] * 3
+    assert fire_times(target, job) == ["13:00:00", "14:00:00", "14:00:00", "15:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "after"),
+    [
+        ("allow", ["running", "pending", "running"]),
+        ("forbid", ["running", "pending", "skipped"]),
+        ("replace", ["failed", "failed", "running"]),
+    ],
+)
+def test_a_normal_fire_time_that_meets_made_up_runs_follows_the_policy(
+    world, target, concurrency, after
+):
+    fields = {"missed_run_policy": "execute_all", "concurrency": concurrency}
+    job = world.create(target.url + "/hang", schedule="0 * * * *", **fields)
+    world.clock.advance(2 * 3600 + 3590)
+    world.engine.run_pass()
+
+    world.clock.advance(10)
+    world.engine.run_pass()
+
+    kinds = ["catch_up", "catch_up", "schedule"]
+    assert states(world, job, "trigger", "status") == list(zip(kinds, after, strict=True))
+
+
+@pytest.mark.parametrize(("late", "kind"), [(10, "schedule"), (10.001, "catch_up")])
+def test_a_fire_time_is_missed_when_it_is_older_than_the_grace(world, target, late, kind):
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(60 + late)
+
+    assert states(world, job, "trigger", "status") == [(kind, "success")]
+
+
+def test_what_the_engine_takes_long_to_work_off_is_late_but_not_missed(world, target):
+    jobs = add_jobs(world, 600, target.url, schedule="0 * * * *")
+    world.clock.advance(3600)
+    for _ in range(2):
+        world.engine.run_pass()
+        assert not all(world.executions(job) for job in jobs)
+        world.clock.advance(6)  # the grace is 10 s
+    world.settle()
+
+    assert [states(world, job, "trigger") for job in jobs] == [[("schedule",)]] * 600
+
+
+@pytest.mark.parametrize(("policy", "seconds", "expected"), [
+    ("ignore", 11, ("schedule", "skipped", 1)),
+    ("execute_one", 11, ("catch_up", "success", None)),
+    ("ignore", 10, ("schedule", "success", None)),
+])  # fmt: skip
+def test_what_passed_while_the_disk_was_full_is_missed(world, target, policy, seconds, expected):
+    add_jobs(world, 100, target.url, schedule="* * * * *", missed_run_policy=policy)
+    fill_disk(world)
+    world.advance(60)
+    for _ in range(seconds - 1):
+        world.advance(1)
+        assert "disk is full" in world.engine.problem
+
+    free_disk(world)
+    world.advance(1)
+
+    rows = by_hand(world, "SELECT trigger, status, missed_count FROM executions")
+    assert rows == [expected] * 100
+
+
+# --- the clock is set -----------------------------------------------------------------
+
+
+def test_a_step_forward_is_missed_time_and_keeps_the_waits_of_retries(world, target):
+    retrying = world.create(target.url + "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    trigger(world, retrying)
+    world.settle()
+
+    world.clock.step(3600)
+    world.advance(0.999)
+    assert states(world, job, "status", "missed_count") == [("skipped", 59), ("success", None)]
+    assert states(world, retrying, "attempts") == [(1,)]
+    world.advance(0.001)
+
+    assert states(world, retrying, "attempts") == [(2,)]
+
+
+def test_a_step_back_of_less_than_3_h_makes_cursors_wait_but_not_retries(world, target):
+    retrying = world.create(target.url + "/status/503")
+    job = world.create(target.url, schedule="* * * * *")
+    world.advance(60)
+    trigger(world, retrying)
+    world.settle()
+
+    world.clock.step(-2.9 * 3600)
+    world.advance(1)
+    assert states(world, retrying, "attempts") == [(2,)]
+    world.advance(2.9 * 3600 - 2)
+    assert fire_times(target, job) == ["12:01:00"]
+    world.advance(61)
+
+    assert fire_times(target, job) == ["12:02:00"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_step_back_of_more_than_3_h_computes_every_cursor_anew(make_world, target, restart):
+    world = make_world()
+    jobs = add_jobs(world, 300, target.url, schedule="0 * * * *")
+    world.advance(3600)
+
+    world.clock.step(-4 * 3600)
+    world = make_world() if restart else world
+    world.settle()
+    for _ in range(4):  # to 13:00, which has been
+        world.advance(3600)
+
+    assert target.received.qsize() == 1200
+    fired = [chronos.to_datetime(e.scheduled_at).hour for e in world.executions(jobs[-1])]
+    assert fired == [13, 10, 11, 12]
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+def test_a_step_during_an_attempt_leaves_the_wait_after_it_as_it_is(world, target, step):
+    script(target, "/hang/status/503")
+    job = world.create(target.url)
+    hang(world, target, job)
+
+    world.clock.step(step)
+    target.let_go.set()
+    world.settle()
+
+    assert world.executions(job)[0].due_at == world.clock.now() + SECOND
+
+
+def test_a_clock_from_before_the_release_fires_nothing_and_decades_are_not_missed(
+    make_world, clock, target, caplog
+):
+    clock.step(-NOON / SECOND)
+    world = make_world(scheduler__missed_run_policy="execute_all")
+    job = world.create(target.url, schedule="* * * * *")
+
+    world.advance(3600)
+    assert "no job fires" in caplog.text
+    clock.step(NOON / SECOND - 3600)
+    world.settle()
+    assert world.executions(job) == []
+    world.advance(60)
+
+    assert states(world, job, "scheduled_at", "status") == [(at("12:01:00"), "success")]
+
+
+@pytest.mark.parametrize(("policy", "run"), [("ignore", []), ("execute_one", ["12:03:00"])])
+def test_a_boot_in_1970_hides_nothing_that_was_missed(make_world, target, clock, policy, run):
+    job = make_world().create(target.url, schedule="* * * * *", missed_run_policy=policy)
+    clock.step(-NOON / SECOND)
+    world = make_world()
+    world.advance(100)
+
+    clock.step(NOON / SECOND + 130)
+    world.settle()
+
+    assert fire_times(target, job) == run
+    first, *_ = states(world, job, "status", "missed_count", "missed_from")
+    assert first == ("skipped", 3 - len(run), at("12:01:00"))
+
+
+# --- overlap --------------------------------------------------------------------------
+
+IN_THE_WAY = pytest.mark.parametrize(
+    ("path", "status"), [("/hang", "running"), ("/status/503", "pending")]
+)
+
+
+@IN_THE_WAY
+def test_forbid_skips_what_overlaps_and_names_the_one_in_the_way(world, target, path, status):
+    script(target, path)
+    job = world.create(target.url, concurrency="forbid")
+    first = trigger(world, job)
+    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
+
+    trigger(world, job)
+
+    skipped = world.executions(job)[1]
+    assert (skipped.status, skipped.reason, skipped.completed_at) == ("skipped", "overlap", NOON)
+    assert skipped.error == f"{first} was still {status}"
+
+
+@IN_THE_WAY
+def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, path, status):
+    script(target, path)
+    job = world.create(target.url, concurrency="replace")
+    old = trigger(world, job)
+    turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
+
+    told = world.engine.waiters[old] = threading.Event()
+    new = trigger(world, job)
+    assert told.is_set()
+    world.advance(60)  # though the target still holds the old request
+
+    assert states(world, job, "id", "status", "reason", "error") == [
+        (old, "failed", "replaced", f"replaced by {new}"),
+        (new, "success", None, None),
+    ]
+    assert target.received.qsize() == 2
+
+
+def test_a_job_that_never_catches_up_has_a_thousand_runs_waiting_and_skips_more(world, target):
+    script(target, "/hang")
+    job = world.create(target.url, enabled=False, concurrency="allow")
+    hang(world, target, job)
+    add_executions(world, job, 998, "pending")
+
+    last, refused = trigger(world, job), trigger(world, job)
+
+    assert world.store.execution_of(None, last).status in ("pending", "running")
+    skipped = world.store.execution_of(None, refused)
+    assert (skipped.status, skipped.reason) == ("skipped", "overlap")
+    assert skipped.error == "1000 executions had not ended"
+
+
+def test_ending_a_run_releases_the_one_that_is_made_up_for_behind_it(world, target):
+    script(target, "/hang")
+    job = world.create(target.url, schedule="* * * * *")
+    hang(world, target, job)
+    world.clock.advance(80)
+    world.engine.run_pass()
+
+    first, _behind = world.executions(job)
+    world.engine.hand_in(lambda turn: world.engine._end(turn, first, "replaced", "by another"))
+    world.settle()
+
+    assert states(world, job) == ["failed", "success"]
+
+
+@pytest.mark.parametrize(("concurrency", "after"), [
+    ("forbid", ["running"] + ["skipped"] * 9),
+    ("replace", ["failed"] * 9 + ["running"]),
+    ("allow", ["running"] * 2 + ["pending"] * 8),
+])  # fmt: skip
+def test_runs_longer_than_their_interval_lose_no_fire_time_and_stop_no_other_job(
+    make_world, target, other_target, concurrency, after
+):
+    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
+    slow = world.create(target.url + "/hang", schedule="@every 1s", concurrency=concurrency)
+    job = world.create(other_target.url, schedule="@every 1s")
+
+    for n in range(1, 11):
+        world.clock.advance(1)
+        turn_until(world, lambda n=n: states(world, job) == ["success"] * n)
+    turn_until(world, lambda: states(world, slow) == after)
+
+    assert states(world, slow, "scheduled_at") == states(world, job, "scheduled_at")
+
+
+# --- the queue ------------------------------------------------------------------------
+
+
+def test_nothing_is_sent_before_its_execution_is_on_disk_as_running(world, target):
+    seen = queue.SimpleQueue()
+
+    class Witness(TargetHandler):
+        def do_POST(self):
+            find = "SELECT status, attempts FROM executions WHERE id = ?"
+            seen.put(by_hand(world, find, self.headers["X-Chronos-Execution-ID"]))
+            self.answer()
+
+    target.RequestHandlerClass = Witness
+    add_jobs(world, 100, target.url, schedule="* * * * *")
+
+    world.advance(60)
+
+    assert [seen.get(timeout=10) for _ in range(100)] == [[("running", 1)]] * 100
+
+
+def test_no_more_run_at_once_than_there_are_workers_and_the_oldest_is_next(make_world, target):
+    world = make_world(dispatcher__max_concurrent_jobs=1, dispatcher__max_concurrent_per_host=9)
+    hang(world, target, world.create(target.url + "/hang"))
+    jobs = [world.create(f"{target.url}/{n}", schedule=f"@every {n}s") for n in (5, 3, 4)]
+
+    world.clock.advance(5)
+    world.engine.run_pass()
+    assert [states(world, job) for job in jobs] == [["pending"]] * 3
+    target.let_go.set()
+    world.settle()
+
+    assert [target.take()[1] for _ in range(4)] == ["/hang", "/3", "/4", "/5"]
+
+
+def test_a_dead_target_does_not_hold_up_the_others(make_world, target, other_target):
+    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
+    dead = world.create(target.url + "/hang", concurrency="allow")
+    add_executions(world, dead, 10, "pending")
+    job = world.create(other_target.url)
+
+    trigger(world, job)
+    turn_until(world, lambda: states(world, job) == ["success"])
+
+    assert sorted(states(world, dead)) == ["pending"] * 8 + ["running"] * 2
+    target.let_go.set()
+    world.settle()
+    assert states(world, dead) == ["success"] * 10
+
+
+def test_taking_stays_quick_while_50000_executions_wait_for_a_dead_target(
+    make_world, target, other_target
+):
+    world = make_world(dispatcher__max_concurrent_per_host=1)
+    dead = world.create(target.url + "/hang", concurrency="allow")
+    job = world.create(other_target.url, concurrency="allow")
+    hang(world, target, dead)
+    full = {chronos.target_of(target.url)}
+
+    def quickest():
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            assert world.store.due_executions(world.clock.now(), 64, full) == []
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    add_executions(world, dead, 100, "pending")
+    few = quickest()
+    add_executions(world, dead, 49_900, "pending")
+    assert quickest() < 5 * few
+
+    trigger(world, job)
+    turn_until(world, lambda: states(world, job) == ["success"])
+
+
+def test_a_run_behind_those_of_a_deleted_job_starts_at_once(make_world, target):
+    world = make_world(dispatcher__max_concurrent_jobs=2)
+    gone, job = [world.create(target.url, enabled=False, concurrency="allow") for _ in range(2)]
+    world.settle()
+    execution_id = f"exec-{uuid.uuid4()}"
+
+    for _ in range(2):
+        world.engine.hand_in(world.engine.trigger, gone.id, f"exec-{uuid.uuid4()}")
+    world.engine.hand_in(world.engine.trigger, job.id, execution_id)
+    world.engine.hand_in(world.engine.delete_job, gone, False)
+    world.settle()  # no time passes
+
+    assert world.store.execution_of(None, execution_id).status == "success"
+
+
+def test_what_is_made_up_for_goes_on_behind_a_run_that_can_not_start(make_world, target):
+    world = make_world()
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+    world.clock.advance(6 * 60)
+    world.engine._workers = 0  # nothing is taken yet
+    world.engine.run_pass()
+    config = json.dumps(job.config | {"timeout": "?"})
+    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, job.id)
+    by_hand(world, "UPDATE jobs SET next_run_at = NULL")
+    world.engine._version.cache_clear()
+    world.engine._workers = 4
+
+    world.advance(61)
+
+    assert states(world, job) == ["failed"] * 6
+
+
+def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target):
+    before = make_world()
+    broken, job = [before.create(target.url) for _ in range(2)]
+    add_executions(before, broken, 1, "pending")
+    config = json.dumps(broken.config | {"schedule": "?"})
+    by_hand(before, "UPDATE versions SET config = ? WHERE job_id = ?", config, broken.id)
+
+    world = make_world()
+    world.clock.advance(60)
+    world.engine.run_pass()
+    assert not world.engine.problem
+    trigger(world, job)
+    world.settle()
+
+    assert (states(world, broken), states(world, job)) == (["failed"], ["success"])
+
+
+# --- retries --------------------------------------------------------------------------
+
+
+def test_retries_wait_in_the_database_for_one_second_and_then_two(world, target):
+    job = world.create(target.url + "/status/503")
+    trigger(world, job)
+    world.settle()
+    waits = []
+
+    while (execution := world.executions(job)[0]).status == "pending":
+        waits.append((execution.due_at - world.clock.now()) / SECOND)
+        world.advance(waits[-1] - 0.001)
+        assert world.executions(job) == [execution]
+        world.advance(0.001)
+
+    assert waits == [1, 2]
+    assert (execution.status, execution.reason, execution.attempts) == ("failed", "http_status", 3)
+    log = [
+        (e["number"], e["started_at"][-3:], e["status_code"])
+        for e in json.loads(execution.attempt_log)
+    ]
+    assert log == [(1, "00Z", 503), (2, "01Z", 503), (3, "03Z", 503)]
+    calls = [target.take()[2] for _ in range(3)]
+    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2", "3"]
+    assert {call["X-Chronos-Execution-ID"] for call in calls} == {execution.id}
+
+
+@pytest.mark.parametrize(("asked", "wait"), [("7", 7), ("0", 1), ("soon", 1)])
+def test_a_longer_retry_after_is_respected(world, target, asked, wait):
+    target.extra_headers["Retry-After"] = asked
+    job = world.create(target.url + "/status/429")
+
+    trigger(world, job)
+    world.settle()
+
+    assert world.executions(job)[0].due_at == NOON + wait * SECOND
+
+
+def test_the_time_allowed_spans_attempts_and_waits(world, target):
+    script(target, "/status/503", "/hang")
+    job = world.create(target.url, timeout="30s", retry_policy={"initial_interval": "20s"})
+    trigger(world, job)
+    world.settle()
+
+    world.dispatcher.start()
+    world.clock.advance(20)
+    world.engine.run_pass()
+    assert target.hanging.acquire(timeout=10)
+    world.advance(10)
+    world.dispatcher.stop()
+
+    assert states(world, job, "status", "reason", "attempts") == [("failed", "timeout", 2)]
+    assert world.executions(job)[0].to_json()["duration"] == 30_000_000_000
+
+
+def test_an_execution_whose_next_wait_would_pass_the_limit_fails_at_once(world, target):
+    job = world.create(target.url + "/status/503", timeout="3s")
+
+    trigger(world, job)
+    world.settle()
+    world.advance(1)
+
+    assert states(world, job, "status", "reason", "spent") == [("failed", "timeout", SECOND)]
+
+
+def test_every_attempt_uses_the_version_that_the_execution_began_with(world, target):
+    job = world.create(target.url + "/status/503")
+    trigger(world, job)
+    world.settle()
+
+    config = job.config | {"webhook": job.config["webhook"] | {"url": target.url + "/ok"}}
+    by_hand(world, "INSERT INTO versions VALUES (?, 2, ?, 0, '')", job.id, json.dumps(config))
+    by_hand(world, "UPDATE jobs SET version = 2")
+    world.advance(1)
+    world.advance(2)
+    trigger(world, job)
+    world.settle()
+
+    assert [target.take()[1] for _ in range(4)] == ["/status/503"] * 3 + ["/ok"]
+    assert states(world, job, "job_version", "status") == [(1, "failed"), (2, "success")]
+
+
+def test_a_retry_after_that_is_a_date_counts_from_the_answer(world, target):
+    script(target, "/hang/status/503")
+    target.extra_headers = {"Retry-After": "Mon, 01 Mar 2027 12:01:00 GMT"}
+    job = world.create(target.url)
+    hang(world, target, job)
+
+    world.clock.advance(25)
+    target.let_go.set()
+    world.settle()
+
+    assert states(world, job, "status", "due_at") == [("pending", at("12:01:00"))]
+
+
+# --- after a crash --------------------------------------------------------------------
+
+
+def test_after_a_crash_what_ran_is_due_at_once_and_its_attempt_counts(make_world, target):
+    script(target, "/hang")
+    before = make_world()
+    job = before.create(target.url)
+    execution_id = hang(before, target, job)
+
+    world = make_world()
+    world.settle()
+
+    [execution] = world.executions(job)
+    assert (execution.id, execution.status, execution.attempts) == (execution_id, "success", 2)
+    errors = [entry["error"] for entry in json.loads(execution.attempt_log)]
+    assert errors == [INTERRUPTED, None]
+    calls = [target.take()[2] for _ in range(2)]
+    assert [call["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
+    assert {call["Idempotency-Key"] for call in calls} == {execution_id}
+
+
+def test_after_a_crash_what_ran_in_its_last_attempt_has_failed(make_world, target):
+    before = make_world()
+    job = before.create(target.url + "/hang", retry_policy={"max_attempts": 1})
+    hang(before, target, job)
+
+    world = make_world()
+    world.settle()
+
+    expected = ("failed", "interrupted", 1, NOON)
+    assert states(world, job, "status", "reason", "attempts", "completed_at") == [expected]
+
+
+def test_a_run_that_is_resumed_after_a_crash_comes_before_what_was_missed(make_world, target):
+    script(target, "/hang", "/status/503")
+    before = make_world()
+    job = before.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
+    before.clock.advance(60)
+    before.engine.run_pass()
+    assert target.hanging.acquire(timeout=10)
+
+    world = make_world()
+    world.advance(125)
+    assert states(world, job) == ["pending"] * 3  # the resumed one waits to retry
+    world.advance(2)
+
+    assert states(world, job) == ["success"] * 3
+    assert fire_times(target, job) == ["12:01:00"] * 3 + ["12:02:00", "12:03:00"]
+
+
+def test_a_crash_during_a_big_delete_does_not_stop_the_next_start(make_world, target):
+    before = make_world()
+    job = before.create(target.url + "/hang")
+    add_executions(before, job, 2000, "success")
+    hang(before, target, job)
+    before.do(before.engine.delete_job, job, False)
+
+    world = make_world()
+    turn_until(world, lambda: world.executions(job) == [])
+
+
+def test_a_crash_between_commit_and_request_counts_as_an_attempt(make_world, target):
+    before = make_world()
+    job = before.create(target.url)
+    before.engine._settle = lambda _turn: None  # the process ends here
+    before.engine.hand_in(before.engine.trigger, job.id, "exec-1")
+    before.engine.run_pass()
+    assert states(before, job, "status", "attempts") == [("running", 1)]
+
+    world = make_world()
+    world.settle()
+
+    [execution] = world.executions(job)
+    assert (execution.id, execution.status, execution.attempts) == ("exec-1", "success", 2)
+    assert [e["error"] for e in json.loads(execution.attempt_log)] == [INTERRUPTED, None]
+    assert target.take()[2]["X-Chronos-Attempt"] == "2"
+    assert target.received.empty()
+
+
+def test_the_outcome_of_an_earlier_attempt_does_not_count_for_a_later_one(make_world, target):
+    script(target, "/hang/echo", "/hang/echo")
+    before = make_world()
+    job = before.create(target.url)
+    hang(before, target, job)
+    world = make_world()
+    target.let_go.set()
+    target.let_go.clear()
+    turn_until(world, lambda: target.hanging.acquire(blocking=False))
+    turn_until(before, lambda: not before.engine._in_flight)
+
+    assert states(world, job, "status", "attempts") == [("running", 2)]
+
+
+# --- changes to jobs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["success", "pending"])
+def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_world, target, status):
+    world = make_world(dispatcher__max_concurrent_per_host=1)
+    job, other = [world.create(target.url + "/hang", concurrency="allow") for _ in range(2)]
+    executions = [hang(world, target, job)]
+    add_executions(world, other, 10, "success")
+    executions.append(trigger(world, job))
+    add_executions(world, job, 5000, status)
+    left = [5002]
+
+    world.engine.waiters |= {execution_id: threading.Event() for execution_id in executions}
+    world.engine.hand_in(world.engine.delete_job, job, False)
+    while left[-1]:
+        world.engine.run_pass(10_000)
+        left.append(world.store.count_executions(job.id))
+    assert all(told.is_set() for told in world.engine.waiters.values())
+    world.settle()  # though the target still holds the request
+
+    assert world.all_jobs() == [other]
+    assert target.received.qsize() == 1
+    assert world.store.count_executions(other.id) == 10
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+
+
+def test_a_declared_job_is_made_enabled_under_the_id_that_follows_from_its_name(world, target):
+    body = job_body(target.url, schedule="@every 1m", timezone="Europe/Madrid")
+
+    [job] = declare(world, body)
+
+    namespace = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")
+    assert job.id == str(uuid.uuid5(namespace, "report"))
+    [version] = world.store.versions(job.id)
+    assert (version["version"], version["created_by"]) == (1, "chronos.yaml")
+    world.advance(60)
+    assert states(world, job) == ["success"]
+    assert declare(world, body) == []
+
+
+def test_a_changed_declaration_is_a_version_and_moves_no_cursor_that_it_does_not_name(world):
+    body = job_body(NOBODY, schedule="@every 1m")
+    declare(world, body, job_body(NOBODY, name="other"))
+    world.clock.advance(30)
+
+    changed = declare(world, body | {"timeout": "9s"}, job_body(NOBODY, name="other"))
+
+    assert [(job.config["timeout"], job.version) for job in changed] == [("9s", 2)]
+    assert changed[0].next_run_at == at("12:01:00")
+    assert len(world.store.versions(changed[0].id)) == 2
+
+
+def test_what_somebody_disabled_stays_so_until_its_declaration_is_another(world):
+    body = job_body(NOBODY)
+    [job] = declare(world, body)
+    world.do(world.engine.set_enabled, job.id, False)
+
+    retry_policy = "scheduler: {default_retry_policy: {max_attempts: 9}}"
+    assert declare(world, body) == []
+    [other_default] = declare(world, body, rest=retry_policy)
+    [other] = declare(world, body | {"timeout": "9s"})
+
+    assert (other_default.config["retry_policy"]["max_attempts"], other_default.enabled) == (9, 0)
+    assert other.enabled
+    [off] = declare(world, body | {"enabled": False})
+    assert not off.enabled
+
+
+def test_a_job_that_is_gone_from_the_file_is_disabled_and_may_be_changed_then(world):
+    [job] = declare(world, job_body(NOBODY))
+
+    [gone] = declare(world)
+
+    assert (gone.enabled, gone.declared, gone.version) == (False, None, 1)
+    world.do(world.engine.roll_back, job.id, 1, "ada")
+    [back] = declare(world, job_body(NOBODY))
+    assert (back.id, back.enabled) == (job.id, True)
+
+
+def test_a_fire_time_that_was_due_before_the_file_changed_is_not_lost(world, target):
+    bodies = [job_body(target.url, name=f"{n}", schedule="@every 1m") for n in range(300)]
+    jobs = declare(world, *bodies)
+    world.clock.advance(61)  # more is due than one pass enqueues
+
+    declare(world)
+    world.settle()
+
+    assert [states(world, job) for job in jobs] == [["success"]] * 300
+
+
+def test_a_declared_instant_that_has_passed_is_no_mistake_and_does_not_run_again(world, target):
+    once = job_body(target.url, schedule="@at 2027-03-01T12:01:00Z")
+    [job] = declare(world, once)
+    world.advance(60)
+
+    assert declare(world, once) == []
+    [changed] = declare(world, once | {"timeout": "9s"})
+
+    assert states(world, job) == ["success"]
+    assert not changed.enabled
+
+
+def test_declared_jobs_are_listed_in_the_order_of_the_file(world):
+    names = [f"job {n}" for n in range(20)]
+
+    declare(world, *(job_body(NOBODY, name=name) for name in names))
+
+    assert [job.config["name"] for job in world.all_jobs()] == names
+
+
+# --- retention ------------------------------------------------------------------------
+
+
+def test_of_a_job_the_newest_are_kept_and_beyond_them_100_that_failed(make_world, target):
+    world = make_world(retention__executions_per_job=50)
+    job, other = [world.create(target.url, enabled=False) for _ in range(2)]
+    old_failed = add_executions(world, job, 150, "failed", NOON)
+    add_executions(world, job, 500, "success", NOON)
+    failed = add_executions(world, job, 10, "failed", NOON)
+    newest = add_executions(world, job, 45, "skipped", NOON) + add_executions(world, job, 1, "new")
+    untouched = add_executions(world, other, 50, "success", NOON)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(job)] == old_failed[-94:] + failed + newest
+    assert [e.id for e in world.executions(other)] == untouched
+
+
+def test_what_is_too_old_goes_but_for_the_newest_ten_and_what_has_not_ended(make_world, target):
+    world = make_world(retention__max_age="24h")
+    idle, mixed = [world.create(target.url, enabled=False) for _ in range(2)]
+    too_old = NOON - chronos.DAY - 1
+    ten = add_executions(world, idle, 300, "failed", too_old)[-10:]
+    running = add_executions(world, mixed, 1, "new")
+    add_executions(world, mixed, 300, "success", too_old)
+    young = add_executions(world, mixed, 20, "success", too_old + chronos.MINUTE + 1)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(idle)] == ten
+    assert [e.id for e in world.executions(mixed)] == running + young
+
+
+def test_history_is_looked_over_once_a_day_even_of_jobs_that_never_run(world, target):
+    job = world.create(target.url, enabled=False)
+    add_executions(world, job, 30, "success", NOON)
+
+    world.advance(29 * 24 * 3600)
+    assert len(world.executions(job)) == 30
+    world.advance(2 * 24 * 3600)
+    world.advance(60)
+
+    assert len(world.executions(job)) == 10
+
+
+def test_a_run_pushes_the_oldest_one_out_at_once(make_world, target):
+    world = make_world(retention__executions_per_job=3)
+    job = world.create(target.url, enabled=False)
+    ids = []
+
+    for _ in range(6):
+        ids.append(trigger(world, job))
+        world.settle()
+
+    assert [e.id for e in world.executions(job)] == ids[-3:]
+
+
+def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make_world, target):
+    world = make_world(retention__max_size=1_000_000, retention__executions_per_job=100_000)
+    job = world.create(target.url, enabled=False)
+    sizes, ids = [], []
+
+    for _ in range(6):
+        ids += add_executions(world, job, 2500, "success", NOON)
+        world.advance(60)
+        sizes.append(world.store.path.stat().st_size)
+
+    kept = [e.id for e in world.executions(job)]
+    assert 500 < len(kept) < 5000
+    assert kept == ids[-len(kept) :]
+    assert max(sizes[1:]) < sizes[1] * 1.2
+
+
+def test_what_has_not_ended_keeps_nothing_behind_it_from_going(make_world, target):
+    world = make_world(retention__executions_per_job=1000)
+    job = world.create(target.url, enabled=False, concurrency="allow")
+    add_executions(world, job, 500, "new")
+    ids = add_executions(world, job, 2000, "skipped", NOON)
+
+    world.engine._walk = ""  # as at a start
+    world.advance(60)
+
+    assert [e.id for e in world.executions(job)][500:] == ids[-1000:]
+
+
+def test_under_load_every_job_is_looked_over_also_one_that_does_not_run(make_world, target):
+    world = make_world(retention__executions_per_job=1)
+    idle, *busy = [world.create(target.url, enabled=False) for _ in range(101)]
+    add_executions(world, idle, 50, "success", NOON)
+    world.engine._walk = ""  # as at a start
+
+    for _ in range(100):  # of a tenth of a second
+        for job in busy[:20]:
+            add_executions(world, job, 1, "success", NOON)
+        world.engine._untidy.update({job.id: None for job in busy})
+        trigger(world, busy[-1])  # so that each pass takes something
+        world.clock.advance(0.1)
+
+    assert len(world.executions(idle)) == 1
+    assert max(len(world.executions(job)) for job in busy[:20]) < 15
+
+
+def test_history_is_removed_while_there_is_other_work_too(make_world, target):
+    world = make_world(retention__executions_per_job=10)
+    job = world.create(target.url, enabled=False)
+    add_executions(world, job, 2000, "success", NOON)
+    passes = 0
+
+    while len(world.executions(job)) > 100 and passes < 100:
+        passes += 1
+        trigger(world, job)  # so that each pass takes something
+        world.clock.advance(0.2)
+
+    assert 5 < passes < 20
+
+
+# --- alerts ---------------------------------------------------------------------------
+
+ALERTS = "00000000-0000-0000-0000-000000000000"
 
 
 @pytest.fixture
@@ -7038,22 +5742,6 @@ def test_an_alert_about_the_longest_names_fits_into_a_body(watched, target, bell
     [body] = rings(bell)
     assert (body["jobs_total"], len(body["jobs"])) == (60, 50)
     assert all(len(job["executions"]) == 3 for job in body["jobs"])
-
-
-def test_an_execution_that_is_in_the_ledger_does_not_end_again(world, target, caplog):
-    caplog.set_level("INFO", "chronos")
-    job = world.create(target.url + "/hang", schedule="* * * * *")
-    hang(world, target, job)
-    world.clock.advance(60)
-    world.engine.run_pass()
-    before = states(world, job, "id", "status")
-    by_hand(world, "UPDATE jobs SET next_run_at = ? WHERE seq > 0", NOON + 60 * SECOND)
-    world.engine._wake_at = 0
-    world.engine.run_pass()
-
-    assert states(world, job, "id", "status") == before
-    assert len(logged(caplog, "was still running")) == 1
-    target.let_go.set()
 
 
 def test_a_job_that_fails_and_is_well_again_within_ten_seconds_is_in_one_alert(
@@ -7297,159 +5985,1054 @@ def test_killed_before_its_alert_or_during_it_a_process_tells_it_after_the_next_
 
 
 # ======================================================================================
-# 13. Service: jobs as configuration, and SIGHUP
+# 16. Engine
 # ======================================================================================
 
-
-def declared(*jobs, rest=""):
-    """Return a chronos.yaml that declares these jobs; JSON is YAML."""
-    return f"{rest}\njobs:\n" + "".join(f"  - {json.dumps(job)}\n" for job in jobs)
+# --- passes ---------------------------------------------------------------------------
 
 
-def declare(world, *jobs, rest=""):
-    """Let the engine have the jobs of such a file; return those that this has changed."""
-    path = world.store.path.parent / "chronos.yaml"
-    path.write_text(declared(*jobs, rest=rest))
-    return world.do(world.engine.declare_jobs, chronos.load_settings(path, {})["jobs"])
-
-
-def test_a_declared_job_is_made_enabled_under_the_id_that_follows_from_its_name(world, target):
-    body = job_body(target.url, schedule="@every 1m", timezone="Europe/Madrid")
-
-    [job] = declare(world, body)
-
-    namespace = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")
-    assert job.id == str(uuid.uuid5(namespace, "report"))
-    [version] = world.store.versions(job.id)
-    assert (version["version"], version["created_by"]) == (1, "chronos.yaml")
-    world.advance(60)
-    assert states(world, job) == ["success"]
-    assert declare(world, body) == []
-
-
-def test_a_changed_declaration_is_a_version_and_moves_no_cursor_that_it_does_not_name(world):
-    body = job_body(NOBODY, schedule="@every 1m")
-    declare(world, body, job_body(NOBODY, name="other"))
-    world.clock.advance(30)
-
-    changed = declare(world, body | {"timeout": "9s"}, job_body(NOBODY, name="other"))
-
-    assert [(job.config["timeout"], job.version) for job in changed] == [("9s", 2)]
-    assert changed[0].next_run_at == at("12:01:00")
-    assert len(world.store.versions(changed[0].id)) == 2
-
-
-def test_what_somebody_disabled_stays_so_until_its_declaration_is_another(world):
-    body = job_body(NOBODY)
-    [job] = declare(world, body)
-    world.do(world.engine.set_enabled, job.id, False)
-
-    retry_policy = "scheduler: {default_retry_policy: {max_attempts: 9}}"
-    assert declare(world, body) == []
-    [other_default] = declare(world, body, rest=retry_policy)
-    [other] = declare(world, body | {"timeout": "9s"})
-
-    assert (other_default.config["retry_policy"]["max_attempts"], other_default.enabled) == (9, 0)
-    assert other.enabled
-    [off] = declare(world, body | {"enabled": False})
-    assert not off.enabled
-
-
-def test_a_job_that_is_gone_from_the_file_is_disabled_and_may_be_changed_then(world):
-    [job] = declare(world, job_body(NOBODY))
-
-    [gone] = declare(world)
-
-    assert (gone.enabled, gone.declared, gone.version) == (False, None, 1)
-    world.do(world.engine.roll_back, job.id, 1, "ada")
-    [back] = declare(world, job_body(NOBODY))
-    assert (back.id, back.enabled) == (job.id, True)
-
-
-def test_a_fire_time_that_was_due_before_the_file_changed_is_not_lost(world, target):
-    bodies = [job_body(target.url, name=f"{n}", schedule="@every 1m") for n in range(300)]
-    jobs = declare(world, *bodies)
-    world.clock.advance(61)  # more is due than one pass enqueues
-
-    declare(world)
+def test_a_pass_with_nothing_to_do_writes_nothing_but_the_heartbeat(world, target):
+    world.create(target.url)
     world.settle()
+    with contextlib.closing(sqlite3.connect(world.store.path)) as observer:
+        commits = lambda: observer.execute("PRAGMA data_version").fetchone()[0]  # noqa: E731
+        before = commits()
 
-    assert [states(world, job) for job in jobs] == [["success"]] * 300
+        for _ in range(59):
+            world.advance(1)
+            assert commits() == before
+        world.advance(1)
 
-
-def test_a_declared_instant_that_has_passed_is_no_mistake_and_does_not_run_again(world, target):
-    once = job_body(target.url, schedule="@at 2027-03-01T12:01:00Z")
-    [job] = declare(world, once)
-    world.advance(60)
-
-    assert declare(world, once) == []
-    [changed] = declare(world, once | {"timeout": "9s"})
-
-    assert states(world, job) == ["success"]
-    assert not changed.enabled
-
-
-def test_declared_jobs_are_listed_in_the_order_of_the_file(world):
-    names = [f"job {n}" for n in range(20)]
-
-    declare(world, *(job_body(NOBODY, name=name) for name in names))
-
-    assert [job.config["name"] for job in world.all_jobs()] == names
-
-
-def test_a_secret_of_a_declared_job_may_come_from_the_environment(load):
-    body = job_body(NOBODY, webhook={"auth": {"type": "bearer", "token": "${TOKEN}"}})
-
-    [(config, enabled, _digest)] = load(declared(body), TOKEN="s3cret!")["jobs"].values()
-
-    assert config["webhook"]["auth"]["token"] == "s3cret!"
-    assert enabled
+        assert commits() == before + 1
+    assert world.store.number("last_seen") == at("12:01:00")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "line", "said"),
+    ("error", "code"),
+    [(chronos.ApiError("CONFLICT", "no"), "CONFLICT"), (RuntimeError("oh"), "INTERNAL_ERROR")],
+)
+def test_changes_are_one_commit_and_one_that_fails_takes_no_other_with_it(world, error, code):
+    def fail(_turn):
+        world.store.set_number("b", 1)
+        raise error
+
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+    first = set_number(world, "a")
+    second = world.engine.hand_in(fail)
+    third = set_number(world, "c")
+    world.engine.run_pass()
+
+    with pytest.raises(chronos.ApiError) as refusal:
+        second.result(5)
+    assert refusal.value.code == code
+    assert (first.result(5), third.result(5)) == (None, None)
+    assert numbers(world) == ["a", "c", "last_seen"]
+    assert statements.count("COMMIT") == 1
+
+
+def test_who_has_waited_too_long_withdraws_a_change_that_was_not_begun(world, target, monkeypatch):
+    job = world.create(target.url)
+    monkeypatch.setattr(chronos, "WRITE_PATIENCE_S", 0.05)
+
+    with pytest.raises(chronos.StoreError, match="nothing was changed"):
+        world.engine.make(world.engine.set_enabled, job.id, False)
+    world.settle()
+
+    assert world.store.job(job.id).enabled
+
+
+def test_a_change_that_begins_as_its_thread_gives_up_is_not_denied(world, monkeypatch, background):
+    begun, gave_up = threading.Event(), threading.Event()
+
+    class Impatient(concurrent.futures.Future):
+        def result(self, timeout=None):
+            if timeout is None:
+                return super().result(10)
+            assert begun.wait(10)
+            raise TimeoutError
+
+        def cancel(self):
+            assert not super().cancel()
+            gave_up.set()
+
+    def change(_turn):
+        begun.set()
+        assert gave_up.wait(10)
+        world.store.set_number("a", 1)
+
+    monkeypatch.setattr(chronos, "Future", Impatient)
+    answer = background.submit(world.engine.make, change)
+    turn_until(world, answer.done)
+
+    assert answer.result() is None
+    assert "a" in numbers(world)
+
+
+def test_a_pass_with_long_work_to_do_is_cut_short_and_the_next_follows_at_once(tmp_path, target):
+    world = World(tmp_path / "data", HookedClock())
+    jobs = add_jobs(world, 30, target.url, schedule="0 * * * *", missed_run_policy="execute_all")
+    world.clock.advance(50 * 3600)
+    world.clock.hook = lambda: world.clock.advance(0.01)
+
+    done = [0]
+    while done[-1] < 30:
+        wait = world.engine.run_pass()
+        done.append(sum(bool(world.executions(job)) for job in jobs))
+        assert 0 < done[-1] - done[-2] <= 6 and (wait == 0 or done[-1] == 30)
+    world.close()
+
+
+# --- changes that meet outcomes -------------------------------------------------------
+
+
+def ending(world, job, execution_id, how):
+    """Return a change that ends a run, and its arguments."""
+    return {
+        "cancel": (world.engine.cancel, job.id, execution_id, "tester"),
+        "replace": (world.engine.trigger, job.id, f"exec-{uuid.uuid4()}"),
+        "delete": (world.engine.delete_job, job, False),
+    }[how]
+
+
+def change_while_it_ends(world, target, change, *arguments):
+    """Make a change in a pass that has begun when the request that hangs ends."""
+
+    def late(turn):
+        target.let_go.set()
+        wait_until(world.engine._inbox.qsize)  # the outcome, for the next pass
+        return change(turn, *arguments)
+
+    return world.do(late)
+
+
+def pointed_at(job, url):
+    """Return the configuration of a job with another URL."""
+    return job.config | {"webhook": job.config["webhook"] | {"url": url}}
+
+
+@pytest.mark.parametrize("path", ["/hang/ok", "/hang/status/503"])
+@pytest.mark.parametrize(("how", "after"), [
+    ("cancel", [("failed", "cancelled")]),
+    ("replace", [("failed", "replaced"), ("success", None)]),
+    ("delete", []),
+])  # fmt: skip
+def test_an_outcome_that_comes_while_its_run_is_ended_is_ignored(world, target, path, how, after):
+    script(target, path)
+    job = world.create(target.url, concurrency="replace")
+    execution_id = hang(world, target, job)
+
+    change_while_it_ends(world, target, *ending(world, job, execution_id, how))
+    world.advance(60)
+
+    assert states(world, job, "status", "reason") == after
+    assert target.received.qsize() == (2 if how == "replace" else 1)
+    assert not world.engine._in_flight
+
+
+@pytest.mark.parametrize(("how", "after", "refusal"), [
+    ("cancel", ["success"], "has ended: success"),
+    ("replace", ["success", "success"], "None"),
+    ("delete", [], "None"),
+])  # fmt: skip
+def test_an_outcome_that_came_before_its_run_is_ended_counts(world, target, how, after, refusal):
+    script(target, "/hang/ok")
+    job = world.create(target.url, concurrency="replace")
+    execution_id = hang(world, target, job)
+
+    target.let_go.set()
+    wait_until(world.engine._inbox.qsize)
+    change = world.engine.hand_in(*ending(world, job, execution_id, how))
+    world.settle()
+
+    assert states(world, job) == after
+    assert refusal in str(change.exception(5))
+
+
+def test_a_run_whose_job_is_changed_while_it_ends_goes_on_as_it_began(world, target):
+    script(target, "/hang/status/503")
+    job = world.create(target.url + "/old")
+    hang(world, target, job)
+
+    change = (world.engine.update_job, job, pointed_at(job, target.url + "/new"), None, "tester")
+    assert change_while_it_ends(world, target, *change).version == 2
+    world.advance(1)
+
+    assert states(world, job, "job_version", "status", "attempts") == [(1, "success", 2)]
+    assert [target.take()[1] for _ in range(2)] == ["/status/503", "/old"]
+
+
+def test_a_change_that_is_refused_aborts_nothing(world, target, monkeypatch):
+    job = world.create(target.url + "/hang", schedule="* * * * *", concurrency="replace")
+    execution_id = hang(world, target, job)
+    world.clock.advance(61)
+    monkeypatch.setattr(world.store, "due_jobs", lambda *_: [])  # only the change reaches it
+
+    with pytest.raises(chronos.ApiError, match="no version 9"):
+        world.do(world.engine.roll_back, job.id, 9, "tester")
+
+    assert world.engine._in_flight[execution_id].reason is None
+    assert states(world, job) == ["running"]
+
+
+# --- the disk is full -----------------------------------------------------------------
+
+
+def test_a_full_disk_refuses_every_change_of_the_pass(world):
+    world.engine.run_pass()
+    fill_disk(world)
+
+    writes = [set_number(world, key) for key in ("a", "b" * 90_000, "c")]
+    world.engine.run_pass()
+
+    for write in writes:
+        with pytest.raises(chronos.StoreError, match="disk is full") as refusal:
+            write.result(5)
+        assert refusal.value.code == "STORE_ERROR"
+    assert numbers(world) == ["last_seen"]
+    assert "disk is full" in world.engine.problem
+    free_disk(world)
+    again = set_number(world, "b" * 90_000)
+    world.engine.run_pass()
+    assert again.result(5) is world.engine.problem is None
+
+
+def test_an_outcome_that_a_full_disk_refuses_is_kept_and_written_later(world, target):
+    script(target, "/hang/echo")
+    job = world.create(target.url, webhook={"body": "x" * 60_000})
+    hang(world, target, job)
+    fill_disk(world)
+
+    target.let_go.set()
+    turn_until(world, lambda: world.engine.problem)
+    world.engine.run_pass()
+    assert states(world, job) == ["running"]
+    free_disk(world)
+    world.settle()
+
+    assert states(world, job, "status", "response") == [("success", "x" * 60_000)]
+    assert target.received.qsize() == 1
+
+
+def test_a_version_that_was_rolled_back_with_its_pass_sends_nothing(world, target):
+    job = world.create(target.url)
+    config = pointed_at(job, target.url + "/refused")
+    fill_disk(world)
+    world.engine.hand_in(world.engine.update_job, job, config, None, "tester")
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+    set_number(world, "b" * 90_000)
+    world.engine.run_pass()
+    free_disk(world)
+
+    config = pointed_at(job, target.url + "/made")
+    world.do(world.engine.update_job, job, config, None, "tester")
+    trigger(world, job)
+    world.settle()
+
+    assert target.take()[1] == "/made"
+
+
+# --- errors that nobody expected ------------------------------------------------------
+
+
+def test_an_error_of_passes_is_logged_once_a_minute_and_its_end_is_logged(world, caplog):
+    fill_disk(world)
+    for minute in (1, 2):
+        for _ in range(61):
+            set_number(world, "b" * 90_000)
+            world.engine.run_pass()
+            world.clock.advance(1)
+        assert len(caplog.messages) == caplog.text.count("disk is full") == minute
+
+    free_disk(world)
+    world.engine.run_pass()
+
+    assert caplog.messages[2:] == ["the engine goes on"]
+
+
+def test_an_error_that_leaves_a_pass_does_not_end_the_engine(service, target, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.engine, "_settle", a_bug)
+        wait_until(lambda: service.call("GET", "/health")[0] == 503)
+
+    service.create(target.url)
+    wait_until(lambda: service.call("GET", "/health")[0] == 200)
+    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
+
+
+def test_an_error_in_passes_is_logged_once_and_shown_and_delays_fire_times(
+    service, target, monkeypatch, caplog
+):
+    fields = {"schedule": "@every 1s", "enabled": True, "concurrency": "allow"}
+    first = chronos.parse_time(service.create(target.url, **fields)["next_run"])
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.store, "due_jobs", a_bug)
+        wait_until(lambda: service.call("GET", "/health")[0] == 503)
+        shown = service.error(503, "GET", "/health")
+        refused = service.error(500, "POST", "/jobs", job_body(NOBODY))
+
+    fired = [target.take()[2]["X-Chronos-Scheduled-Time"] for _ in range(3)]
+    assert service.get("/health")["status"] == "healthy"
+
+    assert shown == {"code": "UNAVAILABLE", "message": "a bug"}
+    assert refused["code"] == "INTERNAL_ERROR"
+    assert sorted(map(chronos.parse_time, fired)) == [first + n * SECOND for n in range(3)]
+    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
+    assert caplog.messages.count("the engine goes on") == 1
+
+
+def test_an_error_without_words_is_shown_too(world, monkeypatch):
+    def no_memory(_now, _most):
+        raise MemoryError
+
+    monkeypatch.setattr(world.store, "due_jobs", no_memory)
+    world.engine.run_pass()
+
+    assert world.engine.problem
+
+
+def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target, monkeypatch):
+    job = world.create(target.url)
+    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(world.engine, "_answer", a_bug)
+        world.engine.run_pass()
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(
+    make_service, target, monkeypatch, caplog
+):
+    service, died = make_service(dispatcher__max_concurrent_jobs=1), []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    job = service.create(target.url, retry_policy=ONCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.engine.dispatcher, "_judge", a_bug)
+        status, envelope = service.call("POST", trigger_path(job, "?wait=2s"))
+
+    assert (status, died) == (500, [])
+    assert envelope["error"]["code"] == "EXECUTION_ERROR"
+    assert len(tracebacks(caplog)) == 1
+    assert service.post(trigger_path(job))["status"] == "success"
+
+
+def test_an_error_in_the_watchdog_ends_no_limit_and_is_logged_once(
+    service, target, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.engine.dispatcher, "close_idle", a_bug)
+        wait_until(lambda: tracebacks(caplog))
+        job = service.create(target.url + "/hang", timeout="300ms", retry_policy=ONCE)
+        error = service.error(500, "POST", trigger_path(job))
+
+    assert "within the timeout" in error["message"]
+    assert tracebacks(caplog) == ["the watchdog goes on"]
+
+
+# --- the stop -------------------------------------------------------------------------
+
+
+def test_an_outcome_that_arrives_during_the_stop_is_written(make_service, target, monkeypatch):
+    begun, clock = threading.Event(), HookedClock()
+    monkeypatch.setattr(chronos, "Clock", lambda: clock)
+    client = make_service(server__shutdown_grace="0s")
+    engine, job = client.service.engine, client.create(target.url + "/hang")
+
+    def last_pass(_turn):
+        begun.set()
+        target.let_go.set()
+        wait_until(lambda: engine._inbox.qsize() == 2)  # the outcome, the call to stop
+
+    def hook():
+        if threading.current_thread() is threading.main_thread():  # it begins to count the grace
+            clock.hook = HookedClock.hook
+            engine.hand_in(last_pass)
+            assert begun.wait(10)
+
+    client.expect(202, "POST", trigger_path(job, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+    clock.hook = hook
+    engine.stop(0)
+
+    assert client.get(f"/jobs/{job['id']}")["last_execution"]["status"] == "success"
+
+
+def test_while_the_server_stops_no_change_erases_a_due_fire_time(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.advance(61)
+    world.engine.stopping = True
+
+    with pytest.raises(chronos.ApiError, match="is stopping") as refusal:
+        world.do(world.engine.set_enabled, job.id, False)
+
+    assert refusal.value.code == "UNAVAILABLE"
+    assert world.store.job(job.id).next_run_at == NOON + 60 * SECOND
+
+
+def test_a_trigger_during_the_stop_is_answered_at_once_and_run_by_the_next_start(
+    make_service, make_world, target, background
+):
+    service = make_service()
+    busy, job = service.create(target.url + "/hang"), service.create(target.url)
+    service.expect(202, "POST", trigger_path(busy, "?wait=0"))
+    target.take()
+    stopping = background.submit(service.service.engine.stop, 20 * SECOND)
+    wait_until(lambda: service.service.engine.stopping)
+
+    execution = service.expect(202, "POST", trigger_path(job))
+    assert not stopping.done()
+    target.let_go.set()
+    stopping.result(10)
+    assert target.received.empty()
+    world = make_world()
+    world.settle()
+
+    assert execution["status"] == "pending"
+    assert world.store.execution_of(None, execution["id"]).status == "success"
+    assert target.take()[2]["X-Chronos-Execution-ID"] == execution["id"]
+
+
+# ======================================================================================
+# 17. API
+# ======================================================================================
+
+NO_ID = "11111111-1111-4111-8111-111111111111"
+
+
+def send_as_is(client, method, path, body=None):
+    """Send a path just as it is written, which requests does not; return status and answer."""
+    host, port = client.url.removeprefix("http://").split(":")
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        answer.text = answer.read().decode()
+        return answer.status, answer
+
+
+# --- health and errors ----------------------------------------------------------------
+
+
+def test_health_is_healthy_and_knows_the_time(service):
+    health = service.get("/health")
+
+    assert health["status"] == "healthy"
+    assert abs(chronos.parse_time(health["timestamp"]) / SECOND - time.time()) < 5
+
+
+def test_a_store_that_fails_is_a_store_error_which_health_shows_until_it_is_over(service):
+    with contextlib.closing(sqlite3.connect(service.service.store.path)) as database:
+        database.execute("ALTER TABLE jobs RENAME TO gone")
+        assert service.error(500, "POST", "/jobs", job_body(NOBODY))["code"] == "STORE_ERROR"
+        assert service.error(500, "GET", "/jobs")["code"] == "STORE_ERROR"
+        problem = service.error(503, "GET", "/health")
+        database.execute("ALTER TABLE gone RENAME TO jobs")
+
+    assert problem["code"] == "UNAVAILABLE"
+    assert "no such table: jobs" in problem["message"]
+    wait_until(lambda: service.call("GET", "/health")[0] == 200)
+    assert service.create(NOBODY)["name"] == "report"
+
+
+def test_an_error_in_a_handler_is_answered_and_logged_once(service, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.service.store, "jobs", a_bug)
+        error = service.error(500, "GET", "/jobs")
+
+    assert error["code"] == "INTERNAL_ERROR"
+    assert tracebacks(caplog) == ["GET /api/v1/jobs failed"]
+    assert service.get("/jobs") == {"jobs": [], "total": 0}
+    assert service.get("/health")["status"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "/api/v1", "/api/v1/jobs/", "/health/", "/api/v2/jobs", "/..%2fhealth", "/%00"],
+)
+def test_an_unknown_path_is_answered_in_the_envelope(service, path):
+    status, answer = send_as_is(service, "GET", path)
+
+    assert (status, answer.headers["Content-Type"]) == (404, "application/json")
+    assert json.loads(answer.text)["error"]["code"] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
     [
-        ("- {}", 3, "jobs.1.name is required"),
-        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a'}\n- 5", 3, "each an ob"),
-        ("- name: a\n  schedule: 1 2 3\n  webhook: {url: 'http://a'}", 4, "jobs.1.schedule '1 2"),
-        ("- name: a\n  shedule: x", 4, "jobs.1.shedule is not a known name (did you mean 'sch"),
-        ("- name: a\n  schedule: '@daily'\n  webhook:\n    url: ftp://a", 6, "jobs.1.webhook.url"),
-        ("- name: a\n  schedule: '@daily'\n  webhook: {}", 5, "jobs.1.webhook.url is required"),
-        ("- name: a\n  timeout: 1x", 4, "jobs.1.timeout must be a duration"),
-        ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a', auth: {type: bearer, "
-         "token: '********'}}", 5, "jobs.1.webhook.auth.token is ********"),
-        ("- &a {name: a}\n- *a", 4, "aliases are not supported"),
-        ("- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}\n"
-         "- {name: a, schedule: '@daily', webhook: {url: 'http://a'}}", 4,
-         "jobs.2.name 'a' is there twice"),
-        ("{a: {schedule: '@daily'}}", 3, "must be a list of jobs"),
+        ("DELETE", "/api/v1/jobs", {"GET", "POST"}),
+        ("OPTIONS", "/api/v1/jobs", {"GET", "POST"}),
+        ("BREW", "/api/v1/jobs", {"GET", "POST"}),
+        ("POST", "/health", {"GET"}),
+        ("GET", "/api/v1/jobs/x/trigger", {"POST"}),
+    ],
+)
+def test_a_wrong_method_is_answered_with_what_is_allowed(service, method, path, allowed):
+    status, answer = send_as_is(service, method, path)
+
+    assert json.loads(answer.text)["error"]["code"] == "METHOD_NOT_ALLOWED"
+    assert (status, answer.headers["Content-Type"]) == (405, "application/json")
+    assert allowed <= set(re.split(", *", answer.headers["Allow"])) <= allowed | {"HEAD"}
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (b"", ""),
+        (b"{", ""),
+        (b'{"name": "a"} x', ""),
+        (b'{"name": "\xff"}', ""),
+        (b'{"name": NaN}', "NaN"),
+        (b'{"name": -Infinity}', "Infinity"),
+        (b'{"webhook": {"url": "a", "url": "b"}}', "'url'"),
+        (b"[" * 100_000, "nested"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
+    ],
+)
+def test_a_body_that_is_no_json_is_refused(service, body, hint):
+    error = service.error(400, "POST", "/jobs", body)
+
+    assert error["code"] == "INVALID_JSON"
+    assert hint in error["message"]
+
+
+@pytest.mark.parametrize("body", ["[]", '"job"', "1", "null", "true"])
+def test_json_that_is_no_object_is_a_validation_error(service, body):
+    assert service.error(400, "POST", "/jobs", body)["code"] == "VALIDATION_ERROR"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "nearest"),
+    [
+        ({"shedule": "@daily"}, "shedule", "schedule"),
+        ({"webhook": {"metod": "GET"}}, "webhook.metod", "method"),
+        ({"retry_policy": {"max_attemps": 3}}, "retry_policy.max_attemps", "max_attempts"),
+    ],
+)
+def test_an_unknown_field_is_refused_naming_the_nearest(service, fields, path, nearest):
+    error = service.error(400, "POST", "/jobs", job_body(NOBODY, **fields))
+
+    assert error["code"] == "VALIDATION_ERROR"
+    assert [detail["field"] for detail in error["details"]] == [path]
+    assert f"'{nearest}'" in error["details"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["%00", "a%00b", "%", "%zz", "..", "%2e%2e", "a%2Fb", "%F0%9F%92%A5", "'--"]
+)
+def test_an_odd_id_is_of_no_job_and_no_execution(service, odd):
+    job = service.create(NOBODY)
+
+    for path in (odd, f"{job['id']}{odd}", f"{job['id']}/executions/{odd}"):
+        status, answer = send_as_is(service, "GET", f"/api/v1/jobs/{path}")
+        assert status in (400, 404), path
+        assert json.loads(answer.text)["error"]["code"] in ("VALIDATION_ERROR", "NOT_FOUND")
+
+
+@pytest.mark.parametrize("odd", ["%ff", "%ed%a0%80"])
+def test_bytes_that_are_not_utf_8_are_not_dropped_from_an_id(service, odd):
+    job = service.create(NOBODY)
+
+    status, _answer = send_as_is(service, "DELETE", f"/api/v1/jobs/{odd}{job['id']}")
+
+    assert status in (400, 404)
+    assert service.get("/jobs")["total"] == 1
+
+
+@pytest.mark.parametrize(("method", "path"), [r[:2] for r in chronos.Api.ROUTES if "<" in r[1]])
+def test_what_is_not_there_is_not_found(service, method, path):
+    status, answer = send_as_is(service, method, re.sub("<.*?>", NO_ID, path), "{}")
+
+    assert (status, json.loads(answer.text)["error"]["code"]) == (404, "NOT_FOUND")
+
+
+def test_head_answers_with_the_head_of_get(service):
+    job_path = f"/api/v1{path_of(service.create(NOBODY))}"
+
+    for path in ("/health", job_path, f"{job_path}/executions", "/api/v1/jobs/x"):
+        got, head = (send_as_is(service, method, path) for method in ("GET", "HEAD"))
+        assert (got[0], bool(got[1].text), head[1].text) == (head[0], True, "")
+        assert differences(dict(got[1].headers), dict(head[1].headers)).keys() <= {"Date"}
+
+
+def test_a_body_of_one_mebibyte_is_accepted(service):
+    assert service.call("POST", "/jobs", json.dumps(job_body(NOBODY)).ljust(2**20))[0] == 201
+
+
+def test_answers_are_not_kept_framed_or_sniffed(service):
+    for path in ("/health", "/api/v1/jobs", "/nothing"):
+        headers = requests.get(service.url + path, timeout=5).headers
+        assert {name: headers[name] for name in chronos.HEADERS} == (chronos.HEADERS)
+        assert not [name for name in headers if name.startswith("Access-Control-")]
+
+
+# --- who may do what ------------------------------------------------------------------
+
+
+def test_every_route_but_health_asks_who_it_is(guarded):
+    for method, path, _name in chronos.Api.ROUTES:
+        status, answer = send_as_is(guarded, method, re.sub("<.*?>", "1", path))
+        assert status == (200 if path == "/health" else 401), path
+        assert json.loads(answer.text)["success"] == (status == 200)
+    for path in ("//api/v1/jobs", "/%61pi/v1/jobs", "/api/v1/jobs?x"):
+        answer = requests.get(guarded.url + path, timeout=5)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == 'Basic realm="Chronos", charset="UTF-8"'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "", "Basic", "Basic !!!", "Basic YWRh", "Bearer x", "Basic " + "A" * 5000, "Digest a=b",
+        "Basic \xff",
     ],
 )  # fmt: skip
-def test_a_wrong_declaration_is_refused_with_its_line_and_the_words_of_the_api(
-    refusal, wrong, line, said
+def test_what_are_no_credentials_is_a_401_and_no_failure(guarded, header):
+    for _ in range(12):
+        error = guarded.expect(401, "GET", "/jobs", headers={"Authorization": header})
+
+    assert error["code"] == "UNAUTHORIZED"
+    assert guarded.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
+
+
+def test_who_changed_a_version_is_known_and_a_viewer_only_reads(guarded, target):
+    body, vera = job_body(target.url), credentials("vera")
+    job = guarded.expect(201, "POST", "/jobs", body, headers=credentials("ada"))
+
+    [version] = guarded.expect(200, "GET", path_of(job, "/versions"), headers=vera)
+    assert version["created_by"] == "ada"
+    for method, rest in (("DELETE", ""), ("POST", "/trigger"), ("PATCH", ""), ("PUT", "")):
+        error = guarded.expect(403, method, path_of(job, rest), headers=vera)
+        assert error["code"] == "FORBIDDEN" and "auth.viewers" in error["message"]
+    assert target.received.empty()
+
+
+def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_not(
+    guarded, monkeypatch
 ):
-    indented = "".join(f"  {text}\n" for text in wrong.splitlines())
-    message = refusal(f"# declared\njobs:\n{indented}")
+    clock = ManualClock()
+    monkeypatch.setattr(guarded.service.api.sign_in, "_clock", clock)
+    known, new = credentials("ada"), credentials("vera")
+    guarded.expect(200, "GET", "/jobs", headers=known)
 
-    assert said in message
-    assert f"chronos.yaml: line {line}: " in message
+    for name in ("ada", "nobody") * 5:
+        guarded.expect(401, "GET", "/jobs", headers=credentials(name, "wrong"))
+        clock.advance(1)
+    refused = requests.get(f"{guarded.url}/api/v1/jobs", headers=new, timeout=5)
+
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "51")
+    assert refused.json()["error"]["code"] == "TOO_MANY_REQUESTS"
+    guarded.expect(200, "GET", "/jobs", headers=known)
+    clock.advance(51)
+    guarded.expect(200, "GET", "/jobs", headers=new)
 
 
-def test_check_config_looks_at_every_declared_job(configure):
-    good = run_chronos("check-config", "--config", configure(declared(job_body(NOBODY))))
-    bad = run_chronos("check-config", "--config", configure(declared(job_body("gopher://x"))))
+def test_a_failed_sign_in_is_logged_without_its_password(guarded, caplog):
+    guarded.expect(401, "GET", "/jobs", headers=credentials("eve", "canary-word"))
 
-    assert (good.returncode, good.stdout) == (0, "the configuration is correct\n")
-    check_refused(bad, 78, "line 3: jobs.1.webhook.url")
+    assert "somebody at 127.0.0.1 could not sign in as eve" in caplog.text
+    assert "canary-word" not in caplog.text
 
 
-def test_the_jobs_of_the_readme_are_correct(load):
-    readme = CHRONOS.with_name("README.md").read_text()
-    examples = re.findall("```yaml\n(jobs:.*?)```", readme, re.DOTALL)
+def test_while_others_sign_in_for_long_nobody_holds_a_thread(guarded):
+    known = credentials("ada")
+    guarded.expect(200, "GET", "/jobs", headers=known)
 
-    found = [load(example, TOKEN="t0ken!", PING_KEY="k")["jobs"] for example in examples]
+    with guarded.service.api.sign_in._lock:  # as hashing does
+        error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
+        guarded.expect(200, "GET", "/jobs", headers=known)
 
-    assert [len(jobs) for jobs in found] == [3, 1]
+    assert "too many sign-ins at once" in error["message"]
+
+
+def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(monkeypatch):
+    settings = make_settings(Path("unused"), auth__users={"ada": ADA})
+    sign_in, clock = chronos.SignIn(settings, ManualClock()), ManualClock()
+    monkeypatch.setattr(chronos, "hash_password", lambda *_: "")
+    wrong = credentials("ada", "wrong")["Authorization"]
+
+    codes = []
+    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]:
+        chronos.bottle.request.bind({"REMOTE_ADDR": address})
+        with pytest.raises(chronos.ApiError) as refusal:
+            sign_in.user(wrong, True)
+        codes.append(refusal.value.code)
+
+    assert clock.now() == NOON
+    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 1000
+    assert len(sign_in._failures) == 1000
+    chronos.bottle.request.bind({"REMOTE_ADDR": "10.0.0.1"})
+    with pytest.raises(chronos.ApiError, match="missing or wrong"):
+        sign_in.user(wrong, True)  # its failures are forgotten
+
+
+def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(
+    guarded, monkeypatch
+):
+    hashed = []
+    real = chronos.hash_password
+    monkeypatch.setattr(chronos, "hash_password", lambda *a: hashed.append(a) or real(*a))
+
+    for name, password in (("nobody", "x"), ("ada", "x"), ("ada", "pässwörd")):
+        guarded.call("GET", "/jobs", headers=credentials(name, password))
+    for _ in range(5):
+        guarded.expect(200, "GET", "/jobs", headers=credentials("ada"))
+
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://HOST"}, 200),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "https://Localhost:443"}, 200),
+        ({"Host": "localhost:443", "Origin": "https://localhost"}, 200),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://HOST1"}, 403),
+        ({"Origin": "http://HOST.evil.test"}, 403),
+        ({"Origin": "http://evil.test"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost:8080"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost:443"}, 403),
+        ({"Host": "localhost:8080", "Origin": "http://localhost"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://HOST", "Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_a_page_of_another_site_changes_nothing(service, target, headers, status):
+    job = service.create(target.url)
+    host = service.url.removeprefix("http://")
+    headers = {name: value.replace("HOST", host) for name, value in headers.items()}
+
+    got, envelope = service.call("POST", path_of(job, "/enable"), headers=headers)
+
+    assert got == status
+    assert status == 200 or "server.trusted_proxy" in envelope["error"]["message"]
+    assert service.call("GET", "/jobs", headers=headers)[0] == 200  # reading is the page's right
+    assert service.get(path_of(job))["enabled"] == (status == 200)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("LOCALHOST:8080", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200),
+        ("10.0.0.5:8080", 200), ("cron.test", 200), ("CRON.test:80", 200),
+        (platform.node(), 200), ("evil.test", 403), ("cron.test.evil.test", 403),
+        ("127.0.0.1.evil.test", 403), ("localhost, evil.test", 403), ("[::1", 403),
+    ],
+)  # fmt: skip
+def test_without_sign_in_only_own_names_are_answered(make_service, host, status):
+    service = make_service(server__allowed_hosts=["Cron.Test"])
+
+    got, envelope = service.call("GET", "/jobs", headers={"Host": host})
+
+    assert got == status
+    assert status == 200 or "server.allowed_hosts" in envelope["error"]["message"]
+    assert service.call("GET", "/health", headers={"Host": host})[0] == 200
+
+
+def test_with_sign_in_any_name_will_do(guarded):
+    headers = credentials("ada") | {"Host": "evil.test"}
+
+    assert guarded.call("GET", "/jobs", headers=headers)[0] == 200
+
+
+@pytest.mark.parametrize("trusted", [None, "127.0.0.1", "127.0.0.9"])
+def test_who_asks_is_taken_from_the_trusted_proxy_only(make_service, trusted):
+    service = make_service(server__trusted_proxy=trusted)
+    forwarded = {"X-Forwarded-For": "10.9.9.9", "X-Forwarded-Host": "evil.test"}
+
+    status = service.call("GET", "/jobs", headers=forwarded)[0]
+
+    assert status == (403 if trusted == "127.0.0.1" else 200)
+
+
+# --- jobs -----------------------------------------------------------------------------
+
+
+def test_the_example_of_the_reference_is_created_with_every_field_and_sent(service, target):
+    webhook = EXAMPLE["webhook"] | {"url": target.url + "/reports"}
+
+    job = service.post("/jobs", EXAMPLE | {"webhook": webhook})
+
+    shown = {"Authorization": "********", "Content-Type": "application/json"}
+    webhook |= {"headers": shown, "auth": {"type": "bearer", "token": "********"}}
+    assert webhook.items() <= job["webhook"].items()
+    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
+    plain = EXAMPLE.keys() - {"webhook", "retry_policy"}
+    assert {name: job[name] for name in plain} == {name: EXAMPLE[name] for name in plain}
+    assert str(uuid.UUID(job["id"])) == job["id"]
+    assert job["created_at"] == job["updated_at"]
+    next_run = datetime.fromisoformat(job["next_run"]).astimezone(ZoneInfo("America/New_York"))
+    assert (next_run.hour, next_run.minute, next_run.second) == (9, 0, 0)
+    assert service.post(trigger_path(job))["status"] == "success"
+    method, path, headers, body, _at = target.take()
+    assert (method, path, body) == ("POST", "/reports", b'{"type": "daily"}')
+    assert headers["Authorization"] == "Bearer my-secret-token"
+    assert headers["Content-Type"] == "application/json"
+
+
+def test_what_a_create_leaves_out_has_the_defaults_of_the_reference(service):
+    body = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
+
+    job = service.post("/jobs", body)
+
+    assert job["timezone"] == "UTC"
+    assert job["webhook"]["method"] == "GET"
+    assert job["webhook"]["success_codes"] is job["webhook"]["body"] is job["description"] is None
+    assert EXAMPLE["retry_policy"].items() <= job["retry_policy"].items()
+    assert (job["timeout"], job["concurrency"], job["tags"]) == ("5m", "forbid", {})
+    assert job["enabled"] is False
+    assert job["next_run"] is None
+
+
+def test_jobs_are_listed_in_the_order_of_their_creation_as_get_shows_them(service):
+    jobs = [service.create(NOBODY, name=name) for name in "bca"]
+
+    assert service.get("/jobs") == {"jobs": jobs, "total": 3}
+    assert service.get(f"/jobs/{jobs[1]['id']}") == jobs[1]
+
+
+def test_a_job_has_a_next_run_only_while_it_is_enabled(service):
+    job = service.create(NOBODY)
+
+    enabled = service.post(f"/jobs/{job['id']}/enable")
+    again = service.post(f"/jobs/{job['id']}/enable")
+    disabled = service.post(f"/jobs/{job['id']}/disable")
+
+    year = datetime.now(UTC).year + 1
+    assert (job["enabled"], job["next_run"]) == (False, None)
+    assert (enabled["enabled"], enabled["next_run"]) == (True, f"{year}-01-01T00:00:00Z")
+    assert again == enabled
+    assert (disabled["enabled"], disabled["next_run"]) == (False, None)
+
+
+def test_a_deleted_job_is_gone_with_its_executions(service, target):
+    job = service.create(target.url + "/ok")
+    execution = service.post(trigger_path(job))
+
+    assert service.expect(200, "DELETE", f"/jobs/{job['id']}") == {"id": job["id"]}
+
+    for path in ("", "/executions", f"/executions/{execution['id']}"):
+        assert service.error(404, "GET", f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
+    for method, path in (("DELETE", ""), ("POST", "/enable"), ("POST", "/trigger")):
+        assert service.error(404, method, f"/jobs/{job['id']}{path}")["code"] == "NOT_FOUND"
+    wait_until(lambda: service.service.store.count_executions(job["id"]) == 0)
+    assert service.get("/jobs") == {"jobs": [], "total": 0}
+
+
+def test_a_job_is_on_disk_when_its_201_arrives(service, background):
+    def create_and_look(_n):
+        job_id = service.create(NOBODY)["id"]
+        with contextlib.closing(sqlite3.connect(service.service.store.path)) as other:
+            sql = "SELECT count(*) FROM jobs JOIN versions ON id = job_id WHERE id = ?"
+            return other.execute(sql, [job_id]).fetchone()[0]
+
+    assert list(background.map(create_and_look, range(80))) == [1] * 80
+
+
+# --- changes to a job, and its versions -----------------------------------------------
+
+EXAMPLE_RETRY = EXAMPLE["retry_policy"] | {"attempt_timeout": None}
+MASKED_BEARER = {"type": "bearer", "token": chronos.MASK}
+BASIC_AUTH = {"type": "basic", "username": "me", "password": "p"}
+
+
+def in_seconds(seconds):
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+def test_put_replaces_everything_and_what_is_left_out_goes_to_its_default(service, caplog):
+    caplog.set_level("INFO")
+    minimal = {"name": "a", "schedule": "@daily", "webhook": {"url": NOBODY}}
+    job, fresh = service.post("/jobs", EXAMPLE), service.post("/jobs", minimal)
+
+    changed = put(service, job, minimal)
+
+    assert differences(fresh, changed).keys() == {"id", "version", "created_at", "updated_at"}
+    assert (changed["id"], changed["version"]) == (job["id"], 2)
+    assert job["created_at"] == changed["created_at"] != changed["updated_at"]
+    assert changed["enabled"] is False
+    assert any(job["id"] in line and "disabled" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(("name", "value", "becomes"), [
+    ("timeout", None, "5m"), ("description", None, None), ("concurrency", "replace", "replace"),
+    ("tags", {"a": "9", "b": None, "c": "3"}, {"a": "9", "c": "3"}), ("tags", None, {}),
+    ("retry_policy", {"max_attempts": 7, "multiplier": None}, EXAMPLE_RETRY | {"max_attempts": 7}),
+    ("webhook", {"method": None}, {"method": "GET"}),
+    ("webhook", {"success_codes": [204]}, {"success_codes": [204]}),
+    ("webhook", {"headers": {"x-a": None, "X-B": "2"}}, {"headers": {"X-B": "2"}}),
+    ("webhook", {"auth": None}, {"auth": None}),
+    ("webhook", {"auth": {"username": "u"}},
+     {"auth": BASIC_AUTH | {"username": "u", "password": chronos.MASK}}),
+    ("webhook", {"auth": MASKED_BEARER | {"token": "t"}}, {"auth": MASKED_BEARER}),
+])  # fmt: skip
+def test_patch_changes_what_it_names_and_null_is_the_default(service, name, value, becomes):
+    webhook = {"success_codes": [200], "headers": {"x-a": "1"}, "auth": BASIC_AUTH, "body": "b"}
+    fields = {"timeout": "1m", "tags": {"a": "1", "b": "2"}, "description": "d"}
+    job = service.create(NOBODY, webhook=webhook, retry_policy={"multiplier": 4}, **fields)
+
+    after = patch(service, job, {name: value})
+
+    assert differences(job, after).keys() == {name, "version", "updated_at"}
+    assert after[name] == (job["webhook"] | becomes if name == "webhook" else becomes)
+    assert after["version"] == 2
+
+
+@pytest.mark.parametrize(("body", "moves"), [
+    ({"description": "x", "timeout": "1s", "schedule": "@every 1h", "enabled": True}, False),
+    ({"schedule": "@every 2h"}, True),
+    ({"timezone": "Asia/Tokyo"}, True),
+])  # fmt: skip
+def test_a_cursor_moves_only_where_schedule_time_zone_or_state_change(service, body, moves):
+    job = service.create(NOBODY, schedule="@every 1h", enabled=True)
+
+    after = patch(service, job, body)
+
+    assert (after["next_run"] != job["next_run"]) is moves
+    assert put(service, job, after) == service.post(path_of(job, "/enable")) == after
+    disabled = patch(service, job, {"enabled": None})
+    enabled = patch(service, job, {"enabled": True})
+    assert differences(after, disabled).keys() == {"enabled", "next_run", "updated_at"}
+    assert enabled["next_run"] not in (None, after["next_run"])
+    assert enabled["version"] == after["version"] == 2
+
+
+def test_an_instant_in_the_past_is_kept_but_not_set_anew(service):
+    job = service.create(NOBODY, schedule=f"@at {in_seconds(1)}", enabled=True, retry_policy=ONCE)
+    path = path_of(job)
+    job = wait_until(lambda: (got := service.get(path))["next_run"] is None and got)
+    past = {"schedule": f"@at {in_seconds(-5)}"}
+
+    assert patch(service, job, {"description": "was"})["version"] == 2
+    assert wrong_fields(service, "PATCH", path, past) == ["schedule"]
+    assert wrong_fields(service, "POST", "/jobs", job_body(NOBODY, **past)) == ["schedule"]
+    for method, rest, body in (("POST", "/enable", None), ("PATCH", "", {"enabled": True})):
+        assert service.error(409, method, path + rest, body)["code"] == "CONFLICT"
+    assert patch(service, job, {"schedule": f"@at {in_seconds(60)}", "enabled": True})["next_run"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize(("wanted", "status"), [
+    ("*", 200), ('"2"', 200), ('"1", "2"', 200),
+    ('"1","2"', 200),
+    ('"1"', 412), ('"1", "3"', 412), ('W/"2"', 412), ("2", 412), ("", 412),
+])  # fmt: skip
+def test_a_change_is_made_only_to_a_version_that_if_match_names(service, method, wanted, status):
+    job = service.create(NOBODY)
+    job = patch(service, job, {"name": "second"})
+    body = None if method == "DELETE" else job_body(NOBODY, name="third")
+
+    got, envelope = service.call(method, path_of(job), body, headers={"If-Match": wanted})
+
+    assert got == status, envelope
+    if status == 412:
+        assert envelope["error"]["code"] == "PRECONDITION_FAILED"
+        assert service.get(path_of(job)) == job
+
+
+def test_the_etag_of_a_job_is_its_version(service):
+    path = f"/api/v1{path_of(service.create(NOBODY))}"
+
+    for method, body, etag in (("GET", None, 1), ("PATCH", '{"name": "b"}', 2), ("GET", None, 2)):
+        assert send_as_is(service, method, path, body)[1].headers["ETag"] == f'"{etag}"'
+
+
+@pytest.mark.parametrize(("headers", "made"), [({}, 16), ({"If-Match": '"1"'}, 1)])
+def test_of_changes_at_the_same_time_none_is_lost(service, background, headers, made):
+    job = service.create(NOBODY)
+
+    def change(n):
+        return service.call("PATCH", path_of(job), {"tags": {f"t{n}": ""}}, headers=headers)[0]
+
+    assert sorted(background.map(change, range(16))) == [200] * made + [412] * (16 - made)
+    after = service.get(path_of(job))
+    assert (len(after["tags"]), after["version"]) == (made, 1 + made)
+
+
+def test_every_change_of_the_configuration_is_a_version_newest_first(service):
+    job = service.create(NOBODY, name="one")
+    patch(service, job, {"name": "two"})
+    third = put(service, job, job_body(NOBODY, name="three"))
+
+    versions = service.get(path_of(job, "/versions"))
+
+    found = [(v["version"], v["config"]["name"], v["created_by"]) for v in versions]
+    assert found == [(3, "three", "anonymous"), (2, "two", "anonymous"), (1, "one", "anonymous")]
+    assert versions[0]["created_at"] == third["updated_at"] != versions[2]["created_at"]
+    assert versions[0]["config"].items() <= third.items()
+    assert [service.get(path_of(job, f"/versions/{n}")) for n in (3, 2, 1)] == versions
+
+
+def test_a_rollback_is_a_new_version_and_leaves_state_and_cursor_alone(service, target):
+    fields = {"schedule": "@every 1h", "enabled": True, "webhook": WITH_SECRET["bearer"]}
+    job = service.create(target.url, **fields)
+    patch(service, job, {"name": "two", "webhook": {"auth": {"token": "another"}}})
+
+    answer = service.post(path_of(job, "/rollback/1"))
+    again = service.post(path_of(job, "/rollback/3"))
+    service.post(trigger_path(job))
+    service.post(path_of(job, "/disable"))
+
+    assert (answer["rolled_back_from"], answer["new_version"]) == (1, 3)
+    assert differences(job, answer["job"]).keys() == {"version", "updated_at"}
+    assert (again["rolled_back_from"], again["new_version"], again["job"]["version"]) == (3, 4, 4)
+    assert target.take()[2]["Authorization"] == f"Bearer {CANARY}"
+    assert service.post(path_of(job, "/rollback/1"))["job"]["enabled"] is False
+
+
+@pytest.mark.parametrize("n", ["2", "0", "-1", "%2B1", "1.0", "x", "%D9%A1", "9" * 10, "9" * 5000])
+def test_a_version_that_is_not_there_is_not_found(service, n):
+    job = service.create(NOBODY)
+
+    for method, rest in (("GET", "versions"), ("POST", "rollback")):
+        assert service.error(404, method, path_of(job, f"/{rest}/{n}"))["code"] == "NOT_FOUND"
+    assert service.get(path_of(job)) == job
+
+
+@pytest.mark.parametrize(("body", "fields"), [
+    ({"webhook": {"headers": {"X-Token": chronos.MASK}}}, ["webhook.headers.X-Token"]),
+    ({"webhook": {"auth": BASIC_AUTH | {"password": chronos.MASK}}}, ["webhook.auth.password"]),
+    ({"webhook": {"auth": {"type": "api_key", "api_key": chronos.MASK}}}, ["webhook.auth.api_key"]),
+    ({"name": None, "schedule": None, "taggs": {}}, ["taggs", "name", "schedule"]),
+    ({"webhook": {"url": None}}, ["webhook.url"]),
+    ({"name": None, "webhook": {"url": "http://other/"}}, ["name", "webhook.auth.token"]),
+])  # fmt: skip
+def test_what_a_change_has_wrong_is_named_all_at_once(service, body, fields):
+    job = service.create(NOBODY, webhook=WITH_SECRET["bearer"])
+
+    assert wrong_fields(service, "PATCH", path_of(job), body) == fields
+    assert service.get(path_of(job)) == job
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({"If-Match": '"1"'}, 412),
+    ({}, 200),
+])  # fmt: skip
+def test_a_delete_that_meets_a_change_is_refused_only_if_it_names_a_version(
+    service, background, headers, status
+):
+    job = service.create(NOBODY)
+
+    with held(service.service.engine) as inbox:
+        change = background.submit(service.call, "PATCH", path_of(job), {"name": "b"})
+        wait_until(lambda: inbox.qsize() == 1)
+        delete = background.submit(service.call, "DELETE", path_of(job), headers=headers)
+        wait_until(lambda: inbox.qsize() == 2)
+
+    assert (change.result(10)[0], delete.result(10)[0]) == (200, status)
+
+
+# --- jobs that the file declares ------------------------------------------------------
 
 
 @pytest.fixture
@@ -7485,6 +7068,704 @@ def test_a_declared_job_is_triggered_replayed_cancelled_and_disabled_as_any_othe
     wait_until(lambda: target.received.qsize() == 2)
     error = managed.error(409, "POST", f"{path}/executions/{execution['id']}/cancel")
     assert "has ended" in error["message"]
+
+
+# --- triggers -------------------------------------------------------------------------
+
+
+def test_a_trigger_answers_with_the_ended_execution_even_of_a_disabled_job(service, target):
+    job = service.create(target.url + "/ok", enabled=False)
+
+    execution = service.post(trigger_path(job))
+
+    _method, _path, headers, _body, _at = target.take()
+    instants = ("scheduled_time", "started_at", "completed_at")
+    scheduled, started, completed = (chronos.parse_time(execution[name]) for name in instants)
+    assert headers["X-Chronos-Execution-ID"] == execution["id"]
+    assert execution["id"] == f"exec-{uuid.UUID(execution['id'][5:])}"
+    assert (execution["job_id"], execution["job_name"]) == (job["id"], "report")
+    assert (execution["status"], execution["attempts"]) == ("success", 1)
+    assert (execution["status_code"], execution["response"]) == (200, "OK")
+    assert scheduled <= started < completed
+    assert 0 < execution["duration"] // 1000 <= completed - started + SECOND // 100
+    assert execution["node_id"] == service.service.settings["cluster.node_id"]
+    assert service.get(f"/jobs/{job['id']}")["last_execution"]["id"] == execution["id"]
+
+
+@pytest.mark.parametrize(("query", "at_least"), [("?wait=0", 0), ("?wait=1s", 1)])
+def test_a_trigger_waits_no_longer_than_it_is_asked_to(service, target, query, at_least):
+    job = service.create(target.url + "/hang")
+    start = time.monotonic()
+
+    execution = service.expect(202, "POST", trigger_path(job, query))
+
+    assert at_least <= time.monotonic() - start < at_least + 5
+    assert execution["status"] in ("pending", "running")
+    assert execution["completed_at"] is execution["duration"] is None
+    target.let_go.set()
+    path = f"/jobs/{job['id']}/executions/{execution['id']}"
+    assert wait_until(lambda: service.get(path)["completed_at"])
+
+
+@pytest.mark.parametrize("wait", ["", "x", "5", "-1s", "1e3s", "NaN", "inf", "%D9%A3s", "1s%00"])
+def test_a_wait_that_is_no_duration_is_refused_and_nothing_runs(service, target, wait):
+    job = service.create(target.url + "/ok")
+
+    error = service.error(400, "POST", trigger_path(job, f"?wait={wait}"))
+
+    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "wait")
+    assert service.get(f"/jobs/{job['id']}/executions")["total"] == 0
+
+
+def test_a_wait_of_ages_is_as_good_as_none_given(service, target):
+    job = service.create(target.url + "/ok")
+
+    status, _envelope = service.call("POST", trigger_path(job, "?wait=999999999999h"))
+
+    assert status in (200, 400)
+
+
+def test_a_trigger_whose_webhook_answers_with_a_failure_is_200_and_failed(service, target):
+    job = service.create(target.url + "/status/503", retry_policy=ONCE)
+
+    execution = service.post(trigger_path(job))
+
+    assert (execution["status"], execution["reason"]) == ("failed", "http_status")
+    assert (execution["status_code"], execution["response"]) == (503, "OK")
+    assert "503" in execution["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "timeout", "cause"),
+    [
+        (NOBODY, "5s", "refused"),
+        ("/hang", "200ms", "timeout"),
+        ("http://127.0.0.2:1/", "5s", "127.0.0.2"),
+    ],
+)
+def test_a_trigger_without_any_answer_is_an_execution_error(
+    make_service, target, path, timeout, cause
+):
+    service = make_service(dispatcher__blocked_networks=["127.0.0.2/32"])
+    url = target.url + path if path.startswith("/") else path
+    job = service.create(url, timeout=timeout, retry_policy=ONCE)
+
+    error = service.error(500, "POST", trigger_path(job))
+
+    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
+    assert (error["code"], execution["status"]) == ("EXECUTION_ERROR", "failed")
+    assert execution["id"] in error["message"]
+    assert execution["error"] in error["message"]
+    assert cause in error["message"]
+
+
+def test_a_trigger_that_meets_a_running_execution_under_forbid_is_200_and_skipped(service, target):
+    job = service.create(target.url + "/hang", concurrency="forbid")
+    first = service.expect(202, "POST", trigger_path(job, "?wait=0"))
+
+    second = service.post(trigger_path(job))
+
+    assert (second["status"], second["reason"], second["attempts"]) == ("skipped", "overlap", 0)
+    assert first["id"] in second["error"]
+
+
+def test_triggers_that_wait_leave_four_threads_to_everybody_else(make_service, target, background):
+    service = make_service(server__http__threads=8)
+    job = service.create(target.url + "/hang", concurrency="allow")
+    calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(20)]
+
+    at_once = concurrent.futures.as_completed(calls, 10)
+    done = {next(at_once) for _ in range(16)}
+    start = time.monotonic()
+    service.get("/health")
+
+    assert time.monotonic() - start < 1
+    assert [call.result()[0] for call in done] == [202] * 16
+    target.let_go.set()
+    assert [call.result(10)[0] for call in set(calls) - done] == [200] * 4
+
+
+def test_of_triggers_at_the_same_time_forbid_runs_one_and_the_others_name_it(
+    service, target, background
+):
+    job = service.create(target.url + "/hang", concurrency="forbid")
+
+    with held(service.service.engine) as inbox:
+        calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(10)]
+        wait_until(lambda: inbox.qsize() == 10)
+    skipped = [call.result() for call in islice(as_completed(calls, 10), 9)]
+    target.let_go.set()
+
+    [ran] = [call.result(10) for call in calls if call.result(10) not in skipped]
+    assert (ran[0], ran[1]["data"]["status"]) == (200, "success")
+    told = {(status, a["data"]["reason"], a["data"]["error"]) for status, a in skipped}
+    assert told == {(200, "overlap", f"{ran[1]['data']['id']} was still pending")}
+    assert target.received.qsize() == 1
+
+
+# --- executions -----------------------------------------------------------------------
+
+
+def test_the_executions_of_a_job_are_listed_newest_first_and_at_most_100(service, target):
+    job = service.create(target.url + "/hang")
+    ids = [service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"]]
+    ids += [service.post(trigger_path(job))["id"] for _ in range(104)]
+    path = f"/jobs/{job['id']}/executions"
+
+    for query, count in (("", 20), ("?limit=1", 1), ("?limit=100", 100), ("?limit=101", 100)):
+        page = service.get(path + query)
+        assert [execution["id"] for execution in page["executions"]] == ids[::-1][:count]
+        assert page["total"] == 105
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1e99", "", "1.5", "%D9%A3", "9" * 5000])
+def test_a_limit_that_is_no_number_from_1_is_refused(service, limit):
+    job = service.create(NOBODY)
+
+    error = service.error(400, "GET", f"/jobs/{job['id']}/executions?limit={limit}")
+
+    assert (error["code"], error["details"][0]["field"]) == ("VALIDATION_ERROR", "limit")
+
+
+def test_one_execution_shows_each_attempt(service, target):
+    retry = {"max_attempts": 2, "initial_interval": "1ms"}
+    job = service.create(target.url + "/status/503", retry_policy=retry)
+    execution = service.post(trigger_path(job))
+
+    shown = service.get(f"/jobs/{job['id']}/executions/{execution['id']}")
+
+    attempts = shown.pop("attempt_log")
+    assert shown.pop("request")["method"] == "POST"
+    assert shown == execution
+    assert shown["attempts"] == 2
+    assert [(a["number"], a["status_code"]) for a in attempts] == [(1, 503), (2, 503)]
+    assert "503" in attempts[0]["error"]
+    starts = [chronos.parse_time(entry["started_at"]) for entry in (shown, *attempts)]
+    assert starts[0] <= starts[1] < starts[2]
+    assert 0 < sum(attempt["duration"] for attempt in attempts) <= shown["duration"]
+
+
+def test_an_execution_is_not_found_under_another_job(service, target):
+    job, other = (service.create(target.url + "/ok") for _ in range(2))
+    execution = service.post(trigger_path(job))
+
+    assert service.get(f"/jobs/{job['id']}/executions/{execution['id']}")["id"] == execution["id"]
+    path = f"/jobs/{other['id']}/executions/{execution['id']}"
+    assert service.error(404, "GET", path)["code"] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(("charset", "body"), [("utf-7", "+2AA-"), ("unicode_escape", "\\ud800")])
+def test_a_lone_surrogate_in_an_answer_harms_no_list(service, target, charset, body):
+    target.extra_headers["Content-Type"] = f"text/plain; charset={charset}"
+    job = service.create(target.url + "/echo", webhook={"body": body})
+    service.post(trigger_path(job))
+
+    (execution,) = service.get(f"/jobs/{job['id']}/executions")["executions"]
+
+    assert execution["status"] == "success"
+    assert "\ud800" not in execution["response"]
+
+
+@pytest.fixture
+def history(service, target):
+    """A job and its executions: two successes, one that runs on, one that it skipped."""
+    job = service.create(target.url + "/ok", name="history")
+    ids = [service.post(trigger_path(job))["id"] for _ in range(2)]
+    patch(service, job, {"webhook": {"url": target.url + "/hang"}})
+    ids.append(service.expect(202, "POST", trigger_path(job, "?wait=0"))["id"])
+    assert target.hanging.acquire(timeout=10)
+    return job, [*ids, service.post(trigger_path(job))["id"]]
+
+
+@pytest.mark.parametrize(("query", "found", "total"), [
+    ("before={3}", [2, 1, 0], 4), ("before={2}&limit=1", [1], 4), ("before={0}", [], 4),
+    ("status=success", [1, 0], 2), ("status=success&before={1}", [0], 2), ("status=failed", [], 0),
+    ("status=running", [2], 1), ("status=skipped", [3], 1), ("limit=500", [3, 2, 1, 0], 4),
+])  # fmt: skip
+def test_executions_are_paged_by_before_and_filtered(service, history, query, found, total):
+    job, ids = history
+
+    page, overall = (
+        service.get(f"{path}/executions?{query.format(*ids)}") for path in (path_of(job), "")
+    )
+
+    assert [execution["id"] for execution in page["executions"]] == [ids[n] for n in found]
+    assert page["total"] == total
+    assert [e["id"] for e in overall["executions"]] == [ids[n] for n in found]
+    assert overall["has_more"] is ("limit=1" in query)
+    assert all(e["job_name"] == "history" and "response" not in e for e in overall["executions"])
+
+
+def test_an_execution_of_another_job_is_none(service, history):
+    other, running = service.create(NOBODY), history[1][2]
+    path = path_of(other, "/executions")
+
+    calls = ["GET ?before={}", "GET /{}", "POST /{}/replay", "POST /{}/cancel"]
+    for method, rest in map(str.split, calls):
+        error = service.error(404, method, path + rest.format(running))
+        assert error["code"] == "NOT_FOUND"
+    assert service.get("/executions?status=running")["executions"][0]["id"] == running
+
+
+def test_nothing_comes_before_an_execution_that_is_not_there(service):
+    assert service.error(404, "GET", f"/executions?before=exec-{NO_ID}")["code"] == "NOT_FOUND"
+
+
+def test_a_replay_sends_what_the_original_sent_even_after_a_change(service, target):
+    job = service.create(target.url + "/old", webhook={"body": "old", **WITH_SECRET["bearer"]})
+    original, first = service.post(trigger_path(job)), target.take()
+    patch(service, job, {"webhook": {"url": target.url + "/new", "body": "new", "auth": None}})
+
+    answer = service.expect(202, "POST", path_of(job, f"/executions/{original['id']}/replay"))
+
+    again, replay_id = target.take(), answer.pop("replay_execution_id")
+    assert answer.pop("original_execution_id") == original["id"] != replay_id
+    assert answer == {"message": "Execution replay triggered"}
+    assert [again[n] for n in (0, 1, 3)] == ["POST", "/old", b"old"]
+    fresh = {"X-Chronos-Execution-ID": replay_id, "Idempotency-Key": replay_id}
+    assert differences(dict(first[2]), dict(again[2])) == fresh
+    replay = service.get(path_of(job, f"/executions/{replay_id}"))
+    kept = {name: original[name] for name in ("job_version", "scheduled_time")}
+    assert {"trigger": "replay", "replay_of": original["id"], **kept}.items() <= replay.items()
+
+
+def test_a_replay_obeys_the_concurrency_that_the_job_has_now(service, history):
+    job, ids = history
+
+    for concurrency, status in (("forbid", "skipped"), ("allow", "success")):
+        patch(service, job, {"concurrency": concurrency})
+        service.expect(202, "POST", path_of(job, f"/executions/{ids[0]}/replay"))
+        newest = path_of(job, f"/executions?limit=1&status={status}")
+        wait_until(lambda url=newest: service.get(url)["executions"][0]["trigger"] == "replay")
+
+
+def test_cancelling_a_running_execution_ends_its_connection(service, hostile):
+    def behave(server, connection):
+        server.requests.put(read_request(connection))
+        server.requests.put(connection.recv(1))
+
+    server = hostile(behave)
+    job = service.create(server.url)
+    execution = service.expect(202, "POST", trigger_path(job, "?wait=0"))
+    path = path_of(job, f"/executions/{execution['id']}")
+    assert server.requests.get(timeout=10)
+
+    answer = service.post(path + "/cancel")
+
+    assert (answer["status"], answer["reason"]) == ("failed", "cancelled")
+    assert "anonymous" in answer["error"]
+    assert server.requests.get(timeout=2) == b""
+    assert service.error(409, "POST", path + "/cancel")["code"] == "CONFLICT"
+
+
+def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
+    job = service.create(target.url + "/status/503", retry_policy={"initial_interval": "2s"})
+    execution = service.expect(202, "POST", trigger_path(job, "?wait=1s"))
+
+    answer = service.post(path_of(job, f"/executions/{execution['id']}/cancel"))
+
+    assert (execution["status"], execution["attempts"]) == ("pending", 1)
+    assert (answer["status"], answer["reason"], answer["attempts"]) == ("failed", "cancelled", 1)
+    target.take()
+    with pytest.raises(queue.Empty):
+        target.received.get(timeout=2)
+
+
+# --- lists of jobs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("query", "found", "total"), [
+    ("enabled=true", "a", 1), ("enabled=false", "bcd", 3), ("q=REPORT", "b", 1),
+    ("tag=team:x", "ab", 2), ("tag=team:x&tag=env:prod:eu", "b", 1), ("tag=team:", "d", 1),
+    ("tag=gr%C3%B6%C3%9Fe:%22", "c", 1), ("q=nightly", "ac", 2), ("q=%25", "d", 1),
+    ("q=%C3%84RGER", "c", 1),
+    ("status=success", "a", 1), ("status=failed", "b", 1), ("status=skipped", "", 0),
+    ("limit=2", "ab", 4), ("limit=2&offset=1", "bc", 4), ("offset=9", "", 4),
+    ("q=nightly&limit=1", "a", 2), ("q=nightly&enabled=false&tag=team:x", "", 0),
+])  # fmt: skip
+def test_jobs_are_found_by_state_tag_text_and_last_outcome(service, target, query, found, total):
+    tags, url = {"team": "x"}, target.url + "/status/404"
+    service.create(target.url, name="a", description="Nightly", enabled=True, tags=tags)
+    service.create(url, name="b Report", tags=tags | {"env": "prod:eu"})
+    service.create(url, name="c NIGHTLY", description="ärger", tags={"größe": '"', "Team": "x"})
+    service.create(url, name="d 100%", tags={"team": ""})
+    for job in service.get("/jobs?limit=2")["jobs"]:
+        service.post(trigger_path(job))
+
+    answer = service.get(f"/jobs?{query}")
+
+    assert "".join(job["name"][0] for job in answer["jobs"]) == found
+    assert answer["total"] == total
+
+
+@pytest.mark.parametrize(("path", "fields"), [
+    ("jobs?enabled=yes&status=done&limit=0&offset=-1", ["limit", "offset", "enabled", "status"]),
+    ("jobs?limit=x&offset=1e99", ["limit", "offset"]),
+    ("executions?limit=0&status=done", ["limit", "status"]),
+    ("schedules/preview?count=0", ["schedule", "count"]),
+    ("schedules/preview?schedule=* * *&timezone=Mars/Base&count=x&from=tomorrow",
+        ["schedule", "timezone", "count", "from"]),
+])  # fmt: skip
+def test_a_wrong_query_is_refused_naming_every_parameter(service, path, fields):
+    assert wrong_fields(service, "GET", f"/{path}") == fields
+
+
+# --- what the dashboard asks for ------------------------------------------------------
+
+
+def test_stats_say_in_one_answer_how_all_is(service, target):
+    good = service.create(target.url, name="good", enabled=True)
+    bad = service.create(target.url + "/status/404", name="bad", enabled=True, tags={"a": "b"})
+    for job in (good, bad, bad):
+        run = service.post(trigger_path(job))
+    hanging = service.create(target.url + "/hang", name="hanging")
+    service.expect(202, "POST", trigger_path(hanging, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+
+    _status, stats, _etag = poll(service)
+
+    counts = {"jobs_total": 3, "enabled": 2, "failing": 1, "running": 1, "pending": 0}
+    assert {name: stats[name] for name in counts} == counts
+    assert {name: n for name, n in stats["last_24h"].items() if n} == {"success": 1, "failed": 2}
+    assert [run["job_name"] for run in stats["active"]] == ["hanging"]
+    assert [job["strip"] for job in stats["jobs"]] == ["S", "FF", ""]
+    shown = stats["jobs"][1]
+    assert (shown["name"], shown["tags"], shown["failures"]) == ("bad", {"a": "b"}, 2)
+    assert shown["failing_since"] and shown["next_run"] == bad["next_run"]
+    last = shown["last_execution"]
+    assert (last["id"], last["error"]) == (run["id"], run["error"])
+    assert (stats["problem"], stats["paused"], stats["may_write"]) == (None, False, True)
+
+
+def test_stats_are_not_sent_again_until_something_has_changed(service, target):
+    job = service.create(target.url, name="old")
+    etag = poll(service)[2]
+    assert poll(service, etag)[:2] == (304, b"")
+
+    patch(service, job, {"name": "new"})
+    status, stats, changed = poll(service, etag)
+    assert (status, stats["jobs"][0]["name"]) == (200, "new")
+
+    for path in ("/enable", "/trigger", "/disable"):
+        service.post(path_of(job, path))
+        status, stats, newer = poll(service, changed)
+        assert (status, newer == changed) == (200, False)
+        changed = newer
+    assert (stats["jobs"][0]["strip"], stats["jobs"][0]["enabled"]) == ("S", False)
+
+    service.expect(200, "DELETE", path_of(job))
+    assert poll(service, changed)[1]["jobs"] == []
+
+
+def test_stats_have_the_oldest_thousand_jobs_also_when_one_of_them_goes(service):
+    retry = service.service.settings["scheduler.default_retry_policy"]
+    config, _enabled = chronos.validate_job(job_body(NOBODY), retry, NOON)
+    engine = service.service.engine
+
+    def add_many(turn):
+        return [engine.create_job(turn, config | {"name": str(n)}, False, "x") for n in range(1002)]
+
+    jobs = engine.make(add_many)
+    assert [job["name"] for job in poll(service)[1]["jobs"]] == [str(n) for n in range(1000)]
+    service.expect(200, "DELETE", f"/jobs/{jobs[3].id}")
+    names = [job["name"] for job in poll(service)[1]["jobs"]]
+
+    assert names == [str(n) for n in range(1001) if n != 3]
+
+
+def test_a_fault_of_the_store_shows_in_the_stats_until_it_is_over(service):
+    path, etag = service.service.store.path, poll(service)[2]
+    aside = path.with_name("aside")
+
+    path.rename(aside)
+    service.call("POST", "/jobs", job_body(NOBODY))
+    wait_until(lambda: "was removed" in str(poll(service, etag)[1]))
+    aside.rename(path)
+
+    wait_until(lambda: poll(service)[1]["problem"] is None)
+
+
+def test_upcoming_names_the_fire_times_of_the_next_hours_job_by_job(service):
+    service.create(NOBODY, name="off", schedule="@hourly")
+    service.create(NOBODY, name="rare", schedule="0 0 1 1 *", enabled=True)
+    service.create(NOBODY, name="every", schedule="@every 15m", enabled=True)
+    service.create(NOBODY, name="dense", schedule="* * * * * *", enabled=True)
+
+    told = service.get("/schedules/upcoming?hours=1")
+
+    dense, every = told["upcoming"]
+    assert (dense["job_name"], len(dense["fire_times"]), dense["has_more"]) == ("dense", 50, True)
+    times = [chronos.parse_time(time) for time in every["fire_times"]]
+    assert (every["job_name"], len(times), every["has_more"]) == ("every", 4, False)
+    assert {later - earlier for earlier, later in itertools.pairwise(times)} == {
+        15 * chronos.MINUTE
+    }
+    assert times[-1] <= chronos.parse_time(told["until"])
+    assert wrong_fields(service, "GET", "/schedules/upcoming?hours=0") == ["hours"]
+
+
+def test_a_job_that_is_deleted_meanwhile_is_left_out_of_what_comes(service, monkeypatch):
+    service.create(NOBODY, name="stays", schedule="@daily", enabled=True)
+    store = service.service.store
+    gone, due_jobs = (str(uuid.uuid4()), 1, NOON), store.due_jobs
+
+    monkeypatch.setattr(store, "due_jobs", lambda *asked: [gone, *due_jobs(*asked)])
+
+    upcoming = service.get("/schedules/upcoming?hours=168")["upcoming"]
+    assert [job["job_name"] for job in upcoming] == ["stays"]
+
+
+def test_the_page_of_somebody_who_was_signed_out_is_not_answered_with_a_dialog(guarded):
+    answer = requests.get(guarded.url + "/api/v1/stats", headers={"X-Chronos-UI": "1"}, timeout=5)
+
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"].startswith("xBasic ")
+
+
+def test_a_viewer_is_told_that_he_may_only_read(guarded):
+    told = {}
+    for name in ("ada", "vera"):
+        answer = requests.get(guarded.url + "/api/v1/stats", headers=credentials(name), timeout=5)
+        told[name] = answer.json()["data"]["may_write"]
+
+    assert told == {"ada": True, "vera": False}
+
+
+# --- schedules and the cluster --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("schedule", "after", "utc", "local", "note"), [
+    ("30 2 * * *", "03-27T12:00", "03-28T01:00", "03-28T03:00:00+02:00", "forward"),
+    ("30 2 * * *", "03-28T12:00", "03-29T00:30", "03-29T02:30:00+02:00", None),
+    ("0 * * * *", "03-28T00:30", "03-28T01:00", "03-28T03:00:00+02:00", None),
+    ("30 2 * * *", "10-30T12:00", "10-31T00:30", "10-31T02:30:00+02:00", "only the first"),
+    ("30 * * * *", "10-31T00:00", "10-31T00:30", "10-31T02:30:00+02:00", "both"),
+    ("30 * * * *", "10-31T00:30", "10-31T01:30", "10-31T02:30:00+01:00", "both"),
+])  # fmt: skip
+def test_a_preview_notes_a_clock_change(service, schedule, after, utc, local, note):
+    query = f"schedule={schedule}&timezone=Europe/Madrid&from=2027-{after}:00Z&count=1"
+
+    (run,) = service.get(f"/schedules/preview?{query}")["next_runs"]
+
+    assert (run["utc"], run["local"]) == (f"2027-{utc}:00Z", f"2027-{local}")
+    assert note in run["note"] if note else run["note"] is None
+
+
+@pytest.mark.parametrize(("schedule", "warnings"), [
+    ("0 0 1 * 1", ["either"]), ("0 0 31 * *", []), ("0 9 * * 1", []), ("@every 1h", []),
+    ("* * * * * *", ["every second"]),
+    ("0 9 * * *", []),
+])  # fmt: skip
+def test_a_preview_warns_of_what_people_often_do_not_mean(service, schedule, warnings):
+    found = service.get(f"/schedules/preview?schedule={schedule}")["warnings"]
+
+    assert len(found) == len(warnings)
+    assert all(words in warning for warning, words in zip(found, warnings, strict=True))
+
+
+@pytest.mark.parametrize(("query", "count"), [
+    ("@hourly", 5), ("@hourly&count=999", 100), ("@at 2020-01-01T00:00:00Z", 0),
+    ("@at 2020-01-01T01:00:00%2B01:00&from=2019-01-01T00:00:00Z", 1),
+    *((query, 0) for query in (
+        "@daily&from=9999-12-31T23:59:59Z", "0 0 29 2 *&from=9999-01-01T00:00:00Z")),
+    ("@daily&from=0001-01-01T00:00:00Z&timezone=America/New_York", 0),
+])  # fmt: skip
+def test_a_preview_has_five_runs_and_at_most_100_and_ends_where_dates_end(service, query, count):
+    assert len(service.get(f"/schedules/preview?schedule={query}")["next_runs"]) == count
+
+
+def test_the_cluster_counts_what_there_is_and_names_the_ten_soonest(make_service, target):
+    service = make_service(dispatcher__max_concurrent_jobs=1, cluster__node_id="n1")
+    hours = range(12, 0, -1)
+    jobs = [service.create(NOBODY, schedule=f"@every {n}h", enabled=True) for n in hours]
+    busy = service.create(target.url + "/hang", concurrency="allow")
+    for _ in range(3):
+        service.expect(202, "POST", trigger_path(busy, "?wait=0"))
+    assert target.hanging.acquire(timeout=10)
+
+    status = service.get("/cluster/status")
+
+    soonest = [{"job_id": job["id"], "next_run": job["next_run"]} for job in jobs[:1:-1]]
+    assert 0 <= status.pop("uptime") < 60
+    assert status == {
+        "is_leader": True, "node_id": "n1", "version": chronos.__version__, "jobs_total": 13,
+        "enabled": 12, "failing": 0,
+        "running": 1, "pending": 2, "next_runs": soonest}  # fmt: skip
+
+
+# --- the answers of the reference -----------------------------------------------------
+
+# fmt: off
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"
+ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+JOB = {  # the answers of the API reference
+    "id": ID, "name": str, "description": str, "schedule": str, "timezone": str, "next_run": TIME,
+    "webhook": {"url": str, "method": str}, "enabled": bool, "created_at": TIME, "updated_at": TIME}
+TRIGGERED = {
+    "id": f"exec-{ID}", "job_id": ID, "status": str, "attempts": int, "started_at": TIME,
+    "completed_at": TIME, "status_code": int, "response": str, "duration": int}
+EXECUTION = TRIGGERED | {"job_name": str, "scheduled_time": TIME, "node_id": str}
+VERSION = {"job_id": ID, "version": int, "config": {}, "created_at": TIME, "created_by": str}
+ROLLED_BACK = {"job": JOB, "rolled_back_from": int, "new_version": int}
+CLUSTER = {
+    "is_leader": bool, "jobs_total": int, "running": int,
+    "next_runs": [{"job_id": ID, "next_run": TIME}]}
+# fmt: on
+
+
+def check(value, documented):
+    """Check that everything of an answer in the reference is there, with its type."""
+    if isinstance(documented, dict):
+        for name, inner in documented.items():
+            check(value[name], inner)
+    elif isinstance(documented, list):
+        for item in value or [None]:
+            check(item, documented[0])
+    elif isinstance(documented, str):
+        assert re.fullmatch(documented, value)
+    else:
+        assert type(value) is documented
+
+
+def test_every_answer_has_what_the_reference_documents(service, target):
+    body = EXAMPLE | {"webhook": EXAMPLE["webhook"] | {"url": target.url + "/reports"}}
+    job = service.post("/jobs", body)
+    execution = service.post(trigger_path(job))
+    path = path_of(job)
+
+    check(job, JOB)
+    check(put(service, job, body | {"description": "Changed"}), JOB)
+    check(service.get(path), JOB)
+    check(service.get("/jobs"), {"jobs": [JOB], "total": int})
+    check(execution, TRIGGERED)
+    check(service.get(path + "/executions"), {"executions": [EXECUTION], "total": int})
+    check(service.get(f"{path}/executions/{execution['id']}"), EXECUTION)
+    check(service.get(path + "/versions"), [VERSION])
+    check(service.get(path + "/versions/2"), VERSION)
+    check(service.post(path + "/rollback/1"), ROLLED_BACK)
+    check(service.get("/cluster/status"), CLUSTER)
+    check(service.post(path + "/enable"), JOB)
+    check(service.post(path + "/disable"), JOB | {"next_run": type(None)})
+
+
+# ======================================================================================
+# 18. Service
+# ======================================================================================
+
+# --- start and stop -------------------------------------------------------------------
+
+
+def refuses(client):
+    """Say whether nobody accepts connections there any more."""
+    try:
+        socket.create_connection(("127.0.0.1", int(client.url.rpartition(":")[2])), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_what_runs_end_and_answers_who_waits(make_process, target, background, number):
+    process = make_process("server: {shutdown_grace: 20s}")
+    job = process.create(target.url + "/hang")
+    waiting = background.submit(process.call, "POST", trigger_path(job))
+    assert target.hanging.acquire(timeout=10)
+
+    process.process.send_signal(number)
+
+    status, envelope = waiting.result(5)
+    assert (status, envelope["data"]["status"]) == (202, "running")
+    wait_until(lambda: refuses(process), 2)
+    assert process.process.poll() is None
+    target.let_go.set()
+    process.process.wait(10)
+    assert process.end(number) == 0
+    (execution,) = make_process().get(f"/jobs/{job['id']}/executions")["executions"]
+    assert execution["id"] == envelope["data"]["id"]
+    assert (execution["status"], execution["attempts"]) == ("success", 1)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_what_ran_when_the_process_ended_is_resumed_by_the_next(
+    make_process, target, number, status
+):
+    process = make_process("server: {shutdown_grace: 200ms}")
+    job = process.create(target.url + "/hang", enabled=False)
+    execution = process.expect(202, "POST", trigger_path(job, "?wait=0"))
+    first = target.take()[2]
+
+    assert process.end(number) == status
+    target.let_go.set()
+    process = make_process()
+
+    second = target.take()[2]
+    assert first["X-Chronos-Execution-ID"] == second["X-Chronos-Execution-ID"] == execution["id"]
+    assert (first["X-Chronos-Attempt"], second["X-Chronos-Attempt"]) == ("1", "2")
+    path = f"/jobs/{job['id']}/executions/{execution['id']}"
+    assert wait_until(lambda: process.get(path)["completed_at"])
+    shown = process.get(path)
+    assert (shown["status"], shown["attempts"]) == ("success", 2)
+    assert [attempt["error"] for attempt in shown["attempt_log"]] == [INTERRUPTED, None]
+
+
+def test_a_low_soft_limit_of_open_files_is_raised(make_process):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        process = make_process()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+
+    with contextlib.ExitStack() as idle:
+        for _ in range(300):
+            idle.enter_context(socket.create_connection(address))
+        with contextlib.suppress(requests.RequestException):
+            requests.get(process.url + "/health", timeout=2)
+
+    assert process.get("/health")["status"] == "healthy"
+    assert "Too many open files" not in "".join(process.log)
+
+
+@pytest.mark.parametrize("silent", ["watchdog", "engine"])
+def test_health_tells_of_a_thread_that_is_silent_for_30_s(make_service, monkeypatch, silent):
+    clock, begun, let_go = HookedClock(), threading.Event(), threading.Event()
+    monkeypatch.setattr(chronos, "Clock", lambda: clock)
+
+    def hook():
+        if threading.current_thread().name == silent and not let_go.is_set():
+            begun.set()
+            if silent == "watchdog":
+                raise RuntimeError("a bug")
+            let_go.wait(20) or let_go.set()
+
+    clock.hook, client = hook, make_service()
+    engine = client.service.engine
+    assert begun.wait(10)
+    for seconds, status in ((30, 200), (1, 503)):
+        clock.advance(seconds)
+        wait_until(lambda: clock.mono in (engine.last_pass, engine.dispatcher.last_watch))
+        shown = client.expect(status, "GET", "/health")
+        assert ("WATCHDOG=1" in client.service.signs_of_life()) == (status == 200)
+    let_go.set()
+    wait_until(lambda: client.call("GET", "/health")[0] == 200)
+
+    assert shown == {"code": "UNAVAILABLE", "message": "a thread has been silent for 31 s"}
+
+
+def test_a_start_that_fails_after_the_engine_runs_leaves_no_thread(tmp_path, monkeypatch):
+    service = chronos.Service(make_settings(tmp_path / "data"))
+    monkeypatch.setattr(service.engine, "declare_jobs", a_bug)
+
+    with pytest.raises(chronos.ApiError, match="a bug"):
+        service.start()
+    service.stop()
+
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"engine", "watchdog", "worker-1"}
+
+
+# --- the configuration is read again --------------------------------------------------
 
 
 class Reloaded:
@@ -7581,18 +7862,6 @@ def test_a_hang_up_signal_sets_the_log_level_and_names_what_takes_a_restart(make
     assert sum("was created by" in line for line in process.log) == 1
 
 
-def test_a_start_that_fails_after_the_engine_runs_leaves_no_thread(tmp_path, monkeypatch):
-    service = chronos.Service(make_settings(tmp_path / "data"))
-    monkeypatch.setattr(service.engine, "declare_jobs", a_bug)
-
-    with pytest.raises(chronos.ApiError, match="a bug"):
-        service.start()
-    service.stop()
-
-    names = {thread.name for thread in threading.enumerate()}
-    assert not names & {"engine", "watchdog", "worker-1"}
-
-
 def test_a_hang_up_signal_sets_where_alerts_go(make_process, tmp_path, target, bell):
     process = make_process("alerts: {webhook: {url: 'http://127.0.0.1:1'}, after: 5}")
 
@@ -7616,229 +7885,148 @@ def test_a_reload_opens_no_door_to_everybody(make_service, caplog):
     assert requests.get(url, timeout=5).status_code == 401
 
 
-# ======================================================================================
-# 12. API: bad input, made from the tables of routes and fields
-# ======================================================================================
-
-SEED = int(os.environ.get("CHRONOS_SEED", 1))
-# fmt: off
-ODD_TEXTS = [
-    "", " ", "\\u0000", "\0", "\n", "\\ud800", "\\udfff\\ud800", "\udcff", "\udced\udca0\udc80",
-    "\\x", "\\r\\nX-Odd: 1", "\uff4e\uff41\uff4d\uff45", "\u202e\u200b", "\u0435", "\\u2028\\u0085",
-    "x" * 70_000, "\\ud83d\\ude00" * 300, chronos.MASK, "%s%n{0}${HOME}", "<script>", "' OR 1=1 --",
-    "../../etc", "UTC", "localtime", "0", "1ms", "-1s", "9999999999h", "9" * 5000, "true", "failed",
-    "@every 1h", "@at 9999-12-31T23:59:59-10:00", "* * * * * *", "0 0 29 2 *", "0-59/0 * * * *",
-    "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59Z", "http://127.0.0.1:0/", "http://[::1",
-    f"{NOBODY}\\u00e9?%zz#\\ud83d\\ude00", "http://\uff11\uff12\uff17.0.0.1:1", f"{NOBODY}\\\\@a/",
-]
-ODD_JSON = [
-    *(f'"{text}"' for text in ODD_TEXTS), "null", "true", "false", "0", "-1", "0.5", "-0.", "1e999",
-    "-1e999", "1e-999", "NaN", "-Infinity", "0x1f", "01", "+1", "9" * 400, "-9223372036854775809",
-    "9" * 5000, "[]", "{}", "[null]", '{"": ""}', '"', "'x'", "nul", '{"a": 1, "a": 2}',
-    '{"type": ["basic"]}', "[" * 500 + "]" * 500, "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000,
-    "[" + "0," * 5000 + "0]", '{"%s": 1}' % ("x" * 10**6), "x" * 2**20,
-    json.dumps({f"n{n}": "x" for n in range(60)}), 'null, "NAME": null', '1, "NAME\u0435": 1',
-    '1, "NAMES": 1', '1, "": 1', 'null, "id": 1e999',
-]  # NAME: the name of the field, which so is there twice, or has a neighbour much like it
-ODD_IDS = ["%2F", "..", "%2e%2e", "%00", "%0A", "%", "%zz", "%ff", "%ed%a0%80", "\udcff", "-1", "0",
-           "%E2%80%8B", "x" * 10_000, "99999999999999999999", "%D9%A1", "'--", "*", " "]
-ODD_ENDS = ["/", "//x", "/..", "%0A", "%00", ";x", "%2F", "%ff", "#", "?"]  # the last end an id
-ODD_HEADERS = [
-    "If-Match: \udcff\udc80 x", 'If-Match: "1"', "If-Match:", 'If-Match: W/"1"' + ', "x"' * 1000,
-    "Host: a\r\nHost: b\r\nHost: [::1", "Accept: text/html;q=\udcff, */*;q=1e999", "Range: bytes=-",
-    "Content-Type: text/xml", "Content-Type: multipart/form-data", "Content-Type: \udcff\0", "X : ",
-    "Content-Encoding: gzip", "Cookie: " + "a=b; " * 500, "Authorization: Basic \udcff", "no colon",
-    "X-HTTP-Method-Override: DELETE", "X-Forwarded-For: ' OR 1=1", "X-Forwarded-Proto: gopher",
-    "\r\n".join(f"X-{n}: {n}" for n in range(100)), "X: " + "x" * 8000, "Upgrade: h2c", "\udcff: x",
-    "Transfer-Encoding: gzip", "Content_Length: 5", "X: a\rb", "X: a\0b",
-]
-ODD_METHODS = ["TRACE", "CONNECT", "OPTIONS", "HEAD", "BREW", "ANY", "PROXY", "get", "G" * 5000]
-TABLES = {(): chronos.JOB_FIELDS, ("webhook",): chronos.WEBHOOK_FIELDS, ("tags",): ["odd"],
-          ("retry_policy",): chronos.RETRY_FIELDS, ("webhook", "headers"): ["X-Odd", "Cookie"]}
-FIELDS = [(*path, name, None) for path, table in TABLES.items() for name in table]
-FIELDS += [("webhook", "auth", name, kind)
-           for kind, table in chronos.AUTH_FIELDS.items() for name in ("type", *table)]
-AUTHS = [{"type": kind} | dict.fromkeys(table, "value")
-         for kind, table in chronos.AUTH_FIELDS.items()]
-QUERIES = ["wait", "tag"]  # and the names in EXECUTIONS_QUERY, JOBS_QUERY …
-QUERIES += [name for key, table in vars(chronos).items() if key[-6:] == "_QUERY" for name in table]
-WRITES = [route[:2] for route in chronos.Api.ROUTES
-          if route[0] in ("POST", "PUT", "PATCH") and re.search("/jobs(/<job_id>)?$", route[1])]
-# fmt: on
-ANSWER = re.compile(
-    rb"(?:HTTP/1\.1 100 Continue\r\n\r\n)?"
-    rb"HTTP/1\.[01] (\d{3}) [^\r\n]*\r\n((?:[^\r\n]+\r\n)+)\r\n(\{[^\n]*\}\n)?"
-)
+# --- systemd is told ------------------------------------------------------------------
 
 
-def as_bytes(text):
-    return text.encode("utf-8", "surrogateescape")  # \udcff is the byte 0xff
+class Manager:
+    """What systemd is to a service: a datagram socket, and the variables that name it."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(re.sub("^@", "\0", str(address)))
+        self.socket.settimeout(15)
+        self.environment = {"NOTIFY_SOCKET": str(address)}
+
+    def take(self):
+        """Return the next message: its variables."""
+        lines = self.socket.recv(4096).decode().split("\n")
+        return dict(line.split("=", 1) for line in lines)
+
+    def await_variables(self, **expected):
+        """Take messages until one has these variables; return it."""
+        while not expected.items() <= (message := self.take()).items():
+            pass
+        return message
 
 
-def connect(client, timeout=10):
-    host, port = client.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout)
+@pytest.fixture
+def make_manager(tmp_path):
+    with contextlib.ExitStack() as managers:
+
+        def make(address=tmp_path / "notify"):
+            manager = Manager(address)
+            managers.enter_context(manager.socket)
+            return manager
+
+        yield make
 
 
-def exchange(client, sent, timeout=10):
-    """Send bytes on a connection of their own; return all that comes until the server closes it."""
-    received = b""
-    with connect(client, timeout) as connection:
-        with contextlib.suppress(ConnectionError):  # it stops reading what is too large
-            connection.sendall(sent)
-        with contextlib.suppress(ConnectionError):
-            while data := connection.recv(65536):
-                received += data
-    return received
-
-
-def read_answers(received):
-    """Return status and envelope (None: no body) of the answers; there must be nothing else."""
-    found, end = [], 0
-    while match := ANSWER.match(received, end):
-        status, head, body = int(match[1]), match[2], match[3]
-        envelope, end = body and json.loads(body, parse_constant=pytest.fail), match.end()
-        assert b"\r\nContent-Type: application/json\r\n" in b"\r\n" + head
-        if envelope:
-            error = envelope["error"]
-            assert list(envelope) == ["success", "data", "error"]
-            assert envelope["success"] == (status < 400) == (error is None)
-            assert error is None or {"code", "message"} <= error.keys() <= {*error, "details"}
-            assert error is None or status in (chronos.STATUS[error["code"]], 431, 501)
-            assert b"Traceback (most" not in body
-        found.append((status, envelope))
-    assert found and end == len(received), received[end:][:300]
-    return found
-
-
-class Fuzzer:
-    """Makes requests that are odd in one way or several, and checks what each is answered."""
-
-    def __init__(self, service, kept):
-        self.service, self.kept, self.chance = service, kept, random.Random(SEED)
-        self.odd_ids = [*ODD_IDS, "%00" + kept[0]["id"], kept[0]["id"].upper()]
-        self.odd_ids += [job["id"] + end for job in kept for end in ODD_ENDS[:-2]]
-        self.renew()
-
-    def renew(self):
-        """Make the job at which writes are aimed, and an execution of it."""
-        self.job = self.service.create(NOBODY, retry_policy=ONCE)
-        self.service.call("POST", trigger_path(self.job, "?wait=0"))
-        self.run = self.service.get(path_of(self.job, "/executions"))["executions"][0]
-
-    def maybe(self, likelihood):
-        return self.chance.random() < likelihood
-
-    def path(self, template):
-        good = {"job_id": self.job["id"], "exec_id": self.run["id"]}
-        return re.sub("<(.*?)>", lambda match: good.get(match[1], "1"), template)
-
-    def body(self, method, field, odd):
-        """Return a job, as JSON, in which one field is odd and some are left out."""
-        *parents, name, kind = field
-        body = copy.deepcopy(EXAMPLE) | {"enabled": self.maybe(0.5)}
-        auths = [auth for auth in AUTHS if kind in (None, auth["type"])]
-        body["webhook"] |= {"url": NOBODY, "auth": dict(self.chance.choice(auths))}
-        if self.maybe(0.2):
-            del body[self.chance.choice(sorted(body.keys() - {*parents, name}))]
-        inner = body
-        for parent in parents:
-            inner = inner[parent]
-        inner[name] = "ODD"
-        if method == "PATCH":
-            body = {top: body[top] for top in (*parents, name)[:1]}
-        made = as_bytes(json.dumps(body).replace('"ODD"', odd.replace("NAME", name)))
-        if self.maybe(0.05):  # a byte too few, too many, or another
-            cut = self.chance.randrange(len(made))
-            made = made[:cut] + self.chance.randbytes(self.chance.randint(0, 2)) + made[cut + 1 :]
-        return made
-
-    def send(self, method, path, query="", headers=(), body=b""):
-        """Send a request, again if it took a second; check the answer, return status and data."""
-        query += "&wait=0" * ("/trigger" in path and "wait=" not in query)
-        query = "schedule=0+9+*+*+*&" + query
-        length = f"Content-Length: {len(body)}"
-        if body and self.maybe(0.1) and "Transfer-Encoding: gzip" not in headers:
-            length = "Transfer-Encoding: chunked"
-            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-        lines = [f"{method} {path}?{query} HTTP/1.1", "Connection: close", length, *headers]
-        sent = as_bytes("\r\n".join(lines) + "\r\n\r\n") + body
-        try:
-            for again in (False, True):
-                start = time.monotonic()
-                ((status, envelope),) = read_answers(exchange(self.service, sent))
-                if time.monotonic() - start < 1:
-                    break
-                assert not again, "it took a second, twice"
-            assert envelope or method == "HEAD"
-            if status >= 500 and status != 501:  # Transfer-Encoding: gzip
-                assert "/trigger" in path and envelope["error"]["code"] == "EXECUTION_ERROR"
-        except Exception as error:
-            raise AssertionError(f"CHRONOS_SEED={SEED}: {sent[:500]!r}") from error
-        if method == "DELETE":
-            self.renew()
-        return status, envelope and envelope["data"]
-
-    def write(self, field, odd):
-        """Write a job with an odd field; what is accepted is shown so, and taken back by PUT."""
-        method, template = self.chance.choice(WRITES)
-        status, job = self.send(method, self.path(template), body=self.body(method, field, odd))
-        if status < 300:
-            volatile = {"next_run": None, "last_execution": None}
-            for shown in (self.service.get(path_of(job)), put(self.service, job, job)):
-                assert shown | volatile == job | volatile, f"CHRONOS_SEED={SEED}: {odd[:99]!r}"
-        if status == 201:
-            assert self.service.expect(200, "DELETE", path_of(job)) == {"id": job["id"]}
-
-    def query(self, method, template, name):
-        """Send every odd text as a parameter to a route that reads it: one that refuses NUL."""
-        statuses = [self.send(method, self.path(template), f"{key}=%00")[0] for key in ("", name)]
-        for text in ODD_TEXTS if statuses[0] < 400 == statuses[1] else ["", "odd:\n"]:
-            self.send(method, self.path(template), f"{name}={quote(as_bytes(text))}")
-
-    def request(self, method, template):
-        """Send to a route what is odd elsewhere: in method, path, query, headers and body."""
-        path, choose = self.path(template), self.chance.choice
-        headers = self.chance.choices(ODD_HEADERS, k=self.chance.randint(0, 2))
-        if self.maybe(0.4):
-            path = re.sub("<.*?>", lambda _match: choose(self.odd_ids), template)
-        elif self.maybe(0.2):
-            path += choose(ODD_ENDS)
-        elif method in ("PUT", "PATCH", "DELETE") and self.maybe(0.4):
-            path, headers = f"/api/v1{path_of(choose(self.kept))}", ['If-Match: "999"']
-        has_body = self.maybe(0.1 if method == "GET" else 1)
-        body = self.body(method, choose(FIELDS), choose(ODD_JSON)) if has_body else b""
-        verb = choose(ODD_METHODS) if self.maybe(0.2) else method
-        query = f"{choose([*QUERIES, '%ff', ''])}{choose('=&%;')}{choose(ODD_TEXTS + ODD_IDS)}"
-        self.send(verb, path, query.replace("\n", ""), headers, body)
-
-
-@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.long)])
-def test_whatever_is_sent_is_answered_in_the_envelope_and_changes_nothing_else(
-    service, target, caplog, capsys, rounds
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_is_told_of_readiness_life_and_stopping(
+    make_manager, make_process, tmp_path, is_abstract
 ):
-    kept = [service.create(target.url, enabled=on, name=f"kept {on}") for on in (True, False)]
-    run = service.post(trigger_path(kept[0]))
-    patch(service, kept[1], {"description": "second"})
-    rests = ["", "/versions", "/executions", f"/executions/{run['id']}"]
-    heads = [f"GET /api/v1{path_of(job, rest)} HTTP/1.0\r\n\r\n" for job in kept for rest in rests]
-    shown = lambda: [exchange(service, head.encode()).split(b"\r\n\r\n")[1] for head in heads]  # noqa: E731
-    before, fuzzer = shown(), Fuzzer(service, kept)
+    address = f"@chronos-{uuid.uuid4()}" if is_abstract else tmp_path / "notify"
+    manager = make_manager(address)
+    process = make_process(environment=manager.environment)
 
-    for _ in range(rounds):
-        for field, odd in itertools.product(FIELDS, ODD_JSON):
-            fuzzer.write(field, odd)
-        for method, template, _name in JSON_ROUTES:
-            fuzzer.renew()
-            for name in QUERIES:
-                fuzzer.query(method, template, name)
-            for _ in range(30):
-                fuzzer.request(method, template)
+    life = {"READY": "1", "STATUS": f"listens on {process.url}", "WATCHDOG": "1"}
+    assert manager.take() == life
+    assert process.get("/health")
+    begun = time.monotonic()
+    assert manager.take() == life
+    assert 8 < time.monotonic() - begun < 12  # WatchdogSec is 60
+    assert process.end(signal.SIGTERM) == 0
+    assert manager.take() == {"STOPPING": "1"}
 
-    assert shown() == before
-    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
-    assert "Traceback" not in capsys.readouterr().err
-    assert service.get("/health")["status"] == "healthy"
+
+def test_a_store_that_fails_is_the_status_and_no_reason_to_be_killed(make_manager, make_process):
+    manager = make_manager()
+    process = make_process(environment=manager.environment)
+    assert "listens on" in manager.await_variables(WATCHDOG="1")["STATUS"]
+
+    with disk_error(process, None):
+        process.error(500, "POST", "/jobs", job_body(NOBODY))
+        assert "disk I/O error" in manager.await_variables(WATCHDOG="1")["STATUS"]
+
+    process.create(NOBODY)
+
+
+@pytest.mark.parametrize("change", ["logging: {level: error}", "nonsense: 1"])
+def test_reading_the_configuration_anew_is_told_with_its_instant(
+    make_manager, make_process, tmp_path, change
+):
+    manager = make_manager()
+    process = make_process(environment=manager.environment)
+    manager.await_variables(WATCHDOG="1")
+
+    before = time.monotonic_ns() // 1000
+    (tmp_path / "home" / "chronos.yaml").write_text(change)
+    process.process.send_signal(signal.SIGHUP)
+
+    message = manager.take()
+    assert message["RELOADING"] == "1"
+    assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assert manager.take()["READY"] == "1"
+
+
+@pytest.mark.parametrize("how", ["gone", "full", "none"])
+def test_a_manager_that_does_not_listen_is_no_problem(make_manager, make_process, how):
+    manager = make_manager()
+    if how == "full":
+        for _ in range(10):  # one has no room left for more before the queue is full
+            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with sender, contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"X=1", socket.MSG_DONTWAIT, manager.environment["NOTIFY_SOCKET"])
+    elif how == "gone":
+        manager.socket.close()
+    process = make_process(environment=manager.environment if how != "none" else {})
+
+    assert process.get("/health")
+    assert process.end(signal.SIGTERM) == 0
+
+
+# --- connections, and what waitress does not do ---------------------------------------
+
+
+@pytest.mark.parametrize(("sent", "status"), [
+    (b"garbage\r\n\r\n", "400 405"), (b"\x16\x03\x01\r\n\r\n", "400 405"),  # waitress 2.1: 405
+    (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", "400"), (b"GET /\xff HTTP/1.1\r\n\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "400"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", "501"),
+    (b"POST /api/v1/jobs HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", "413"),
+    (b"GET / HTTP/1.1\r\nX: " + b"x" * 262_144, "431"),
+    (b"GET http://[::1/ HTTP/1.1\r\n\r\n", "400"),
+])  # fmt: skip
+def test_what_is_no_http_is_answered_in_the_envelope(service, sent, status):
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+
+    codes = {"413": "PAYLOAD_TOO_LARGE", "405": "METHOD_NOT_ALLOWED"}
+    got, envelope = head.split()[1].decode(), json.loads(body)
+    assert got in status.split()
+    assert b"\r\nX-Content-Type-Options: nosniff" in head and b"\r\nCache-Control: no-store" in head
+    assert b"Content-Type: application/json" in head and b"\r\nServer:" not in head
+    assert envelope.pop("error")["code"] == codes.get(got, "VALIDATION_ERROR")
+    assert envelope == {"success": False, "data": None}
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_request_whose_end_is_unclear_is_refused_and_nothing_behind_it_is_read(service, version):
+    hidden = b"GET /health?hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST /api/v1/jobs HTTP/%s\r\nHost: localhost\r\nConnection: keep-alive\r\n" % version
+    framing = b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n"
+    port = int(service.url.rpartition(":")[2])
+
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head + framing + b"%x\r\n" % len(hidden) + hidden + b"\r\n0\r\n\r\n")
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    assert received.startswith(b"HTTP/%s 400" % version)
+    assert len(re.findall(rb"HTTP/1\.[01] \d{3}", received)) == 1
 
 
 @pytest.mark.parametrize(("request_line", "headers", "status"), [
@@ -7857,10 +8045,6 @@ def test_an_odd_request_is_answered_at_once_and_as_http_has_it(
 
     assert (got, envelope is None) == (status, head.startswith("HEAD"))
 
-
-# ======================================================================================
-# 13. Service: raw connections
-# ======================================================================================
 
 POST = b"POST /api/v1/jobs HTTP/1.1\r\n"
 IN_CHUNKS = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -7963,1112 +8147,396 @@ def test_a_connection_on_which_nothing_comes_is_closed_after_30_seconds(unharmed
 
 
 # ======================================================================================
-# 12. API: the secrets of every kind of job
+# 19. Commands
 # ======================================================================================
 
-NAMES = ("authorization", "Cookie", "X-Auth-TOKEN", "client-secret-2", "Passwords", "x-api-key-old")
-PLAIN = {"username": "X-Key", "header": "X-Key"}  # what is no secret in an auth
-KINDS = [{"headers": {name: CANARY, "X-Plain": "a"}} for name in NAMES]
-KINDS += [{"auth": {"type": kind, **{name: PLAIN.get(name, CANARY) for name in table}}}
-          for kind, table in chronos.AUTH_FIELDS.items()]  # fmt: skip
-VARIANTS = [
-    {"schedule": "@every 90m", "timezone": "Europe/Madrid", "description": "two\nlines"},
-    {"schedule": "@at 2099-01-01T00:00:00+02:00", "enabled": True, "tags": {"a": "", "b": "😀"}},
-    {"schedule": "*/7 1-5 29 feb *", "missed_run_policy": "execute_all", "concurrency": "replace"},
-    {"webhook": {"success_codes": [201], "body": "é😀", "verify_tls": False}, "timeout": "1m30s"},
-    {"method": "GET", "webhook": {"body": ""}, "retry_policy": {"multiplier": 1}},
-    *({"method": method, "schedule": "@weekly"} for method in ("HEAD", "PUT", "DELETE", "OPTIONS")),
-]
+
+def run_chronos(*arguments, program=CHRONOS, **environment):
+    """Run the program to its end; return the completed process."""
+    environment = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"} | environment
+    command = [sys.executable, program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
 
 
-class Parrot(TargetHandler):
-    """Repeats the headers of the request, in its reason phrase and in its body."""
-
-    def answer(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.received.put(" ".join(self.headers.values()))
-        said = " ".join(self.headers.values())
-        self.send_response(500, said)
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else said.encode())
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = answer
+def check_refused(result, status, *words):
+    """Check that the start was refused in few words, these among them."""
+    assert result.returncode == status, result.stderr
+    assert 1 <= len(result.stderr.splitlines()) <= 3
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
 
 
-class Listener(Client):
-    """Remembers what it was told."""
-
-    told = ""
-
-    def call(self, *request, **options):
-        status, envelope = super().call(*request, **options)
-        self.told += json.dumps(envelope)
-        return status, envelope
+# --- where the configuration and the data are -----------------------------------------
 
 
-@pytest.mark.parametrize("secret", KINDS, ids=str)
-def test_every_kind_of_job_is_put_back_unchanged_and_tells_no_secret(
-    service, target, caplog, secret
+def test_without_a_configuration_the_data_is_beside_the_program(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    with serving(program, directory=elsewhere) as (_process, client):
+        client.create(NOBODY)
+
+    assert (tmp_path / "data" / "chronos.db").exists()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_configuration_beside_the_program_is_taken_unless_another_is_named(tmp_path, configure):
+    program = shutil.copy(CHRONOS, tmp_path)
+    configure("nonsense: 1")
+    (tmp_path / "good.yaml").write_text("logging: {level: error}")
+
+    beside = run_chronos("check-config", program=program)
+    named = run_chronos("check-config", "--config", tmp_path / "good.yaml", program=program)
+
+    check_refused(beside, 78, "nonsense", "line 1")
+    assert (named.returncode, named.stderr) == (0, "")
+
+
+def test_the_option_config_stands_before_or_after_the_command(configure):
+    wrong = configure("server:\n  shutdown_grase: 1s\n")
+
+    for arguments in (("--config", wrong, "check-config"), ("check-config", "--config", wrong)):
+        check_refused(run_chronos(*arguments), 78, "line 2", "shutdown_grase", "shutdown_grace")
+    check_refused(run_chronos("--config", wrong), 78, "shutdown_grase")
+    check_refused(run_chronos("serve", "--config", wrong), 78, "shutdown_grase")
+
+
+def test_a_configuration_that_is_not_there_is_a_wrong_one(tmp_path):
+    check_refused(run_chronos("--config", tmp_path / "nope.yaml"), 78, "nope.yaml")
+    check_refused(run_chronos("check-config", "--config", tmp_path), 78, str(tmp_path))
+
+
+# --- starts that are refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["bottle", "requests", "waitress", "yaml", "croniter"])
+def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
+    shadow = f"raise ModuleNotFoundError('No module named {package}', name='{package}')"
+    (tmp_path / f"{package}.py").write_text(shadow)
+
+    result = run_chronos("--version", PYTHONPATH=str(tmp_path))
+
+    check_refused(result, 1, repr(package), "pip install -r requirements.txt")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_told_in_one_line(configure):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+
+        result = run_chronos("--config", configure(""), CHRONOS_SERVER_HTTP_ADDRESS=address)
+
+    check_refused(result, 1, address, "in use")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_host_that_cannot_be_is_told_in_one_line(configure):
+    config = configure("")
+
+    result = run_chronos("--config", config, CHRONOS_SERVER_HTTP_ADDRESS="a..b:8080")
+
+    assert result.returncode in (1, 78)
+    check_refused(result, result.returncode, "a..b:8080")
+
+
+def test_a_second_process_on_the_same_data_is_refused_naming_the_first(
+    make_process, tmp_path, configure
 ):
-    caplog.set_level("DEBUG")
-    target.RequestHandlerClass = Parrot
-    client = Listener(service.url)
-    sent = [CANARY, base64.b64encode(f"X-Key:{CANARY}".encode()).decode()]
+    first = make_process()
+    config = configure("cluster: {data_dir: home/data}")
 
-    for fields in VARIANTS:
-        more = {"webhook": fields.get("webhook", {}) | secret}
-        more["retry_policy"] = fields.get("retry_policy", {}) | ONCE
-        job = client.create(target.url, **fields | more)
-        assert put(client, job, client.get(path_of(job))) == job
-        run = client.post(trigger_path(job))
-        names = {"job_id": job["id"], "exec_id": run["id"]}
-        for method, template, _name in JSON_ROUTES:
-            if method == "GET" and "preview" not in template:
-                path = re.sub("<(.*?)>", lambda match: names.get(match[1], "1"), template)  # noqa: B023
-                client.get(path.removeprefix("/api/v1"))
-        for wrong in (CANARY + "\n", CANARY * 1000, [CANARY], {CANARY[:6]: CANARY}):
-            body = json.dumps({"webhook": secret}).replace(json.dumps(CANARY), json.dumps(wrong))
-            client.error(400, "PATCH", path_of(job), body)
+    result = run_chronos("--config", config)
 
-        arrived = target.take()
-        assert any(value in arrived for value in sent), arrived
-        assert (run["status"], run["error"].count(chronos.MASK)) == ("failed", 1)
-
-    assert not [value for value in sent if value in client.told + caplog.text]
+    check_refused(result, 75, f"process {first.process.pid}\n", str(tmp_path / "home" / "data"))
+    assert first.get("/health")["status"] == "healthy"
 
 
-@pytest.mark.parametrize("answer", [
-    typed(b"text/plain", b"x" * 65_526 + b"0SECRET0"),
-    typed(b"text/plain", b"x" * 65_531 + b"0SECRET0"),
-    b"HTTP/1.1 500 " + b"x" * 171 + b"0SECRET0\r\nContent-Length: 0\r\n\r\n",
-    typed(b"text/plain", b"0SECRET0-and-more"),
-    CHUNKED + b"0SECRET0\r\n",
-], ids=range(5))  # fmt: skip
-def test_no_part_of_a_secret_that_a_target_repeats_is_kept(service, hostile, answer):
-    headers = {"X-Token": "0SECRET0", "X-Secret": "0SECRET0-and-more"}
-    url = hostile(answers(answer)).url
-    job = service.create(url, webhook={"headers": headers}, retry_policy=ONCE)
+def test_the_lock_of_a_killed_process_is_none(make_process):
+    make_process().end(signal.SIGKILL)
 
-    told = str(service.call("POST", trigger_path(job)))
-    told += str(service.get(path_of(job, "/executions")))
-
-    assert "0SEC" not in told and "-and-more" not in told
+    assert make_process().get("/health")["status"] == "healthy"
 
 
-@pytest.mark.parametrize("text", ["env:HIDDEN", "${HIDDEN}", "$HIDDEN", "%HIDDEN%", "{HIDDEN}"])
-def test_names_of_the_environment_in_a_job_are_sent_as_they_are(service, target, monkeypatch, text):
-    monkeypatch.setenv("HIDDEN", "expanded")
-    webhook = {"auth": {"type": "bearer", "token": text}, "headers": {"X-A": text}, "body": text}
+@pytest.mark.parametrize("data_dir", ["/dev/null/data", "/proc/data", "chronos.yaml", "x" * 300])
+def test_a_data_dir_that_cannot_be_is_told_in_one_line(configure, data_dir):
+    result = run_chronos("--config", configure(f"cluster: {{data_dir: {data_dir}}}"))
 
-    service.post(trigger_path(service.create(target.url, webhook=webhook)))
-
-    _method, _path, headers, body, _at = target.take()
-    assert (headers["Authorization"], headers["X-A"]) == (f"Bearer {text}", text)
-    assert body.decode() == text
+    check_refused(result, 78, data_dir)
+    assert len(result.stderr.splitlines()) == 1
 
 
-# ======================================================================================
-# 11. Engine: races
-# ======================================================================================
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param("PRAGMA user_version = 99", "newer", id="newer"),
+        pytest.param(
+            "PRAGMA application_id = 7; PRAGMA journal_mode = DELETE",
+            "not a database of Chronos",
+            id="foreign",
+        ),
+        pytest.param(b"not a database at all" * 200, "not a database", id="damaged"),
+    ],
+)
+def test_a_database_that_is_not_ours_to_read_is_refused_untouched(
+    configure, tmp_path, change, words
+):
+    fill_store(tmp_path / "data", NOBODY, 1, "@daily", None)
+    path = tmp_path / "data" / "chronos.db"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript(change)
+    before = path.read_bytes()
+
+    result = run_chronos("--config", configure(""))
+
+    assert path.read_bytes() == before
+    check_refused(result, 78, words, str(path))
 
 
-def ending(world, job, execution_id, how):
-    """Return a change that ends a run, and its arguments."""
-    return {
-        "cancel": (world.engine.cancel, job.id, execution_id, "tester"),
-        "replace": (world.engine.trigger, job.id, f"exec-{uuid.uuid4()}"),
-        "delete": (world.engine.delete_job, job, False),
-    }[how]
-
-
-def change_while_it_ends(world, target, change, *arguments):
-    """Make a change in a pass that has begun when the request that hangs ends."""
-
-    def late(turn):
-        target.let_go.set()
-        wait_until(world.engine._inbox.qsize)  # the outcome, for the next pass
-        return change(turn, *arguments)
-
-    return world.do(late)
-
-
-def pointed_at(job, url):
-    """Return the configuration of a job with another URL."""
-    return job.config | {"webhook": job.config["webhook"] | {"url": url}}
-
-
-@pytest.mark.parametrize("path", ["/hang/ok", "/hang/status/503"])
-@pytest.mark.parametrize(("how", "after"), [
-    ("cancel", [("failed", "cancelled")]),
-    ("replace", [("failed", "replaced"), ("success", None)]),
-    ("delete", []),
-])  # fmt: skip
-def test_an_outcome_that_comes_while_its_run_is_ended_is_ignored(world, target, path, how, after):
-    script(target, path)
-    job = world.create(target.url, concurrency="replace")
-    execution_id = hang(world, target, job)
-
-    change_while_it_ends(world, target, *ending(world, job, execution_id, how))
-    world.advance(60)
-
-    assert states(world, job, "status", "reason") == after
-    assert target.received.qsize() == (2 if how == "replace" else 1)
-    assert not world.engine._in_flight
-
-
-@pytest.mark.parametrize(("how", "after", "refusal"), [
-    ("cancel", ["success"], "has ended: success"),
-    ("replace", ["success", "success"], "None"),
-    ("delete", [], "None"),
-])  # fmt: skip
-def test_an_outcome_that_came_before_its_run_is_ended_counts(world, target, how, after, refusal):
-    script(target, "/hang/ok")
-    job = world.create(target.url, concurrency="replace")
-    execution_id = hang(world, target, job)
-
-    target.let_go.set()
-    wait_until(world.engine._inbox.qsize)
-    change = world.engine.hand_in(*ending(world, job, execution_id, how))
-    world.settle()
-
-    assert states(world, job) == after
-    assert refusal in str(change.exception(5))
-
-
-def test_a_run_whose_job_is_changed_while_it_ends_goes_on_as_it_began(world, target):
-    script(target, "/hang/status/503")
-    job = world.create(target.url + "/old")
-    hang(world, target, job)
-
-    change = (world.engine.update_job, job, pointed_at(job, target.url + "/new"), None, "tester")
-    assert change_while_it_ends(world, target, *change).version == 2
-    world.advance(1)
-
-    assert states(world, job, "job_version", "status", "attempts") == [(1, "success", 2)]
-    assert [target.take()[1] for _ in range(2)] == ["/status/503", "/old"]
-
-
-def test_a_version_that_was_rolled_back_with_its_pass_sends_nothing(world, target):
-    job = world.create(target.url)
-    config = pointed_at(job, target.url + "/refused")
-    fill_disk(world)
-    world.engine.hand_in(world.engine.update_job, job, config, None, "tester")
-    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
-    set_number(world, "b" * 90_000)
-    world.engine.run_pass()
-    free_disk(world)
-
-    config = pointed_at(job, target.url + "/made")
-    world.do(world.engine.update_job, job, config, None, "tester")
-    trigger(world, job)
-    world.settle()
-
-    assert target.take()[1] == "/made"
-
-
-def test_a_crash_between_commit_and_request_counts_as_an_attempt(make_world, target):
-    before = make_world()
-    job = before.create(target.url)
-    before.engine._settle = lambda _turn: None  # the process ends here
-    before.engine.hand_in(before.engine.trigger, job.id, "exec-1")
-    before.engine.run_pass()
-    assert states(before, job, "status", "attempts") == [("running", 1)]
-
-    world = make_world()
-    world.settle()
-
-    [execution] = world.executions(job)
-    assert (execution.id, execution.status, execution.attempts) == ("exec-1", "success", 2)
-    assert [e["error"] for e in json.loads(execution.attempt_log)] == [INTERRUPTED, None]
-    assert target.take()[2]["X-Chronos-Attempt"] == "2"
-    assert target.received.empty()
-
-
-def test_a_change_that_begins_as_its_thread_gives_up_is_not_denied(world, monkeypatch, background):
-    begun, gave_up = threading.Event(), threading.Event()
-
-    class Impatient(concurrent.futures.Future):
-        def result(self, timeout=None):
-            if timeout is None:
-                return super().result(10)
-            assert begun.wait(10)
-            raise TimeoutError
-
-        def cancel(self):
-            assert not super().cancel()
-            gave_up.set()
-
-    def change(_turn):
-        begun.set()
-        assert gave_up.wait(10)
-        world.store.set_number("a", 1)
-
-    monkeypatch.setattr(chronos, "Future", Impatient)
-    answer = background.submit(world.engine.make, change)
-    turn_until(world, answer.done)
-
-    assert answer.result() is None
-    assert "a" in numbers(world)
-
-
-# ======================================================================================
-# 12. API: races
-# ======================================================================================
-
-
-@contextlib.contextmanager
-def held(engine):
-    """Hold the engine in a pass: what is handed in meanwhile is made in the next one."""
-    begun, let_go = threading.Event(), threading.Event()
-    engine.hand_in(lambda _turn: begun.set() or let_go.wait(10))
-    assert begun.wait(10)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+@pytest.mark.parametrize("free", [0, 4, 8, 40, 80])
+def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path, configure, free):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory], check=True)
     try:
-        yield engine._inbox
+        (directory / "ballast").write_bytes(bytes((3072 - free) << 10))
+        result = run_chronos("--config", configure("cluster: {data_dir: data}"))
     finally:
-        let_go.set()
+        subprocess.run(["umount", directory], check=True)
+
+    check_refused(result, result.returncode or "an error", str(directory))
+    assert len(result.stderr.splitlines()) == 1
 
 
-def test_of_triggers_at_the_same_time_forbid_runs_one_and_the_others_name_it(
-    service, target, background
-):
-    job = service.create(target.url + "/hang", concurrency="forbid")
-
-    with held(service.service.engine) as inbox:
-        calls = [background.submit(service.call, "POST", trigger_path(job)) for _ in range(10)]
-        wait_until(lambda: inbox.qsize() == 10)
-    skipped = [call.result() for call in islice(as_completed(calls, 10), 9)]
-    target.let_go.set()
-
-    [ran] = [call.result(10) for call in calls if call.result(10) not in skipped]
-    assert (ran[0], ran[1]["data"]["status"]) == (200, "success")
-    told = {(status, a["data"]["reason"], a["data"]["error"]) for status, a in skipped}
-    assert told == {(200, "overlap", f"{ran[1]['data']['id']} was still pending")}
-    assert target.received.qsize() == 1
+# --- commands -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("headers", "status"), [
-    ({"If-Match": '"1"'}, 412),
-    ({}, 200),
+def test_the_option_version_prints_it():
+    result = run_chronos("--version")
+
+    assert (result.returncode, result.stdout) == (0, f"chronos {chronos.__version__}\n")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("nixt",), ("'nixt'", "--help")),
+    (("serve", "--confog"), ("--confog", "--help")),
+    (("backup",), ("FILE", "--help")),
 ])  # fmt: skip
-def test_a_delete_that_meets_a_change_is_refused_only_if_it_names_a_version(
-    service, background, headers, status
+def test_a_wrong_command_is_told_in_one_line(arguments, words):
+    result = run_chronos(*arguments)
+
+    check_refused(result, 1, "chronos: ", *words)
+    assert (len(result.stderr.splitlines()), result.stdout) == (1, "")
+
+
+def test_help_explains_every_command():
+    result = run_chronos("--help")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    told = " ".join(result.stdout.split())
+    runs = {name: run for name, run in vars(chronos).items() if name.startswith("run_")}
+    assert len(runs) == 5
+    for name, run in runs.items():
+        assert f"{name.removeprefix('run_').replace('_', '-')} {run.__doc__}" in told
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0"])
+def test_whoever_starts_it_by_hand_is_told_which_address_to_open(tmp_path, configure, address):
+    config = configure("{server: {allow_unauthenticated: true}, logging: {level: error}}")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["CHRONOS_SERVER_HTTP_ADDRESS"] = address
+        os.execv(sys.executable, [sys.executable, str(CHRONOS), "--config", str(config)])
+    shown = b""
+    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
+        while b"Ctrl-C" not in shown:
+            if not select.select([console], [], [], 10)[0]:
+                os.kill(pid, signal.SIGKILL)
+            shown += console.read(1000)
+        url = re.search(rb"open (http://\S+) in a browser", shown)[1].decode()
+        assert requests.get(f"{url}/api/v1/jobs", timeout=5).status_code == 200
+        console.write(b"\x03")
+        while console.read(1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert url.startswith("http://localhost" if address[0] == "0" else "http://127.0.0.1")
+
+
+def test_check_config_looks_at_every_declared_job(configure):
+    good = run_chronos("check-config", "--config", configure(declared(job_body(NOBODY))))
+    bad = run_chronos("check-config", "--config", configure(declared(job_body("gopher://x"))))
+
+    assert (good.returncode, good.stdout) == (0, "the configuration is correct\n")
+    check_refused(bad, 78, "line 3: jobs.1.webhook.url")
+
+
+def test_a_backup_of_a_working_server_is_restored_by_copying_it_back(
+    make_process, target, tmp_path, background
 ):
-    job = service.create(NOBODY)
-
-    with held(service.service.engine) as inbox:
-        change = background.submit(service.call, "PATCH", path_of(job), {"name": "b"})
-        wait_until(lambda: inbox.qsize() == 1)
-        delete = background.submit(service.call, "DELETE", path_of(job), headers=headers)
-        wait_until(lambda: inbox.qsize() == 2)
-
-    assert (change.result(10)[0], delete.result(10)[0]) == (200, status)
-
-
-def test_a_run_behind_those_of_a_deleted_job_starts_at_once(make_world, target):
-    world = make_world(dispatcher__max_concurrent_jobs=2)
-    gone, job = [world.create(target.url, enabled=False, concurrency="allow") for _ in range(2)]
-    world.settle()
-    execution_id = f"exec-{uuid.uuid4()}"
-
-    for _ in range(2):
-        world.engine.hand_in(world.engine.trigger, gone.id, f"exec-{uuid.uuid4()}")
-    world.engine.hand_in(world.engine.trigger, job.id, execution_id)
-    world.engine.hand_in(world.engine.delete_job, gone, False)
-    world.settle()  # no time passes
-
-    assert world.store.execution_of(None, execution_id).status == "success"
-
-
-def test_what_is_made_up_for_goes_on_behind_a_run_that_can_not_start(make_world, target):
-    world = make_world()
-    job = world.create(target.url, schedule="* * * * *", missed_run_policy="execute_all")
-    world.clock.advance(6 * 60)
-    world.engine._workers = 0  # nothing is taken yet
-    world.engine.run_pass()
-    config = json.dumps(job.config | {"timeout": "?"})
-    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, job.id)
-    by_hand(world, "UPDATE jobs SET next_run_at = NULL")
-    world.engine._version.cache_clear()
-    world.engine._workers = 4
-
-    world.advance(61)
-
-    assert states(world, job) == ["failed"] * 6
-
-
-def test_a_job_that_takes_any_certificate_is_warned_of(world, target, caplog):
-    for verify_tls in (True, False):
-        job = world.create(target.url, webhook={"verify_tls": verify_tls})
-        trigger(world, job)
-        warned = f"job {job.id} takes any certificate" in caplog.text
-        assert warned == (not verify_tls)
-
-
-def test_a_change_that_is_refused_aborts_nothing(world, target, monkeypatch):
-    job = world.create(target.url + "/hang", schedule="* * * * *", concurrency="replace")
-    execution_id = hang(world, target, job)
-    world.clock.advance(61)
-    monkeypatch.setattr(world.store, "due_jobs", lambda *_: [])  # only the change reaches it
-
-    with pytest.raises(chronos.ApiError, match="no version 9"):
-        world.do(world.engine.roll_back, job.id, 9, "tester")
-
-    assert world.engine._in_flight[execution_id].reason is None
-    assert states(world, job) == ["running"]
-
-
-def test_while_the_server_stops_no_change_erases_a_due_fire_time(world, target):
-    job = world.create(target.url, schedule="* * * * *")
-    world.clock.advance(61)
-    world.engine.stopping = True
-
-    with pytest.raises(chronos.ApiError, match="is stopping") as refusal:
-        world.do(world.engine.set_enabled, job.id, False)
-
-    assert refusal.value.code == "UNAVAILABLE"
-    assert world.store.job(job.id).next_run_at == NOON + 60 * SECOND
-
-
-def test_a_trigger_during_the_stop_is_answered_at_once_and_run_by_the_next_start(
-    make_service, make_world, target, background
-):
-    service = make_service()
-    busy, job = service.create(target.url + "/hang"), service.create(target.url)
-    service.expect(202, "POST", trigger_path(busy, "?wait=0"))
-    target.take()
-    stopping = background.submit(service.service.engine.stop, 20 * SECOND)
-    wait_until(lambda: service.service.engine.stopping)
-
-    execution = service.expect(202, "POST", trigger_path(job))
-    assert not stopping.done()
-    target.let_go.set()
-    stopping.result(10)
-    assert target.received.empty()
-    world = make_world()
-    world.settle()
-
-    assert execution["status"] == "pending"
-    assert world.store.execution_of(None, execution["id"]).status == "success"
-    assert target.take()[2]["X-Chronos-Execution-ID"] == execution["id"]
-
-
-# ======================================================================================
-# 11. Engine: overload
-# ======================================================================================
-
-
-def test_50000_due_executions_cost_no_more_memory_than_500(make_process, target, tmp_path):
-    data, peaks = tmp_path / "home" / "data", []
-    fill_store(data, target.url + "/hang", 1, "@daily", None)
-    add = """
-        INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
-                                due_at, attempts, spent, attempt_log)
-        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs WHERE seq > 0"""
-
-    for count in (500, 50_000):
-        ids = [f"exec-{count}-{n}" for n in range(count)]
-        with contextlib.closing(sqlite3.connect(data / "chronos.db")) as database, database:
-            database.executemany(add, [(ids[n], target.url, count - n) for n in range(count)])
-        process = make_process()
-        first = [target.take()[2]["X-Chronos-Execution-ID"] for _ in range(48)]
-        assert sorted(first) == sorted(ids[-48:])  # by due_at, not in the order of their creation
-        assert process.get("/cluster/status")["pending"] == count - 48
-        target.let_go.set()
-        for _ in range(452):
-            target.take()
-        status = Path(f"/proc/{process.process.pid}/status").read_text()
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
-        wait_until(lambda: count > 500 or process.get("/cluster/status")["running"] == 0)  # noqa: B023
-        process.end(signal.SIGKILL)
-        target.let_go.clear()
-
-    print(f"500: {peaks[0]:.1f} MB, 50,000: {peaks[1]:.1f} MB")
-    assert peaks[1] - peaks[0] < 10
-
-
-@pytest.mark.parametrize(("concurrency", "after"), [
-    ("forbid", ["running"] + ["skipped"] * 9),
-    ("replace", ["failed"] * 9 + ["running"]),
-    ("allow", ["running"] * 2 + ["pending"] * 8),
-])  # fmt: skip
-def test_runs_longer_than_their_interval_lose_no_fire_time_and_stop_no_other_job(
-    make_world, target, other_target, concurrency, after
-):
-    world = make_world(dispatcher__max_concurrent_jobs=4, dispatcher__max_concurrent_per_host=2)
-    slow = world.create(target.url + "/hang", schedule="@every 1s", concurrency=concurrency)
-    job = world.create(other_target.url, schedule="@every 1s")
-
-    for n in range(1, 11):
-        world.clock.advance(1)
-        turn_until(world, lambda n=n: states(world, job) == ["success"] * n)
-    turn_until(world, lambda: states(world, slow) == after)
-
-    assert states(world, slow, "scheduled_at") == states(world, job, "scheduled_at")
-
-
-def test_a_host_that_accepts_no_connection_makes_no_other_target_late(service, target, deaf_url):
-    dead = service.create(deaf_url, concurrency="allow")
-    for _ in range(60):
-        service.expect(202, "POST", trigger_path(dead, "?wait=0"))
-    status = service.get("/cluster/status")
-    assert (status["running"], status["pending"]) == (48, 12)
-
-    service.create(target.url, schedule="@every 1s", enabled=True)
-
-    for _ in range(3):
-        _method, _path, headers, _body, arrived_at = target.take()
-        fire_time = chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) / SECOND
-        assert 0 <= arrived_at - fire_time < 1
-
-
-def test_40_triggers_of_a_hanging_hook_are_all_answered_and_leave_the_server_quick(service, target):
-    job = service.create(target.url + "/hang", concurrency="allow")
-
-    start = time.monotonic()
-    with ThreadPoolExecutor(40) as pool:
-        path = trigger_path(job, "?wait=4s")
-        calls = [pool.submit(service.call, "POST", path) for _ in range(40)]
-        at_once = list(islice(as_completed(calls, 10), 28))  # the others may wait
-        assert service.get("/health")["status"] == "healthy"
-        assert service.get("/jobs")["total"] == 1
-        assert time.monotonic() - start < 4
-
-    assert [call.result()[0] for call in calls] == [202] * 40
-    assert len(at_once) == 28
-
-
-# ======================================================================================
-# Errors that nobody expected
-# ======================================================================================
-
-
-def a_bug(*_arguments):
-    raise RuntimeError("a bug")
-
-
-def tracebacks(caplog):
-    """Return what was logged with a traceback."""
-    return [record.getMessage() for record in caplog.records if record.exc_info]
-
-
-def test_an_error_in_passes_is_logged_once_and_shown_and_delays_fire_times(
-    service, target, monkeypatch, caplog
-):
-    fields = {"schedule": "@every 1s", "enabled": True, "concurrency": "allow"}
-    first = chronos.parse_time(service.create(target.url, **fields)["next_run"])
-    with monkeypatch.context() as patch:
-        patch.setattr(service.service.store, "due_jobs", a_bug)
-        wait_until(lambda: service.call("GET", "/health")[0] == 503)
-        shown = service.error(503, "GET", "/health")
-        refused = service.error(500, "POST", "/jobs", job_body(NOBODY))
-
-    fired = [target.take()[2]["X-Chronos-Scheduled-Time"] for _ in range(3)]
-    assert service.get("/health")["status"] == "healthy"
-
-    assert shown == {"code": "UNAVAILABLE", "message": "a bug"}
-    assert refused["code"] == "INTERNAL_ERROR"
-    assert sorted(map(chronos.parse_time, fired)) == [first + n * SECOND for n in range(3)]
-    assert tracebacks(caplog) == ["the engine can't go on and tries again: a bug"]
-    assert caplog.messages.count("the engine goes on") == 1
-
-
-def test_an_error_without_words_is_shown_too(world, monkeypatch):
-    def no_memory(_now, _most):
-        raise MemoryError
-
-    monkeypatch.setattr(world.store, "due_jobs", no_memory)
-    world.engine.run_pass()
-
-    assert world.engine.problem
-
-
-def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target, monkeypatch):
-    job = world.create(target.url)
-    world.engine.hand_in(world.engine.trigger, job.id, "exec-1")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(world.engine, "_answer", a_bug)
-        world.engine.run_pass()
-    world.settle()
-
-    assert states(world, job) == ["success"]
-
-
-def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target):
-    before = make_world()
-    broken, job = [before.create(target.url) for _ in range(2)]
-    add_executions(before, broken, 1, "pending")
-    config = json.dumps(broken.config | {"schedule": "?"})
-    by_hand(before, "UPDATE versions SET config = ? WHERE job_id = ?", config, broken.id)
-
-    world = make_world()
-    world.clock.advance(60)
-    world.engine.run_pass()
-    assert not world.engine.problem
-    trigger(world, job)
-    world.settle()
-
-    assert (states(world, broken), states(world, job)) == (["failed"], ["success"])
-
-
-def test_an_error_in_a_worker_fails_its_execution_and_not_the_worker(
-    make_service, target, monkeypatch, caplog
-):
-    service, died = make_service(dispatcher__max_concurrent_jobs=1), []
-    monkeypatch.setattr(threading, "excepthook", died.append)
-    job = service.create(target.url, retry_policy=ONCE)
-    with monkeypatch.context() as patch:
-        patch.setattr(service.service.engine.dispatcher, "_judge", a_bug)
-        status, envelope = service.call("POST", trigger_path(job, "?wait=2s"))
-
-    assert (status, died) == (500, [])
-    assert envelope["error"]["code"] == "EXECUTION_ERROR"
-    assert len(tracebacks(caplog)) == 1
-    assert service.post(trigger_path(job))["status"] == "success"
-
-
-def test_an_error_in_the_watchdog_ends_no_limit_and_is_logged_once(
-    service, target, monkeypatch, caplog
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(service.service.engine.dispatcher, "close_idle", a_bug)
-        wait_until(lambda: tracebacks(caplog))
-        job = service.create(target.url + "/hang", timeout="300ms", retry_policy=ONCE)
-        error = service.error(500, "POST", trigger_path(job))
-
-    assert "within the timeout" in error["message"]
-    assert tracebacks(caplog) == ["the watchdog goes on"]
-
-
-def test_an_error_in_a_handler_is_answered_and_logged_once(service, monkeypatch, caplog):
-    with monkeypatch.context() as patch:
-        patch.setattr(service.service.store, "jobs", a_bug)
-        error = service.error(500, "GET", "/jobs")
-
-    assert error["code"] == "INTERNAL_ERROR"
-    assert tracebacks(caplog) == ["GET /api/v1/jobs failed"]
-    assert service.get("/jobs") == {"jobs": [], "total": 0}
-    assert service.get("/health")["status"] == "healthy"
-
-
-# ======================================================================================
-# Faults: nothing lost, nothing doubled
-# ======================================================================================
-
-STEPS = {"@every 1s": SECOND, "*/2 * * * * *": 2 * SECOND}
-ANY_PORT = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
-HOUR, YEAR = 3600, 365 * 24 * 3600
-
-
-def past_runs(client, job):
-    """Return all executions of a job, the newest first."""
-    path, found = f"/jobs/{job['id']}/executions?limit=100", []
-    page = client.get(path)["executions"]
-    while page:
-        found += page
-        page = client.get(f"{path}&before={page[-1]['id']}")["executions"]
-    return found
-
-
-def audit(client, job):
-    """Disable a job; when all of it has ended, check that its history is whole, and return it."""
-    until = chronos.parse_time(client.post(f"/jobs/{job['id']}/disable")["updated_at"])
-    wait_until(lambda: all(e["completed_at"] for e in past_runs(client, job)), 30)
-    executions = past_runs(client, job)
-    created, step = chronos.parse_time(job["created_at"]), STEPS[job["schedule"]]
-    origin = created if job["schedule"].startswith("@every") else created - created % step
-    expected, ledger = range(origin + step, until + 1, step), []
-    for execution in executions:
-        newest, oldest = execution["scheduled_time"], execution["missed_from"]
-        first, last = map(chronos.parse_time, (oldest or newest, newest))
-        fires = range(first, last + 1, step)
-        assert len(fires) == (execution["missed_count"] or 1)
-        ledger += fires if execution["trigger"] != "manual" else ()
-    if job["name"] == "switched":  # it was disabled at times
-        expected = set(expected) & set(ledger)
-    assert sorted(ledger) == sorted(expected)
-    return executions
-
-
-def create_fired(process, target, schedule="@every 1s", **fields):
-    """Create a job, and return it when its first execution is in the history, as a success."""
-    job = process.create(target.url, schedule=schedule, enabled=True, **fields)
-    target.take()
-    wait_until(lambda: process.get(f"/jobs/{job['id']}/executions?status=success")["total"])
-    return job
-
-
-def drain(target):
-    """Return the headers of the requests that have arrived."""
-    return [target.take()[2] for _ in range(target.received.qsize())]
-
-
-def silence(target, seconds):
-    """Check that nothing arrives for so long."""
-    with pytest.raises(queue.Empty):
-        target.received.get(timeout=seconds)
-
-
-def next_lateness(target):
-    """Return by how many seconds the next request comes after its fire time."""
-    _, _, headers, _, at = target.take()
-    return at - chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) / SECOND
-
-
-class SlowHandler(TargetHandler):
-    """Takes its time to answer /slow."""
-
-    def send_response(self, *arguments):
-        if self.path == "/slow":
-            self.server.let_go.wait(0.7)
-        super().send_response(*arguments)
-
-
-QUICK_RETRY = {"max_attempts": 3, "initial_interval": "300ms"}
-DOOMED = ("/slow", "@every 1s", {"name": "doomed"})
-KINDS = (
-    ("/ok", "*/2 * * * * *", {"missed_run_policy": "execute_all"}),
-    ("/ok", "*/2 * * * * *", {"name": "switched"}),
-    ("/status/500", "@every 1s", {"retry_policy": QUICK_RETRY, "missed_run_policy": "ignore"}),
-    ("/slow", "@every 1s", {"retry_policy": QUICK_RETRY, "missed_run_policy": "execute_all"}),
-    ("/slow", "@every 1s", {"retry_policy": ONCE, "concurrency": "allow"}),
-    ("/slow", "*/2 * * * * *", {"retry_policy": QUICK_RETRY, "concurrency": "replace"}),
-)
-
-
-class Caller:
-    """Uses the API as a client does, and remembers what was acknowledged or is uncertain."""
-
-    def __init__(self, seed, url):
-        self.chance, self.url, self.made = random.Random(seed), url, 0
-        self.jobs, self.deleted, self.acknowledged = {}, [], 0
-
-    def run(self, client):
-        """Make one call after another until the server is gone."""
-        acts = {"report": [self.describe, self.trigger]}
-        acts |= {"switched": [self.switch], "doomed": [self.delete]}
-        with contextlib.suppress(requests.RequestException):
-            while True:
-                if not self.jobs or self.chance.random() < 0.15:
-                    self.create(client)
-                job = self.chance.choice(list(self.jobs.values()))
-                self.chance.choice(acts[job["name"]])(client, job, f"/jobs/{job['id']}")
-
-    def call(self, client, *call):
-        status, envelope = client.call(*call)
-        assert status < 300, envelope
-        self.acknowledged += 1
-        return envelope["data"]
-
-    def create(self, client):
-        """Create a job that stays, twelve of them in all, or one that is to be deleted."""
-        stays = self.made < 12 and self.chance.random() < 0.3
-        path, schedule, fields = KINDS[self.made % len(KINDS)] if stays else DOOMED
-        self.made += stays
-        body = job_body(self.url + path, schedule=schedule, enabled=True, **fields)
-        job = self.call(client, "POST", "/jobs", body)
-        may_be = {"enabled": {True}, "description": {job["description"]}}
-        self.jobs[job["id"]] = job | {"versions": {}, "triggers": set(), "may_be": may_be}
-
-    def change(self, client, job, name, value, *call):
-        """Set a field; until that is acknowledged, either value may hold."""
-        job["may_be"][name].add(value)
-        changed = self.call(client, *call)
-        job["may_be"][name] = {value}
-        return changed
-
-    def describe(self, client, job, path):
-        text = str(self.chance.random())
-        patch = ("PATCH", path, {"description": text})
-        job["versions"][self.change(client, job, "description", text, *patch)["version"]] = text
-
-    def switch(self, client, job, path):
-        on = self.chance.random() < 0.5
-        path += "/enable" if on else "/disable"
-        self.change(client, job, "enabled", on, "POST", path)
-
-    def trigger(self, client, job, path):
-        job["triggers"].add(self.call(client, "POST", f"{path}/trigger?wait=0")["id"])
-
-    def delete(self, client, job, path):
-        del self.jobs[job["id"]]  # answered or not, it may be gone
-        self.call(client, "DELETE", path)
-        self.deleted.append(job["id"])
-
-    def check(self, client):
-        """Check that all is as it was acknowledged."""
-        for job_id in self.deleted:
-            client.error(404, "GET", f"/jobs/{job_id}")
-        for job_id, job in self.jobs.items():
-            shown = client.get(f"/jobs/{job_id}")
-            assert all(shown[name] in values for name, values in job["may_be"].items())
-            versions = client.get(f"/jobs/{job_id}/versions")
-            numbers = [version["version"] for version in versions]
-            assert numbers == list(range(shown["version"], 0, -1))
-            texts = {v["version"]: v["config"]["description"] for v in versions}
-            assert job["versions"].items() <= texts.items()
-            manual = {e["id"] for e in past_runs(client, job) if e["trigger"] == "manual"}
-            assert job["triggers"] <= manual
-
-
-def cut_off(data):
-    """Return (id, attempt) of what ran at the kill, from a copy of the files as they were left."""
-    with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(data, copy, dirs_exist_ok=True)
-        with contextlib.closing(sqlite3.connect(f"{copy}/chronos.db")) as database:
-            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            sql = "SELECT id, attempts FROM executions WHERE status = 'running'"
-            return set(database.execute(sql))
-
-
-def check_attempts(client, job, executions, received, interrupted):
-    """Check the attempts of a job: what its target has received, and what a kill has cut off."""
-    most = job["retry_policy"]["max_attempts"]
-    names = ("Execution-ID", "Scheduled-Time", "Attempt")
-    sent = [tuple(headers[f"X-Chronos-{name}"] for name in names) for headers in received]
-    rows = {e["id"]: (e["scheduled_time"], e["attempts"]) for e in executions}
-    succeeded = {e["id"] for e in executions if e["status"] == "success"}
-
-    assert len(sent) == len(set(sent))
-    assert all(at == rows[i][0] and int(attempt) <= rows[i][1] for i, at, attempt in sent)
-    assert {(i, rows[i][0], str(rows[i][1])) for i in succeeded} <= set(sent)
-    assert all(attempts <= most for _at, attempts in rows.values())
-    for i, number in interrupted & {(i, n + 1) for i in rows for n in range(most)}:
-        shown = client.get(f"/jobs/{job['id']}/executions/{i}")
-        errors = {attempt["number"]: attempt["error"] for attempt in shown["attempt_log"]}
-        given_up = shown["reason"] == ("interrupted" if number == most else "replaced")
-        assert errors[number] == INTERRUPTED and (shown["attempts"] > number or given_up)
-
-
-@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_kill_9_at_any_instant_loses_nothing_and_doubles_nothing(
-    make_process, target, background, tmp_path, rounds
-):
-    seed = os.environ.get("CHRONOS_SEED") or str(time.time_ns() % 1_000_000)
-    print(f"CHRONOS_SEED={seed}")
-    chance, config, data = random.Random(seed), "scheduler: {missed_run_grace: 1s}", "home/data"
-    callers = [Caller(chance.random(), target.url) for _ in range(4)]
-    target.RequestHandlerClass = SlowHandler
-    interrupted, received = set(), defaultdict(list)
-
-    for _ in range(rounds):
-        process = make_process(config)
-        calls = [background.submit(caller.run, process) for caller in callers]
-        time.sleep(chance.uniform(0.2, 1.5))
-        process.end(signal.SIGKILL)
-        interrupted |= cut_off(tmp_path / data)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed while it starts
-            command, limit = process.process.args, chance.uniform(0, 1)
-            subprocess.run(command, timeout=limit, stderr=subprocess.DEVNULL, env=ANY_PORT)
-        interrupted |= cut_off(tmp_path / data)
-        assert [call.result(10) for call in calls] == [None] * 4
-    process = make_process(config)
-    for caller in callers:
-        caller.check(process)
-    jobs = process.get("/jobs")["jobs"]
-    ended = [audit(process, job) for job in jobs]
-
-    for headers in drain(target):
-        received[headers["X-Chronos-Job-ID"]].append(headers)
-    for job, executions in zip(jobs, ended, strict=True):
-        check_attempts(process, job, executions, received[job["id"]], interrupted)
-    assert cut_off(tmp_path / data) == set()
-    print(f"{sum(caller.acknowledged for caller in callers)} calls acknowledged, {len(jobs)} jobs,",
-          f"{sum(map(len, ended))} executions, {sum(map(len, received.values()))} requests,",
-          f"{len(interrupted)} attempts cut off")  # fmt: skip
-
-
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
-NEEDS_FAKETIME = pytest.mark.skipif(
-    not FAKETIME, reason="no libfaketime: apt-get install -y libfaketime"
-)
-
-
-@pytest.fixture
-def wall(tmp_path, make_process):
-    """A process with set_clock(), for its wall clock; its monotonic one stays as it is."""
-    file = tmp_path / "clock"
-
-    def set_clock(seconds):
-        """Show so many seconds more than two years from now."""
-        (tmp_path / "new").write_text(f"+{2 * YEAR + seconds}\n")
-        (tmp_path / "new").replace(file)  # it is read whenever the process looks at the clock
-
-    set_clock(0)
-    process = make_process(environment={
-        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(file),
-        "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    })  # fmt: skip
-    process.set_clock = set_clock
-    yield process
-    for path in Path("/dev/shm").glob(f"*faketime_s*_{process.process.pid}"):
-        path.unlink()  # libfaketime leaves them where its process is killed
-
-
-@NEEDS_FAKETIME
-@pytest.mark.parametrize("policy, most", [("ignore", 0), ("execute_one", 1), ("execute_all", 100)])
-def test_an_hour_that_the_clock_leaps_is_missed_time(wall, target, policy, most):
-    job = create_fired(wall, target, missed_run_policy=policy)
-    missed = lambda: [e for e in past_runs(wall, job) if e["missed_count"]]  # noqa: E731
-
-    wall.set_clock(HOUR)
-    leap = time.time()
-    (passed_over,) = wait_until(missed)
-
-    seen = time.time()
-    noticed = chronos.parse_time(passed_over["completed_at"]) / SECOND - 2 * YEAR - HOUR - leap
-    print(f"noticed after {noticed:.2f} s, seen by the test after {seen - leap:.2f} s")
-    assert noticed < 2
-    made_up = [e["status"] for e in audit(wall, job) if e["trigger"] == "catch_up"]
-    assert made_up == ["success"] * most
-    assert abs(passed_over["missed_count"] + most - HOUR) <= 2
-
-
-@NEEDS_FAKETIME
-def test_while_the_clock_is_half_an_hour_back_nothing_fires_again(wall, target):
-    job = create_fired(wall, target, concurrency="allow")
-
-    wall.set_clock(-HOUR // 2)
-    silence(target, 2.5)
-    wall.set_clock(0)
-    target.take()
-
-    assert {e["status"] for e in audit(wall, job)} == {"success"}
-    ids = [headers["X-Chronos-Execution-ID"] for headers in drain(target)]
-    assert len(ids) == len(set(ids)) >= 1
-
-
-@NEEDS_FAKETIME
-@pytest.mark.parametrize("schedule", STEPS)
-def test_a_clock_that_is_put_back_by_a_year_fires_on_at_once(wall, target, schedule):
-    job = create_fired(wall, target, schedule)
-
-    wall.set_clock(-YEAR)
-    put_back = time.time()
-    lags = [next_lateness(target) + YEAR for _ in range(2)]
-
-    print(f"fires twice within {time.time() - put_back:.2f} s, {max(lags):.3f} s late")
-    assert time.time() - put_back < 1.5 + 2 * STEPS[schedule] / SECOND
-    assert min(lags) >= 0 and max(lags) < 0.5
-    newest, before, *others = [e["scheduled_time"] for e in past_runs(wall, job)]
-    assert chronos.parse_time(newest) - chronos.parse_time(before) == STEPS[schedule]
-    assert others and not {newest, before} & set(others)
-
-
-@pytest.mark.parametrize(("grace", "reasons"), [("1s", {None, "missed"}), ("1m", {None})])
-def test_a_process_that_was_suspended_has_missed_what_is_beyond_the_grace(
-    make_process, target, grace, reasons
-):
-    process = make_process(f"scheduler: {{missed_run_grace: {grace}}}")
-    job = create_fired(process, target, concurrency="allow")
-
-    process.process.send_signal(signal.SIGSTOP)
-    silence(target, 2.8)
-    process.process.send_signal(signal.SIGCONT)
-
-    print(f"the first one after it was {next_lateness(target):.2f} s late")
-    assert {execution["reason"] for execution in audit(process, job)} == reasons
-
-
-def test_a_suspend_amid_a_backlog_is_missed_time_too(make_process, target, tmp_path):
-    at = (int(time.time()) + 3) * SECOND
-    fill_store(tmp_path / "home" / "data", target.url, 1000, "@every 2s", at)
-    process = make_process("scheduler: {missed_run_grace: 1s}")
-    target.take()
-
-    process.process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
-    process.process.send_signal(signal.SIGCONT)
-
-    job = process.get("/jobs")["jobs"][-1]  # the last one to be enqueued
-    wait_until(lambda: any(e["reason"] == "missed" for e in past_runs(process, job)), 6)
-
-
-@pytest.fixture
-def data(tmp_path):
-    """The data directory, on a disk of 3 MB where the user may mount one."""
-    directory = tmp_path / "home" / "data"
-    directory.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, check=True)
-    yield directory
-    if mounted:
-        subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-@contextlib.contextmanager
-def full_disk(_process, data):
-    """Leave no room on the disk."""
-    ballast = data / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    yield
-    ballast.unlink()
-
-
-@contextlib.contextmanager
-def disk_error(process, _data):
-    """Let each write to a file fail: an open file keeps its disk from becoming read-only."""
-    pid, before = process.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
-
-
-@contextlib.contextmanager
-def lock(_process, data):
-    """Hold the lock of the database, as a tool that somebody left open."""
-    with contextlib.closing(sqlite3.connect(data / "chronos.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-
-
-def start_hanging(process, target):
-    """Trigger a job whose target answers when it is let go; return the execution's path."""
-    job = process.create(target.url + "/hang")
-    execution = process.expect(202, "POST", trigger_path(job, "?wait=0"))
-    assert target.hanging.acquire(timeout=10)
-    return f"/jobs/{job['id']}/executions/{execution['id']}"
-
-
-def check_outage(process, job, problem):
-    """Check what is answered while nothing can be written."""
-    path = f"/jobs/{job['id']}"
-    writes = [("POST", "/jobs", job_body(NOBODY)), ("PATCH", path, {"name": "x"})]
-    writes += [("POST", f"{path}/disable"), ("POST", trigger_path(job))]
-    with ThreadPoolExecutor(len(writes)) as pool:
-        refused = list(pool.map(lambda write: process.error(500, *write)["code"], writes))
-    health = process.error(503, "GET", "/health")
-
-    assert refused == ["STORE_ERROR"] * len(writes)
-    assert health["code"] == "UNAVAILABLE" and problem in health["message"]
-    assert process.get("/jobs")["total"] == 2
-    assert process.get(path)["name"] == process.get(f"{path}/versions/1")["config"]["name"]
-    assert process.get(f"{path}/executions")["total"] >= 1
-
-
-@pytest.mark.parametrize(("fault", "problem", "grace"), [
-    pytest.param(full_disk, "disk is full", "1s",
-                 marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")),
-    (disk_error, "disk I/O error", "1m"), (lock, "database is locked", "1m"),
-])  # fmt: skip
-def test_an_outage_of_the_store_is_told_and_survived_and_loses_nothing(
-    data, make_process, target, fault, problem, grace
-):
-    process = make_process(f"scheduler: {{missed_run_grace: {grace}}}")
-    job = create_fired(process, target)
-    path = start_hanging(process, target)
-
-    with fault(process, data):
-        begun = time.time()
-        target.let_go.set()
-        check_outage(process, job, problem)
-        drain(target)
-        silence(target, max(1, begun + 2.5 - time.time()))  # what can't be recorded is not sent
-        assert process.get(path)["status"] == "running"
-    freed = time.time()
-    while (late := next_lateness(target)) > 0.5:
-        pass
-    back = time.time() - freed
-
-    print(f"out for {freed - begun:.1f} s, on time again after {back:.2f} s: {late * 1000:.0f} ms")
-    assert back < 3 and process.get("/health") and process.create(NOBODY)
-    assert (process.get(path)["status"], process.get(path)["attempts"]) == ("success", 1)
-    assert ("missed" in {e["reason"] for e in audit(process, job)}) == (grace == "1s")
-    lines = [line for line in process.log if " INFO " not in line]
-    assert "".join(lines).count("can't go on") == 1 and len(lines) < 6, lines
-
-
-def test_an_attempt_that_ends_while_the_store_is_locked_keeps_its_time(make_process, target, data):
     process = make_process()
-    path = start_hanging(process, target)
-    target.take()
+    stop = threading.Event()
 
-    with lock(process, data):
-        target.let_go.set()
-        ended = time.time()
-        silence(target, 2)
-    shown = wait_until(lambda: (s := process.get(path))["completed_at"] and s)
+    def create_jobs():
+        ids = []
+        while not stop.is_set():
+            ids.append(process.create(target.url)["id"])
+        return ids
 
-    assert abs(chronos.parse_time(shown["completed_at"]) / SECOND - ended) < 0.5
+    writers = [background.submit(create_jobs) for _ in range(4)]
+    wait_until(lambda: process.get("/jobs?limit=1")["total"] > 20)
+    before = {job["id"] for job in process.get("/jobs")["jobs"]}
+    config = tmp_path / "home" / "chronos.yaml"
+    result = run_chronos("backup", tmp_path / "copy.db", "--config", config)
+    stop.set()
+    created = {job_id for writer in writers for job_id in writer.result(10)}
+    process.end(signal.SIGKILL)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    for path in (tmp_path / "home" / "data").glob("chronos.db*"):
+        path.unlink()
+    shutil.copy(tmp_path / "copy.db", tmp_path / "home" / "data" / "chronos.db")
+    restored = {job["id"] for job in make_process("", "--paused").get("/jobs")["jobs"]}
+    assert before <= restored <= created
+
+
+def test_hash_password_prints_one_line_that_signs_in(make_process):
+    command = [sys.executable, CHRONOS, "hash-password"]
+    lines = [
+        subprocess.run(command, input="pässwörd\n", capture_output=True, text=True, timeout=20)
+        for _ in range(2)
+    ]
+    hashed = [result.stdout.strip() for result in lines]
+    assert hashed[0] != hashed[1]  # each has a salt of its own
+    assert [result.stdout.count("\n") for result in lines] == [1, 1]
+
+    process = make_process(f"auth: {{type: basic, users: {{ada: {hashed[0]}}}}}")
+
+    assert process.call("GET", "/jobs")[0] == 401
+    assert process.call("GET", "/jobs", headers=credentials("ada"))[0] == 200
+    assert process.call("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("typed", ["alpha", ""])
+def test_hash_password_does_not_show_what_is_typed(typed):
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(CHRONOS), "hash-password"])
+    shown = b""
+    with open(terminal, "r+b", buffering=0) as console, contextlib.suppress(OSError):
+        while b"Password: " not in shown:
+            shown += console.read(1000)
+        console.write(typed.encode() + b"\n")
+        while data := console.read(1000):
+            shown += data
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert b"alpha" not in shown
+    assert (status, b"scrypt:" in shown) == ((0, True) if typed else (1, False))
+
+
+def test_an_empty_password_from_a_pipe_is_refused():
+    command = [sys.executable, CHRONOS, "hash-password"]
+    result = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=20)
+
+    check_refused(result, 1, "an empty password is none")
+
+
+def test_a_backup_without_a_database_says_so(configure, tmp_path):
+    result = run_chronos("backup", tmp_path / "copy.db", "--config", configure(""))
+
+    check_refused(result, 1, "no backup to", "copy.db", "unable to open database file")
+
+
+# --- the unit of systemd --------------------------------------------------------------
+
+NEEDS_SYSTEMD = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt-get install -y systemd"
+)
+
+
+def print_unit(config, program=CHRONOS):
+    """Return what systemd-unit prints, and its settings; of one that is there twice the last."""
+    result = run_chronos("systemd-unit", "--config", config, program=program)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if re.match("[A-Z][A-Za-z]*=", line)]
+    return result, dict(line.split("=", 1) for line in lines)
+
+
+@NEEDS_SYSTEMD
+def test_the_unit_is_one_that_systemd_takes_and_that_leaves_little_open(configure, tmp_path):
+    result, _settings = print_unit(configure(""))
+    path = tmp_path / "chronos.service"
+    path.write_text(result.stdout)
+
+    def analyze(*arguments):
+        command = ["systemd-analyze", *arguments, path]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    verified = analyze("verify")
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+    exposed = analyze("security", "--offline=true", "--no-pager").stdout
+    assert float(re.search(r"exposure level for \S+: ([0-9.]+)", exposed)[1]) < 2.0
+
+
+def test_the_unit_starts_this_program_with_this_interpreter_and_configuration(tmp_path):
+    home = tmp_path / 'a "b" 100% é'
+    home.mkdir()
+    program = shutil.copy(CHRONOS, home)
+    (home / "own.yaml").write_text("cluster: {data_dir: ../state}")
+
+    _result, settings = print_unit(home / "own.yaml", program=program)
+
+    command = shlex.split(settings["ExecStart"].replace("%%", "%"))
+    assert command == [sys.executable, "-I", program, "--config", str(home / "own.yaml")]
+    assert "%%" in settings["ExecStart"]
+    assert settings["ReadWritePaths"] == f'"{tmp_path}/state"'
+    started = subprocess.run([*command, "--version"], capture_output=True, timeout=20, check=True)
+    assert started.stdout.startswith(b"chronos ")
+
+
+def test_the_unit_without_a_configuration_names_none(tmp_path):
+    program = shutil.copy(CHRONOS, tmp_path)
+
+    result = run_chronos("systemd-unit", program=program)
+
+    assert f'-I "{program}"\n' in result.stdout
+    assert f'\nReadWritePaths="{tmp_path}/data"\n' in result.stdout
+
+
+def test_the_unit_is_restarted_when_that_helps_and_stopped_in_its_own_time(configure):
+    _result, settings = print_unit(configure(
+        "{cluster: {data_dir: /var/lib/chronos}, server: {shutdown_grace: 2m}}"
+    ))  # fmt: skip
+
+    expected = {
+        "Type": "notify", "User": "chronos", "Restart": "on-failure", "TimeoutStopSec": "135",
+        "RestartSec": "5",  # by default five starts in ten seconds would be the last
+        "RestartPreventExitStatus": f"{chronos.EXIT_RUNNING} {chronos.EXIT_CONFIG}",
+        "ReadWritePaths": '"/var/lib/chronos"', "ExecReload": "/bin/kill -HUP $MAINPID",
+    }  # fmt: skip
+    assert settings | expected == settings
+    assert int(settings["WatchdogSec"]) >= 4 * chronos.SIGN_OF_LIFE_S
+    most = {"dispatcher.max_concurrent_jobs": 1000, "server.http.threads": 256}
+    for name, threads in most.items():
+        with pytest.raises(ValueError, match=f"to {threads}"):
+            chronos.SETTINGS[name].check(threads + 1)
+    assert int(settings["TasksMax"]) > sum(most.values()) + chronos.MAX_LOOKUPS + 5
+
+
+def test_a_wrong_configuration_makes_no_unit(configure):
+    result = run_chronos("systemd-unit", "--config", configure("nonsense: 1"))
+
+    check_refused(result, 78, "nonsense")
+    assert result.stdout == ""
 
 
 # ======================================================================================
-# What a new user does: the README and the files beside chronos.py
-# ======================================================================================
-
-
-def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
-    readme = (CHRONOS.parent / "README.md").read_text()
-    tour = readme.split("## The first job")[1].split("\n## The API")[0]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    address = make_process().url.removeprefix("http://")
-    for printed, used in (("localhost:8080", address), ("8000", str(port)), ("/tmp", tmp_path)):
-        tour = tour.replace(printed, str(used))
-    blocks = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
-    serve, create, history, trigger, change, versions, replay = blocks
-    calls = tmp_path / "calls"
-
-    def run(block):
-        find = f"JOB=$(cat {tmp_path}/job 2>/dev/null || true)\n"
-        command = ["bash", "-ec", f"{find}{block}echo $JOB > {tmp_path}/job"]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-
-    def told(output):
-        """Return what each answer of several has, whatever white space they are printed with."""
-        decoder, answers = json.JSONDecoder(), []
-        while output := output.lstrip():
-            answer, end = decoder.raw_decode(output)
-            answers.append(answer["data"])
-            output = output[end:]
-        return answers
-
-    command = serve.replace("python3 -m", "exec python3 -um").strip() + f" 2> {calls}"
-    hook = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL)
-    try:
-        created = json.loads(run(create))["data"]
-        wait_until(lambda: calls.exists() and '"GET /report HTTP/1.1" 200' in calls.read_text())
-        triggered = json.loads(run(trigger))["data"]
-        newest = json.loads(run(history))["data"]["executions"][0]
-        changed = json.loads(run(change))["data"]
-        listed, back = told(run(versions))
-        replayed, *tidied = told(run(replay))
-    finally:
-        hook.kill()
-        hook.wait()
-
-    assert created["next_run"].endswith(("0Z", "5Z"))
-    assert (triggered["status"], triggered["trigger"]) == ("success", "manual")
-    assert (newest["status_code"], newest["response"]) == (200, "OK\n")
-    assert changed["webhook"]["url"].endswith("/wrong")
-    assert [version["version"] for version in listed] == [2, 1]
-    assert (back["new_version"], back["job"]["webhook"]["url"][-7:]) == (3, "/report")
-    assert replayed["message"] == "Execution replay triggered"
-    assert (tidied[0]["enabled"], tidied[1]) == (False, {"id": created["id"]})
-
-
-def test_chronos_yaml_holds_every_setting_with_its_default():
-    shipped = chronos.load_settings(CHRONOS.with_name("chronos.yaml"), {})
-    lines = CHRONOS.with_name("chronos.yaml").read_text()
-
-    assert shipped == chronos.load_settings(None, {})
-    assert all(f"{key.rpartition('.')[2]}:" in lines for key in chronos.SETTINGS)
-
-
-def test_only_the_promised_files_stand_at_the_top_level():
-    names = {path.name for path in CHRONOS.parent.iterdir() if not path.name.startswith(".")}
-    promised = {"chronos.py", "chronos.yaml", "test_chronos.py", "requirements.txt", "README.md"}
-
-    assert names - {"LICENSE", "data", "__pycache__"} == promised
-
-
-# ======================================================================================
-# 14. Dashboard
+# 20. Dashboard
 # ======================================================================================
 #
 # What a person sees and does, in headless Chromium, and what the API says of it afterwards. Each
@@ -9076,7 +8544,8 @@ def test_only_the_promised_files_stand_at_the_top_level():
 
 PAGE = chronos.DASHBOARD_HTML
 SCRIPT = "".join(re.findall("(?s)<script>(.*?)</script>", PAGE))
-ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
+
+# --- the page itself ------------------------------------------------------------------
 
 
 def test_the_page_is_allowed_only_its_own_style_and_script(service):
@@ -9131,167 +8600,6 @@ def test_each_path_that_the_page_asks_for_is_a_route():
     assert [path for path in paths if not is_route(path)] == []
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """Chromium that reaches nobody but this machine, driven by Selenium."""
-    chosen = os.environ.get("CHRONOS_TEST_BROWSER", "chromium-headless-shell")
-    programs = map(shutil.which, (chosen, "chromium", "google-chrome"))
-    program, driver = next(filter(None, programs), None), shutil.which("chromedriver")
-    if not program or not driver:
-        apt = "apt install chromium chromium-driver"
-        pytest.skip(f"no Chromium: {apt}, or set CHRONOS_TEST_BROWSER")
-    why = "no Selenium: pip install selenium"
-    webdriver = pytest.importorskip("selenium.webdriver", reason=why)
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    rules = "MAP evil.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
-    for flag in (
-        "headless", "disable-dev-shm-usage", "disable-gpu", "disable-quic", "no-first-run",
-        "no-proxy-server", "disable-background-networking", "disable-component-update",
-        "disable-sync", *(["no-sandbox"] if os.geteuid() == 0 else []), "window-size=1280,1000",
-        f"user-data-dir={tmp_path_factory.mktemp('browser')}", f"host-resolver-rules={rules}",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-# Time in a page passes ten times as fast; `ahead` is a jump of it; `waits` are all its timers.
-FAST = """{
-  window.ahead = 0;
-  window.waits = [];
-  const began = Date.now(), now = Date.now, later = setTimeout;
-  Date.now = () => began + (now() - began) * 10 + ahead;
-  window.setTimeout = (run, ms, ...rest) => {
-    waits.push(ms);
-    return later(run, ms / 10, ...rest);
-  };
-}"""
-# The names of a control: that of a form's field, and what is heard or read.
-NAMING = """
-const names = e => [e.name, e.ariaLabel, e.matches("select, textarea") ? "" : e.textContent]
-  .map(each => each?.trim()).filter(Boolean);"""
-FIND = """
-const place = document.querySelector("dialog[open]") || document;
-const all = [...place.querySelectorAll("a, button, summary, input, select, textarea")];
-return all.find(e => e.checkVisibility() && names(e).includes(arguments[0]));"""
-
-
-class Page:
-    """A tab of the browser, used by the words that stand on it."""
-
-    def __init__(self, browser):
-        from selenium.common.exceptions import WebDriverException
-        from selenium.webdriver import ActionChains
-
-        self.browser = browser
-        self.hands = lambda: ActionChains(browser, duration=0)
-        self.trouble, self.last_trouble = WebDriverException, ""
-        self.allowed = "^$"  # a pattern of what the console may say
-        self.tab = self.new_tab()
-
-    def new_tab(self):
-        self.browser.switch_to.new_window("tab")
-        return self.browser.current_window_handle
-
-    def open(self, service, route="#/", text="All jobs"):
-        """Go to a route and wait until this text stands there."""
-        self.browser.get(f"{service.url}/{route}")
-        self.see(text)
-
-    def js(self, script, *arguments):
-        return self.browser.execute_script(script, *arguments)
-
-    def cdp(self, command, **parameters):
-        return self.browser.execute_cdp_cmd(command, parameters)
-
-    def hurry(self):
-        """Let the time of the pages to come pass ten times as fast."""
-        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=FAST)
-
-    def text(self, selector="body"):
-        """Return the visible text of the first element that the selector names, or ""."""
-        script = "const e = document.querySelector(arguments[0]);"
-        return self.js(script + "return e?.checkVisibility() ? e.innerText : ''", selector)
-
-    def see(self, text, selector="body"):
-        """Wait until this text stands there; the style may capitalize it."""
-        wait_until(lambda: text.lower() in self.text(selector).lower())
-
-    def find(self, name):
-        """Wait for the control with this name."""
-        return wait_until(lambda: self.js(NAMING + FIND, name))
-
-    def click(self, name, twice=False):
-        """Click on the control with this name; found anew if it is drawn anew meanwhile."""
-
-        def attempt():
-            control = self.find(name)
-            try:
-                self.hands().double_click(control).perform() if twice else control.click()
-                return True
-            except self.trouble as trouble:
-                self.last_trouble = trouble.msg
-
-        wait_until(attempt)
-
-    def fill(self, name, text):
-        """Write into the field with this name."""
-        field = self.find(name)
-        field.clear()
-        field.send_keys(text)
-
-    def press(self, *keys):
-        """Press keys, wherever the focus is."""
-        self.hands().send_keys(*keys).perform()
-
-    def focused(self):
-        """Return the name of what has the focus."""
-        return self.js(NAMING + "return names(document.activeElement)[0]")
-
-    def tab_to(self, name):
-        """Press Tab until the focus is on the control with this name."""
-        for _ in range(80):
-            if self.focused() == name:
-                return
-            self.press(TAB)
-        raise AssertionError(f"no way to {name} by Tab")
-
-    def console(self):
-        """Return what the console has said since the last call, but for what is allowed."""
-        lines = [entry["message"] for entry in self.browser.get_log("browser")]
-        return [line for line in lines if not re.search(self.allowed, line)]
-
-    def asked(self):
-        """Return the URLs of all requests since the last call."""
-        events = [json.loads(e["message"])["message"] for e in self.browser.get_log("performance")]
-        asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return [each["request"]["url"] for each in asked]
-
-
-@pytest.fixture
-def page(request, browser, make_service, tmp_path):
-    """A new tab; in the end the console must be empty, and nobody else asked."""
-    failed = request.session.testsfailed
-    tab = Page(browser)
-    tab.asked()
-    yield tab
-    if request.session.testsfailed > failed:
-        picture = tmp_path / "page.png"
-        browser.save_screenshot(picture)
-        print(picture, browser.current_url, tab.text(), tab.console(), tab.last_trouble, sep="\n")
-    said, asked = tab.console(), {urlsplit(url) for url in tab.asked()}
-    for handle in browser.window_handles[1:]:
-        browser.switch_to.window(handle)
-        browser.close()
-    browser.switch_to.window(browser.window_handles[0])
-    assert said == []
-    hosts = {url.hostname for url in asked if url.scheme not in ("about", "data")}
-    assert hosts <= {"127.0.0.1", "evil.test"}
-
-
 def watch(service):
     """Return a queue of what the service is asked from now on: method, path, status."""
     asked, bottle = queue.Queue(), chronos.bottle
@@ -9309,7 +8617,7 @@ def run_to_end(service, job):
     return service.get(path_of(job, f"/executions/{execution['id']}"))
 
 
-# What people do
+# --- what people do -------------------------------------------------------------------
 
 
 def test_the_first_job_is_made_on_the_page(page, service):
@@ -9547,7 +8855,7 @@ def test_runs_are_cancelled_and_replayed(page, service, target):
     assert (second["replay_of"], second["status"]) == (first, "success")
 
 
-# What the page asks for, and when
+# --- what the page asks for, and when -------------------------------------------------
 
 
 def polls(asked, count=1, seconds=10):
@@ -9624,7 +8932,7 @@ def test_what_is_typed_is_kept_while_the_server_is_away(page, make_service):
     assert page.find("Filter the jobs").get_attribute("value") == "rep"
 
 
-# Who may
+# --- who may --------------------------------------------------------------------------
 
 
 def with_user(service, name="ada"):
@@ -9717,7 +9025,7 @@ def test_the_page_is_not_framed_and_not_answered_under_another_name(page, servic
     assert "server.allowed_hosts" in page.text()
 
 
-# How it looks, on every page
+# --- how it looks, on every page ------------------------------------------------------
 
 
 @pytest.fixture
@@ -9897,310 +9205,810 @@ def test_three_hundred_jobs_are_soon_drawn_and_cheaply_polled(page, service):
 
 
 # ======================================================================================
-# The benchmark: python test_chronos.py --bench [throughput lateness idle start api soak]
+# The real process: on time, under load, crashes, clocks, outages
 # ======================================================================================
-#
-# A running Chronos against a target that is never the bottleneck, each a process of its own, and
-# in the same round the yardstick: as many POSTs to the same target by as many threads, each a
-# plain loop of requests.Session().post without any store. Medians of three rounds; one of the
-# soak, which is ten minutes of 1,000 executions a second.
 
-WORKERS = 32
-POOL = f"dispatcher: {{max_concurrent_jobs: {WORKERS}, max_concurrent_per_host: {WORKERS}}}"
+# --- on time, and at what cost --------------------------------------------------------
 
 
-class FastTarget(asyncio.Protocol):
-    """Answers OK, and remembers what came when; GET /arrivals tells it and forgets."""
-
-    arrivals: ClassVar[list] = []
-
-    def connection_made(self, transport):
-        self.transport, self.received = transport, b""
-
-    def data_received(self, data):
-        self.received += data
-        while b"\r\n\r\n" in self.received:
-            head, rest = self.received.split(b"\r\n\r\n", 1)
-            length = re.search(rb"(?i)content-length: (\d+)", head)
-            size = int(length[1]) if length else 0
-            if len(rest) < size:
-                return
-            self.received, body = rest[size:], b"OK"
-            if head.startswith(b"GET /arrivals"):
-                body = json.dumps(self.arrivals).encode()
-                self.arrivals.clear()
-            elif scheduled := re.search(rb"X-Chronos-Scheduled-Time: (\S+)", head):
-                self.arrivals.append((scheduled[1].decode(), time.time()))
-            self.transport.write(
-                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
-
-
-async def serve_target():
-    server = await asyncio.get_running_loop().create_server(
-        FastTarget, "127.0.0.1", 0, backlog=2000
-    )
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", flush=True)
-    await server.serve_forever()
-
-
-class Bench:
-    """One round: a target, and as many instances of Chronos as it asks for."""
-
-    def __init__(self, directory):
-        self.directory, self.started = directory, 0
-        command = [sys.executable, __file__, "--target"]
-        self.target = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.url = self.target.stdout.readline().strip()
-
-    @contextlib.contextmanager
-    def chronos(self, jobs=0, schedule="0 0 1 1 *", at=None, config=POOL):
-        """Run a Chronos that has so many jobs; yield it."""
-        self.started += 1
-        home = self.directory / str(self.started)
-        later = chronos.Clock().now() + 300 * chronos.DAY
-        fill_store(home / "data", self.url, jobs, schedule, at or later)
-        process = Process(home, config)
-        try:
-            yield process
-        finally:
-            process.end(signal.SIGTERM)
-
-    def latenesses(self, count, seconds=60):
-        """Return how late (s) so many requests were, in order of lateness."""
-        found, deadline = [], time.monotonic() + seconds
-        while len(found) < count and time.monotonic() < deadline:
-            time.sleep(0.1)
-            found += requests.get(f"{self.url}arrivals", timeout=30).json()
-        return sorted(at - chronos.parse_time(fire) / SECOND for fire, at in found)
-
-    def yardstick(self, count):
-        """Return how long (s) so many POSTs take."""
-
-        def post(times):
-            with requests.Session() as session:
-                for _ in range(times):
-                    session.post(self.url, data=b"{}", timeout=30)
-
-        begun = time.monotonic()
-        with ThreadPoolExecutor(WORKERS) as pool:
-            list(pool.map(post, [count // WORKERS] * WORKERS))
-        return time.monotonic() - begun
-
-    def burst(self, count):
-        """Return how late ``count`` requests were that were due in one second."""
-        at = soon() + count // 1000 * SECOND
-        with self.chronos(count, f"@at {chronos.format_time(at)}", at) as process:
-            late = self.latenesses(count)
-            wait_until(lambda: process.get("/cluster/status")["running"] == 0, 60)
-        assert len(late) == count
-        return late
-
-
-def soon():
-    """Return a whole second that comes when a process that is started now is ready."""
-    return (int(time.time()) + 3) * SECOND
-
-
-def percentile(values, share):
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
-
-
-def usage(process):
-    """Return CPU seconds, MB of memory, threads and descriptors of a process."""
-    home = Path(f"/proc/{process.process.pid}")
-    stat = (home / "stat").read_text().rpartition(")")[2].split()
-    cpu = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-    memory = int(stat[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    return cpu, memory, int(stat[17]), len(list((home / "fd").iterdir()))
-
-
-def bench_throughput(bench):
-    late, plain = bench.burst(3000), bench.yardstick(3000)
-    return {"executions/s": 3000 / late[-1], "yardstick, POSTs/s": 3000 / plain,
-            "ratio": plain / late[-1]}  # fmt: skip
-
-
-def bench_lateness(bench):
-    with bench.chronos(1, "* * * * * *", soon()):
-        one = bench.latenesses(20)
-    found = {
-        "1 job, p50 ms": percentile(one, 0.5) * 1e3,
-        "1 job, p99 ms": percentile(one, 0.99) * 1e3,
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])
+def test_each_fire_time_arrives_once_and_on_time(make_process, target, seconds):
+    process = make_process()
+    intervals = {
+        process.create(target.url, schedule=schedule, enabled=True)["id"]: interval
+        for schedule, interval in (("@every 1s", 1), ("*/2 * * * * *", 2))
     }
-    for count in (100, 1000):
-        late, plain = bench.burst(count), bench.yardstick(count)
-        found[f"{count} at once, p99 ms"] = percentile(late, 0.99) * 1e3
-        found[f"{count} at once, p99 / yardstick"] = percentile(late, 0.99) / plain
-    with bench.chronos(1000, "* * * * * *", soon()):
-        late = bench.latenesses(30_000, 40)
-    found["1000 a second for 30 s, arrived"] = len(late)
-    found["1000 a second for 30 s, p99 ms"] = percentile(late, 0.99) * 1e3
-    return found
+
+    arrivals = [target.take() for _ in range(seconds * 3 // 2)]
+
+    lateness = []
+    for job_id, interval in intervals.items():
+        mine = [(h, at) for _, _, h, _, at in arrivals if h["X-Chronos-Job-ID"] == job_id]
+        fires = [chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) for headers, _at in mine]
+        assert fires == list(range(fires[0], fires[-1] + 1, interval * SECOND))
+        assert len(fires) >= seconds // interval - 1
+        lateness += [at - fire / SECOND for (_headers, at), fire in zip(mine, fires, strict=True)]
+    median = statistics.median(lateness)
+    print(f"lateness: median {median * 1000:.1f} ms, worst {max(lateness) * 1000:.1f} ms")
+    assert min(lateness) >= 0
+    assert median < (0.01 if seconds == 60 else 0.25)
 
 
-def bench_idle(bench):
-    found = {}
-    for count in (0, 10_000, 100_000):
-        with bench.chronos(count) as process:
-            time.sleep(10)  # what a start leaves to do
-            before = usage(process)
-            time.sleep(20)
-            cpu, memory, *_ = usage(process)
-        found[f"{count} jobs, % of a core"] = (cpu - before[0]) / 20 * 100
-        found[f"{count} jobs, MB"] = memory
-    return found
+def test_a_thousand_jobs_due_in_one_second_all_fire_once(make_process, target, tmp_path):
+    at = (int(time.time()) + 3) * SECOND
+    fill_store(tmp_path / "home" / "data", target.url, 1000, f"@at {chronos.format_time(at)}", at)
+
+    process = make_process()
+
+    arrivals = [target.take() for _ in range(1000)]
+    ended = lambda job: job["last_execution"]["status"] == "success"  # noqa: E731
+    wait_until(lambda: all(map(ended, process.get("/jobs")["jobs"])))
+    print(f"1000 jobs took {max(at for *_, at in arrivals) - at / SECOND:.2f} s")
+    assert len({headers["X-Chronos-Job-ID"] for _, _, headers, _, _ in arrivals}) == 1000
+    assert {headers["X-Chronos-Attempt"] for _, _, headers, _, _ in arrivals} == {"1"}
+    assert min(arrived for *_, arrived in arrivals) >= at / SECOND
+    assert target.received.empty()
 
 
-def bench_start(bench):
-    found = {}
-    for count in (0, 100_000):
-        with bench.chronos(count + 1):
-            pass
-        home = bench.directory / str(bench.started)
-        with (
-            contextlib.closing(sqlite3.connect(home / "data" / "chronos.db")) as database,
-            database,
-        ):
-            database.execute("UPDATE jobs SET next_run_at = ? WHERE seq = 1", [soon() - 5 * SECOND])
-        begun, wall = time.monotonic(), time.time()
-        process = Process(home, POOL)
-        process.get("/health")
-        found[f"{count} jobs, s to /health"] = time.monotonic() - begun
-        arrivals = []
-        while not arrivals:
-            arrivals = requests.get(f"{bench.url}arrivals", timeout=30).json()
-        found[f"{count} jobs, s to the first webhook"] = arrivals[0][1] - wall
-        process.end(signal.SIGTERM)
-    return found
+@pytest.mark.long
+def test_a_thousand_daily_jobs_cost_next_to_nothing_while_nothing_is_due(make_process, tmp_path):
+    now = chronos.Clock().now()
+    hour = chronos.to_datetime(now).hour
+    later = now + 12 * chronos.HOUR
+    fill_store(tmp_path / "home" / "data", NOBODY, 1000, f"0 {(hour + 12) % 24} * * *", later)
+    process = make_process()
+
+    def cpu_seconds():
+        stat = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = cpu_seconds()
+    time.sleep(20)
+    share = (cpu_seconds() - before) / 20
+
+    print(f"idle: {share:.2%} of a core")
+    assert share < 0.01
 
 
-def fill_history(path, url, count):
-    """Give jobs 1,000 successes each, so many in all."""
-    sql = """
-        WITH RECURSIVE numbers (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n < 999)
-        INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
-                                completed_at, status_code, attempts, spent, attempt_log, response)
-        SELECT 'exec-' || jobs.seq || '-' || n, id, 1, 'schedule', 'success', :now, :url,
-               :now, 200, 1, 5000, '[]', 'OK'
-          FROM numbers JOIN jobs WHERE jobs.seq <= :jobs"""
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        values = {"now": chronos.Clock().now(), "url": url, "jobs": count // 1000}
-        database.execute(sql, values)
-
-
-def run_caller(url, times):
-    """Create jobs, one after another; say how long each took. It is a process of its own."""
-    body = json.dumps(job_body(NOBODY))
-    with requests.Session() as session:
-        session.get(f"{url}/health", timeout=30)
-        print("ready", flush=True)
-        sys.stdin.readline()
-        for _ in range(times):
-            begun = time.monotonic()
-            assert session.post(f"{url}/api/v1/jobs", data=body, timeout=30).status_code == 201
-            print((time.monotonic() - begun) * 1e3)
-
-
-def bench_api(bench):
-    found = {}
-
-    def show(name, took):
-        for share in (0.5, 0.99):
-            found[f"{name}, p{share * 100:.0f} ms"] = percentile(took, share)
-
-    def measure(when, process):
-        with requests.Session() as session:
-            job = session.get(f"{process.url}/api/v1/jobs?limit=1", timeout=30).json()
-            job = path_of(job["data"]["jobs"][0])
-            for name, path in {
-                "get a job": job,
-                "list 100 of 100,000 jobs": "/jobs?limit=100&offset=50000",
-                "list 20 of 1,000,000 executions": "/executions?limit=20",
-                "list 20 failed of 1,000,000": "/executions?limit=20&status=failed",
-                "list 20 of a job's 1,000": f"{job}/executions?limit=20",
-            }.items():
-                took = []
-                for _ in range(200):
-                    begun = time.monotonic()
-                    assert session.get(f"{process.url}/api/v1{path}", timeout=30).ok
-                    took.append((time.monotonic() - begun) * 1e3)
-                show(f"{when}, {name}", took)
-        command = [sys.executable, __file__, "--caller", process.url, "250"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        callers = [subprocess.Popen(command, **pipes) for _ in range(8)]
-        for caller in callers:
-            assert caller.stdout.readline() == "ready\n"
-        begun = time.monotonic()
-        for caller in callers:
-            caller.stdin.write("\n")
-            caller.stdin.flush()
-        took = [float(line) for caller in callers for line in caller.communicate()[0].split()]
-        found[f"{when}, creates/s from 8 clients"] = 2000 / (time.monotonic() - begun)
-        show(f"{when}, create a job", took)
-
-    config = POOL + "\nretention: {max_size: 9GB}"
-    with bench.chronos(100_000, config=config):
-        pass
-    home = bench.directory / str(bench.started)
-    fill_history(home / "data" / "chronos.db", bench.url, 1_000_000)
-    process = Process(home, config)
-    measure("alone", process)
-    fires = {"schedule": "* * * * * *", "enabled": True}
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _n: process.create(bench.url, **fires), range(500)))
-    bench.latenesses(1500)
-    begun = time.monotonic()
-    measure("500 executions/s", process)
-    seconds = time.monotonic() - begun
-    late = bench.latenesses(1, 60)
-    found["500 executions/s, of them arrived %"] = len(late) / seconds / 5
-    found["500 executions/s, their p99 lateness ms"] = percentile(late, 0.99) * 1e3
-    process.end(signal.SIGTERM)
-    return found
-
-
-def bench_soak(bench, minutes=10):
+@pytest.mark.long
+def test_under_a_steady_load_neither_file_nor_memory_grow(make_process, target, tmp_path):
+    now, directory = chronos.Clock().now(), tmp_path / "home" / "data"
+    fill_store(directory, target.url, 200, "* * * * * *", now)
+    process = make_process("retention: {executions_per_job: 100}")
     seen = []
-    config = POOL + "\nretention: {executions_per_job: 100}"
-    with bench.chronos(1000, "* * * * * *", soon(), config) as process:
-        for _ in range(minutes):
-            time.sleep(60)
-            size = sum(
-                path.stat().st_size for path in (bench.directory / "1" / "data").glob("*.db*")
-            )
-            seen.append((*usage(process)[1:], size / 1e6))
-    names = ("MB", "threads", "descriptors", "MB on disk")
-    return {
-        f"minute {n}, {name}": value
-        for n in (1, minutes)
-        for name, value in zip(names, seen[n - 1], strict=True)
-    }
+
+    for minute in range(6):
+        time.sleep(60)  # what is measured is what it has come to after so long
+        memory = Path(f"/proc/{process.process.pid}/statm").read_text().split()[1]
+        size = sum(path.stat().st_size for path in directory.glob("chronos.db*"))
+        seen.append((int(memory) * os.sysconf("SC_PAGE_SIZE") / 1e6, size / 1e6))
+        print(f"minute {minute + 1}: {seen[-1][0]:.1f} MB of memory, {seen[-1][1]:.1f} MB on disk")
+
+    jobs = process.get("/jobs?limit=20")["jobs"]
+    totals = [process.get(path_of(job) + "/executions?limit=1")["total"] for job in jobs]
+    print(f"{target.received.qsize() / 360:.0f} executions/s; a job has {max(totals)} at most")
+    assert target.received.qsize() > 190 * 360
+    assert max(totals) <= 110
+    assert seen[5][0] - seen[2][0] < 3
+    assert seen[5][1] <= seen[2][1] * 1.1
 
 
-def run_benchmark(names):
-    """Print a table of what was measured: the median of three rounds, and each of them."""
-    for name in names or ("throughput", "lateness", "idle", "start", "api", "soak"):
-        rounds = []
-        for _ in range(1 if name == "soak" else 3):
-            with tempfile.TemporaryDirectory() as directory:
-                bench = Bench(Path(directory))
-                rounds.append(globals()[f"bench_{name}"](bench))
-                bench.target.kill()
-                bench.target.wait()
-        print(f"\n{name}")
-        for figure in rounds[0]:
-            values = [found[figure] for found in rounds]
-            each = "  ".join(f"{value:.4g}" for value in values)
-            print(f"  {figure:44} {statistics.median(values):10.4g}   ({each})", flush=True)
+# --- overload -------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    if "--target" in sys.argv:
-        asyncio.run(serve_target())
-    elif sys.argv[1:2] == ["--caller"]:
-        run_caller(sys.argv[2], int(sys.argv[3]))
-    elif sys.argv[1:2] == ["--bench"]:
-        run_benchmark(sys.argv[2:])
-    else:
-        sys.exit(__doc__)
+def test_50000_due_executions_cost_no_more_memory_than_500(make_process, target, tmp_path):
+    data, peaks = tmp_path / "home" / "data", []
+    fill_store(data, target.url + "/hang", 1, "@daily", None)
+    add = """
+        INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
+                                due_at, attempts, spent, attempt_log)
+        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs WHERE seq > 0"""
+
+    for count in (500, 50_000):
+        ids = [f"exec-{count}-{n}" for n in range(count)]
+        with contextlib.closing(sqlite3.connect(data / "chronos.db")) as database, database:
+            database.executemany(add, [(ids[n], target.url, count - n) for n in range(count)])
+        process = make_process()
+        first = [target.take()[2]["X-Chronos-Execution-ID"] for _ in range(48)]
+        assert sorted(first) == sorted(ids[-48:])  # by due_at, not in the order of their creation
+        assert process.get("/cluster/status")["pending"] == count - 48
+        target.let_go.set()
+        for _ in range(452):
+            target.take()
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+        wait_until(lambda: count > 500 or process.get("/cluster/status")["running"] == 0)  # noqa: B023
+        process.end(signal.SIGKILL)
+        target.let_go.clear()
+
+    print(f"500: {peaks[0]:.1f} MB, 50,000: {peaks[1]:.1f} MB")
+    assert peaks[1] - peaks[0] < 10
+
+
+def test_a_host_that_accepts_no_connection_makes_no_other_target_late(service, target, deaf_url):
+    dead = service.create(deaf_url, concurrency="allow")
+    for _ in range(60):
+        service.expect(202, "POST", trigger_path(dead, "?wait=0"))
+    status = service.get("/cluster/status")
+    assert (status["running"], status["pending"]) == (48, 12)
+
+    service.create(target.url, schedule="@every 1s", enabled=True)
+
+    for _ in range(3):
+        _method, _path, headers, _body, arrived_at = target.take()
+        fire_time = chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) / SECOND
+        assert 0 <= arrived_at - fire_time < 1
+
+
+def test_40_triggers_of_a_hanging_hook_are_all_answered_and_leave_the_server_quick(service, target):
+    job = service.create(target.url + "/hang", concurrency="allow")
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(40) as pool:
+        path = trigger_path(job, "?wait=4s")
+        calls = [pool.submit(service.call, "POST", path) for _ in range(40)]
+        at_once = list(islice(as_completed(calls, 10), 28))  # the others may wait
+        assert service.get("/health")["status"] == "healthy"
+        assert service.get("/jobs")["total"] == 1
+        assert time.monotonic() - start < 4
+
+    assert [call.result()[0] for call in calls] == [202] * 40
+    assert len(at_once) == 28
+
+
+# --- kill -9: nothing lost, nothing doubled -------------------------------------------
+
+STEPS = {"@every 1s": SECOND, "*/2 * * * * *": 2 * SECOND}
+ANY_PORT = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": "127.0.0.1:0"}
+HOUR, YEAR = 3600, 365 * 24 * 3600
+
+
+def past_runs(client, job):
+    """Return all executions of a job, the newest first."""
+    path, found = f"/jobs/{job['id']}/executions?limit=100", []
+    page = client.get(path)["executions"]
+    while page:
+        found += page
+        page = client.get(f"{path}&before={page[-1]['id']}")["executions"]
+    return found
+
+
+def audit(client, job):
+    """Disable a job; when all of it has ended, check that its history is whole, and return it."""
+    until = chronos.parse_time(client.post(f"/jobs/{job['id']}/disable")["updated_at"])
+    wait_until(lambda: all(e["completed_at"] for e in past_runs(client, job)), 30)
+    executions = past_runs(client, job)
+    created, step = chronos.parse_time(job["created_at"]), STEPS[job["schedule"]]
+    origin = created if job["schedule"].startswith("@every") else created - created % step
+    expected, ledger = range(origin + step, until + 1, step), []
+    for execution in executions:
+        newest, oldest = execution["scheduled_time"], execution["missed_from"]
+        first, last = map(chronos.parse_time, (oldest or newest, newest))
+        fires = range(first, last + 1, step)
+        assert len(fires) == (execution["missed_count"] or 1)
+        ledger += fires if execution["trigger"] != "manual" else ()
+    if job["name"] == "switched":  # it was disabled at times
+        expected = set(expected) & set(ledger)
+    assert sorted(ledger) == sorted(expected)
+    return executions
+
+
+def create_fired(process, target, schedule="@every 1s", **fields):
+    """Create a job, and return it when its first execution is in the history, as a success."""
+    job = process.create(target.url, schedule=schedule, enabled=True, **fields)
+    target.take()
+    wait_until(lambda: process.get(f"/jobs/{job['id']}/executions?status=success")["total"])
+    return job
+
+
+def drain(target):
+    """Return the headers of the requests that have arrived."""
+    return [target.take()[2] for _ in range(target.received.qsize())]
+
+
+def silence(target, seconds):
+    """Check that nothing arrives for so long."""
+    with pytest.raises(queue.Empty):
+        target.received.get(timeout=seconds)
+
+
+def next_lateness(target):
+    """Return by how many seconds the next request comes after its fire time."""
+    _, _, headers, _, at = target.take()
+    return at - chronos.parse_time(headers["X-Chronos-Scheduled-Time"]) / SECOND
+
+
+class SlowHandler(TargetHandler):
+    """Takes its time to answer /slow."""
+
+    def send_response(self, *arguments):
+        if self.path == "/slow":
+            self.server.let_go.wait(0.7)
+        super().send_response(*arguments)
+
+
+QUICK_RETRY = {"max_attempts": 3, "initial_interval": "300ms"}
+DOOMED = ("/slow", "@every 1s", {"name": "doomed"})
+KINDS = (
+    ("/ok", "*/2 * * * * *", {"missed_run_policy": "execute_all"}),
+    ("/ok", "*/2 * * * * *", {"name": "switched"}),
+    ("/status/500", "@every 1s", {"retry_policy": QUICK_RETRY, "missed_run_policy": "ignore"}),
+    ("/slow", "@every 1s", {"retry_policy": QUICK_RETRY, "missed_run_policy": "execute_all"}),
+    ("/slow", "@every 1s", {"retry_policy": ONCE, "concurrency": "allow"}),
+    ("/slow", "*/2 * * * * *", {"retry_policy": QUICK_RETRY, "concurrency": "replace"}),
+)
+
+
+class Caller:
+    """Uses the API as a client does, and remembers what was acknowledged or is uncertain."""
+
+    def __init__(self, seed, url):
+        self.chance, self.url, self.made = random.Random(seed), url, 0
+        self.jobs, self.deleted, self.acknowledged = {}, [], 0
+
+    def run(self, client):
+        """Make one call after another until the server is gone."""
+        acts = {"report": [self.describe, self.trigger]}
+        acts |= {"switched": [self.switch], "doomed": [self.delete]}
+        with contextlib.suppress(requests.RequestException):
+            while True:
+                if not self.jobs or self.chance.random() < 0.15:
+                    self.create(client)
+                job = self.chance.choice(list(self.jobs.values()))
+                self.chance.choice(acts[job["name"]])(client, job, f"/jobs/{job['id']}")
+
+    def call(self, client, *call):
+        status, envelope = client.call(*call)
+        assert status < 300, envelope
+        self.acknowledged += 1
+        return envelope["data"]
+
+    def create(self, client):
+        """Create a job that stays, twelve of them in all, or one that is to be deleted."""
+        stays = self.made < 12 and self.chance.random() < 0.3
+        path, schedule, fields = KINDS[self.made % len(KINDS)] if stays else DOOMED
+        self.made += stays
+        body = job_body(self.url + path, schedule=schedule, enabled=True, **fields)
+        job = self.call(client, "POST", "/jobs", body)
+        may_be = {"enabled": {True}, "description": {job["description"]}}
+        self.jobs[job["id"]] = job | {"versions": {}, "triggers": set(), "may_be": may_be}
+
+    def change(self, client, job, name, value, *call):
+        """Set a field; until that is acknowledged, either value may hold."""
+        job["may_be"][name].add(value)
+        changed = self.call(client, *call)
+        job["may_be"][name] = {value}
+        return changed
+
+    def describe(self, client, job, path):
+        text = str(self.chance.random())
+        patch = ("PATCH", path, {"description": text})
+        job["versions"][self.change(client, job, "description", text, *patch)["version"]] = text
+
+    def switch(self, client, job, path):
+        on = self.chance.random() < 0.5
+        path += "/enable" if on else "/disable"
+        self.change(client, job, "enabled", on, "POST", path)
+
+    def trigger(self, client, job, path):
+        job["triggers"].add(self.call(client, "POST", f"{path}/trigger?wait=0")["id"])
+
+    def delete(self, client, job, path):
+        del self.jobs[job["id"]]  # answered or not, it may be gone
+        self.call(client, "DELETE", path)
+        self.deleted.append(job["id"])
+
+    def check(self, client):
+        """Check that all is as it was acknowledged."""
+        for job_id in self.deleted:
+            client.error(404, "GET", f"/jobs/{job_id}")
+        for job_id, job in self.jobs.items():
+            shown = client.get(f"/jobs/{job_id}")
+            assert all(shown[name] in values for name, values in job["may_be"].items())
+            versions = client.get(f"/jobs/{job_id}/versions")
+            numbers = [version["version"] for version in versions]
+            assert numbers == list(range(shown["version"], 0, -1))
+            texts = {v["version"]: v["config"]["description"] for v in versions}
+            assert job["versions"].items() <= texts.items()
+            manual = {e["id"] for e in past_runs(client, job) if e["trigger"] == "manual"}
+            assert job["triggers"] <= manual
+
+
+def cut_off(data):
+    """Return (id, attempt) of what ran at the kill, from a copy of the files as they were left."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(data, copy, dirs_exist_ok=True)
+        with contextlib.closing(sqlite3.connect(f"{copy}/chronos.db")) as database:
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            sql = "SELECT id, attempts FROM executions WHERE status = 'running'"
+            return set(database.execute(sql))
+
+
+def check_attempts(client, job, executions, received, interrupted):
+    """Check the attempts of a job: what its target has received, and what a kill has cut off."""
+    most = job["retry_policy"]["max_attempts"]
+    names = ("Execution-ID", "Scheduled-Time", "Attempt")
+    sent = [tuple(headers[f"X-Chronos-{name}"] for name in names) for headers in received]
+    rows = {e["id"]: (e["scheduled_time"], e["attempts"]) for e in executions}
+    succeeded = {e["id"] for e in executions if e["status"] == "success"}
+
+    assert len(sent) == len(set(sent))
+    assert all(at == rows[i][0] and int(attempt) <= rows[i][1] for i, at, attempt in sent)
+    assert {(i, rows[i][0], str(rows[i][1])) for i in succeeded} <= set(sent)
+    assert all(attempts <= most for _at, attempts in rows.values())
+    for i, number in interrupted & {(i, n + 1) for i in rows for n in range(most)}:
+        shown = client.get(f"/jobs/{job['id']}/executions/{i}")
+        errors = {attempt["number"]: attempt["error"] for attempt in shown["attempt_log"]}
+        given_up = shown["reason"] == ("interrupted" if number == most else "replaced")
+        assert errors[number] == INTERRUPTED and (shown["attempts"] > number or given_up)
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.long)])
+def test_kill_9_at_any_instant_loses_nothing_and_doubles_nothing(
+    make_process, target, background, tmp_path, rounds
+):
+    seed = os.environ.get("CHRONOS_SEED") or str(time.time_ns() % 1_000_000)
+    print(f"CHRONOS_SEED={seed}")
+    chance, config, data = random.Random(seed), "scheduler: {missed_run_grace: 1s}", "home/data"
+    callers = [Caller(chance.random(), target.url) for _ in range(4)]
+    target.RequestHandlerClass = SlowHandler
+    interrupted, received = set(), defaultdict(list)
+
+    for _ in range(rounds):
+        process = make_process(config)
+        calls = [background.submit(caller.run, process) for caller in callers]
+        time.sleep(chance.uniform(0.2, 1.5))
+        process.end(signal.SIGKILL)
+        interrupted |= cut_off(tmp_path / data)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed while it starts
+            command, limit = process.process.args, chance.uniform(0, 1)
+            subprocess.run(command, timeout=limit, stderr=subprocess.DEVNULL, env=ANY_PORT)
+        interrupted |= cut_off(tmp_path / data)
+        assert [call.result(10) for call in calls] == [None] * 4
+    process = make_process(config)
+    for caller in callers:
+        caller.check(process)
+    jobs = process.get("/jobs")["jobs"]
+    ended = [audit(process, job) for job in jobs]
+
+    for headers in drain(target):
+        received[headers["X-Chronos-Job-ID"]].append(headers)
+    for job, executions in zip(jobs, ended, strict=True):
+        check_attempts(process, job, executions, received[job["id"]], interrupted)
+    assert cut_off(tmp_path / data) == set()
+    print(f"{sum(caller.acknowledged for caller in callers)} calls acknowledged, {len(jobs)} jobs,",
+          f"{sum(map(len, ended))} executions, {sum(map(len, received.values()))} requests,",
+          f"{len(interrupted)} attempts cut off")  # fmt: skip
+
+
+# --- the clock of the machine ---------------------------------------------------------
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+NEEDS_FAKETIME = pytest.mark.skipif(
+    not FAKETIME, reason="no libfaketime: apt-get install -y libfaketime"
+)
+
+
+@pytest.fixture
+def wall(tmp_path, make_process):
+    """A process with set_clock(), for its wall clock; its monotonic one stays as it is."""
+    file = tmp_path / "clock"
+
+    def set_clock(seconds):
+        """Show so many seconds more than two years from now."""
+        (tmp_path / "new").write_text(f"+{2 * YEAR + seconds}\n")
+        (tmp_path / "new").replace(file)  # it is read whenever the process looks at the clock
+
+    set_clock(0)
+    process = make_process(environment={
+        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    })  # fmt: skip
+    process.set_clock = set_clock
+    yield process
+    for path in Path("/dev/shm").glob(f"*faketime_s*_{process.process.pid}"):
+        path.unlink()  # libfaketime leaves them where its process is killed
+
+
+@NEEDS_FAKETIME
+@pytest.mark.parametrize("policy, most", [("ignore", 0), ("execute_one", 1), ("execute_all", 100)])
+def test_an_hour_that_the_clock_leaps_is_missed_time(wall, target, policy, most):
+    job = create_fired(wall, target, missed_run_policy=policy)
+    missed = lambda: [e for e in past_runs(wall, job) if e["missed_count"]]  # noqa: E731
+
+    wall.set_clock(HOUR)
+    leap = time.time()
+    (passed_over,) = wait_until(missed)
+
+    seen = time.time()
+    noticed = chronos.parse_time(passed_over["completed_at"]) / SECOND - 2 * YEAR - HOUR - leap
+    print(f"noticed after {noticed:.2f} s, seen by the test after {seen - leap:.2f} s")
+    assert noticed < 2
+    made_up = [e["status"] for e in audit(wall, job) if e["trigger"] == "catch_up"]
+    assert made_up == ["success"] * most
+    assert abs(passed_over["missed_count"] + most - HOUR) <= 2
+
+
+@NEEDS_FAKETIME
+def test_while_the_clock_is_half_an_hour_back_nothing_fires_again(wall, target):
+    job = create_fired(wall, target, concurrency="allow")
+
+    wall.set_clock(-HOUR // 2)
+    silence(target, 2.5)
+    wall.set_clock(0)
+    target.take()
+
+    assert {e["status"] for e in audit(wall, job)} == {"success"}
+    ids = [headers["X-Chronos-Execution-ID"] for headers in drain(target)]
+    assert len(ids) == len(set(ids)) >= 1
+
+
+@NEEDS_FAKETIME
+@pytest.mark.parametrize("schedule", STEPS)
+def test_a_clock_that_is_put_back_by_a_year_fires_on_at_once(wall, target, schedule):
+    job = create_fired(wall, target, schedule)
+
+    wall.set_clock(-YEAR)
+    put_back = time.time()
+    lags = [next_lateness(target) + YEAR for _ in range(2)]
+
+    print(f"fires twice within {time.time() - put_back:.2f} s, {max(lags):.3f} s late")
+    assert time.time() - put_back < 1.5 + 2 * STEPS[schedule] / SECOND
+    assert min(lags) >= 0 and max(lags) < 0.5
+    newest, before, *others = [e["scheduled_time"] for e in past_runs(wall, job)]
+    assert chronos.parse_time(newest) - chronos.parse_time(before) == STEPS[schedule]
+    assert others and not {newest, before} & set(others)
+
+
+@pytest.mark.parametrize(("grace", "reasons"), [("1s", {None, "missed"}), ("1m", {None})])
+def test_a_process_that_was_suspended_has_missed_what_is_beyond_the_grace(
+    make_process, target, grace, reasons
+):
+    process = make_process(f"scheduler: {{missed_run_grace: {grace}}}")
+    job = create_fired(process, target, concurrency="allow")
+
+    process.process.send_signal(signal.SIGSTOP)
+    silence(target, 2.8)
+    process.process.send_signal(signal.SIGCONT)
+
+    print(f"the first one after it was {next_lateness(target):.2f} s late")
+    assert {execution["reason"] for execution in audit(process, job)} == reasons
+
+
+def test_a_suspend_amid_a_backlog_is_missed_time_too(make_process, target, tmp_path):
+    at = (int(time.time()) + 3) * SECOND
+    fill_store(tmp_path / "home" / "data", target.url, 1000, "@every 2s", at)
+    process = make_process("scheduler: {missed_run_grace: 1s}")
+    target.take()
+
+    process.process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.process.send_signal(signal.SIGCONT)
+
+    job = process.get("/jobs")["jobs"][-1]  # the last one to be enqueued
+    wait_until(lambda: any(e["reason"] == "missed" for e in past_runs(process, job)), 6)
+
+
+# --- outages of the store -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(_process, data):
+    """Leave no room on the disk."""
+    ballast = data / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    yield
+    ballast.unlink()
+
+
+def check_outage(process, job, problem):
+    """Check what is answered while nothing can be written."""
+    path = f"/jobs/{job['id']}"
+    writes = [("POST", "/jobs", job_body(NOBODY)), ("PATCH", path, {"name": "x"})]
+    writes += [("POST", f"{path}/disable"), ("POST", trigger_path(job))]
+    with ThreadPoolExecutor(len(writes)) as pool:
+        refused = list(pool.map(lambda write: process.error(500, *write)["code"], writes))
+    health = process.error(503, "GET", "/health")
+
+    assert refused == ["STORE_ERROR"] * len(writes)
+    assert health["code"] == "UNAVAILABLE" and problem in health["message"]
+    assert process.get("/jobs")["total"] == 2
+    assert process.get(path)["name"] == process.get(f"{path}/versions/1")["config"]["name"]
+    assert process.get(f"{path}/executions")["total"] >= 1
+
+
+@pytest.mark.parametrize(("fault", "problem", "grace"), [
+    pytest.param(full_disk, "disk is full", "1s",
+                 marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")),
+    (disk_error, "disk I/O error", "1m"), (lock, "database is locked", "1m"),
+])  # fmt: skip
+def test_an_outage_of_the_store_is_told_and_survived_and_loses_nothing(
+    data, make_process, target, fault, problem, grace
+):
+    process = make_process(f"scheduler: {{missed_run_grace: {grace}}}")
+    job = create_fired(process, target)
+    path = start_hanging(process, target)
+
+    with fault(process, data):
+        begun = time.time()
+        target.let_go.set()
+        check_outage(process, job, problem)
+        drain(target)
+        silence(target, max(1, begun + 2.5 - time.time()))  # what can't be recorded is not sent
+        assert process.get(path)["status"] == "running"
+    freed = time.time()
+    while (late := next_lateness(target)) > 0.5:
+        pass
+    back = time.time() - freed
+
+    print(f"out for {freed - begun:.1f} s, on time again after {back:.2f} s: {late * 1000:.0f} ms")
+    assert back < 3 and process.get("/health") and process.create(NOBODY)
+    assert (process.get(path)["status"], process.get(path)["attempts"]) == ("success", 1)
+    assert ("missed" in {e["reason"] for e in audit(process, job)}) == (grace == "1s")
+    lines = [line for line in process.log if " INFO " not in line]
+    assert "".join(lines).count("can't go on") == 1 and len(lines) < 6, lines
+
+
+def test_an_attempt_that_ends_while_the_store_is_locked_keeps_its_time(make_process, target, data):
+    process = make_process()
+    path = start_hanging(process, target)
+    target.take()
+
+    with lock(process, data):
+        target.let_go.set()
+        ended = time.time()
+        silence(target, 2)
+    shown = wait_until(lambda: (s := process.get(path))["completed_at"] and s)
+
+    assert abs(chronos.parse_time(shown["completed_at"]) / SECOND - ended) < 0.5
+
+
+# --- what a new user does -------------------------------------------------------------
+
+
+def test_the_tour_of_the_readme_runs_as_printed(make_process, tmp_path):
+    readme = (CHRONOS.parent / "README.md").read_text()
+    tour = readme.split("## The first job")[1].split("\n## The API")[0]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = make_process().url.removeprefix("http://")
+    for printed, used in (("localhost:8080", address), ("8000", str(port)), ("/tmp", tmp_path)):
+        tour = tour.replace(printed, str(used))
+    blocks = re.findall(r"```sh\n(.*?)```", tour, re.DOTALL)
+    serve, create, history, trigger, change, versions, replay = blocks
+    calls = tmp_path / "calls"
+
+    def run(block):
+        find = f"JOB=$(cat {tmp_path}/job 2>/dev/null || true)\n"
+        command = ["bash", "-ec", f"{find}{block}echo $JOB > {tmp_path}/job"]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+
+    def told(output):
+        """Return what each answer of several has, whatever white space they are printed with."""
+        decoder, answers = json.JSONDecoder(), []
+        while output := output.lstrip():
+            answer, end = decoder.raw_decode(output)
+            answers.append(answer["data"])
+            output = output[end:]
+        return answers
+
+    command = serve.replace("python3 -m", "exec python3 -um").strip() + f" 2> {calls}"
+    hook = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL)
+    try:
+        created = json.loads(run(create))["data"]
+        wait_until(lambda: calls.exists() and '"GET /report HTTP/1.1" 200' in calls.read_text())
+        triggered = json.loads(run(trigger))["data"]
+        newest = json.loads(run(history))["data"]["executions"][0]
+        changed = json.loads(run(change))["data"]
+        listed, back = told(run(versions))
+        replayed, *tidied = told(run(replay))
+    finally:
+        hook.kill()
+        hook.wait()
+
+    assert created["next_run"].endswith(("0Z", "5Z"))
+    assert (triggered["status"], triggered["trigger"]) == ("success", "manual")
+    assert (newest["status_code"], newest["response"]) == (200, "OK\n")
+    assert changed["webhook"]["url"].endswith("/wrong")
+    assert [version["version"] for version in listed] == [2, 1]
+    assert (back["new_version"], back["job"]["webhook"]["url"][-7:]) == (3, "/report")
+    assert replayed["message"] == "Execution replay triggered"
+    assert (tidied[0]["enabled"], tidied[1]) == (False, {"id": created["id"]})
+
+
+def test_only_the_promised_files_stand_at_the_top_level():
+    names = {path.name for path in CHRONOS.parent.iterdir() if not path.name.startswith(".")}
+    promised = {"chronos.py", "chronos.yaml", "test_chronos.py", "requirements.txt", "README.md"}
+
+    assert names - {"LICENSE", "data", "__pycache__"} == promised
+
+
+# ======================================================================================
+# Bad input, made from the tables of routes and fields
+# ======================================================================================
+
+SEED = int(os.environ.get("CHRONOS_SEED", 1))
+
+
+def as_bytes(text):
+    return text.encode("utf-8", "surrogateescape")  # \udcff is the byte 0xff
+
+
+# fmt: off
+ODD_TEXTS = [
+    "", " ", "\\u0000", "\0", "\n", "\\ud800", "\\udfff\\ud800", "\udcff", "\udced\udca0\udc80",
+    "\\x", "\\r\\nX-Odd: 1", "\uff4e\uff41\uff4d\uff45", "\u202e\u200b", "\u0435", "\\u2028\\u0085",
+    "x" * 70_000, "\\ud83d\\ude00" * 300, chronos.MASK, "%s%n{0}${HOME}", "<script>", "' OR 1=1 --",
+    "../../etc", "UTC", "localtime", "0", "1ms", "-1s", "9999999999h", "9" * 5000, "true", "failed",
+    "@every 1h", "@at 9999-12-31T23:59:59-10:00", "* * * * * *", "0 0 29 2 *", "0-59/0 * * * *",
+    "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59Z", "http://127.0.0.1:0/", "http://[::1",
+    f"{NOBODY}\\u00e9?%zz#\\ud83d\\ude00", "http://\uff11\uff12\uff17.0.0.1:1", f"{NOBODY}\\\\@a/",
+]
+ODD_JSON = [
+    *(f'"{text}"' for text in ODD_TEXTS), "null", "true", "false", "0", "-1", "0.5", "-0.", "1e999",
+    "-1e999", "1e-999", "NaN", "-Infinity", "0x1f", "01", "+1", "9" * 400, "-9223372036854775809",
+    "9" * 5000, "[]", "{}", "[null]", '{"": ""}', '"', "'x'", "nul", '{"a": 1, "a": 2}',
+    '{"type": ["basic"]}', "[" * 500 + "]" * 500, "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000,
+    "[" + "0," * 5000 + "0]", '{"%s": 1}' % ("x" * 10**6), "x" * 2**20,
+    json.dumps({f"n{n}": "x" for n in range(60)}), 'null, "NAME": null', '1, "NAME\u0435": 1',
+    '1, "NAMES": 1', '1, "": 1', 'null, "id": 1e999',
+]  # NAME: the name of the field, which so is there twice, or has a neighbour much like it
+ODD_IDS = ["%2F", "..", "%2e%2e", "%00", "%0A", "%", "%zz", "%ff", "%ed%a0%80", "\udcff", "-1", "0",
+           "%E2%80%8B", "x" * 10_000, "99999999999999999999", "%D9%A1", "'--", "*", " "]
+ODD_ENDS = ["/", "//x", "/..", "%0A", "%00", ";x", "%2F", "%ff", "#", "?"]  # the last end an id
+ODD_HEADERS = [
+    "If-Match: \udcff\udc80 x", 'If-Match: "1"', "If-Match:", 'If-Match: W/"1"' + ', "x"' * 1000,
+    "Host: a\r\nHost: b\r\nHost: [::1", "Accept: text/html;q=\udcff, */*;q=1e999", "Range: bytes=-",
+    "Content-Type: text/xml", "Content-Type: multipart/form-data", "Content-Type: \udcff\0", "X : ",
+    "Content-Encoding: gzip", "Cookie: " + "a=b; " * 500, "Authorization: Basic \udcff", "no colon",
+    "X-HTTP-Method-Override: DELETE", "X-Forwarded-For: ' OR 1=1", "X-Forwarded-Proto: gopher",
+    "\r\n".join(f"X-{n}: {n}" for n in range(100)), "X: " + "x" * 8000, "Upgrade: h2c", "\udcff: x",
+    "Transfer-Encoding: gzip", "Content_Length: 5", "X: a\rb", "X: a\0b",
+]
+ODD_METHODS = ["TRACE", "CONNECT", "OPTIONS", "HEAD", "BREW", "ANY", "PROXY", "get", "G" * 5000]
+TABLES = {(): chronos.JOB_FIELDS, ("webhook",): chronos.WEBHOOK_FIELDS, ("tags",): ["odd"],
+          ("retry_policy",): chronos.RETRY_FIELDS, ("webhook", "headers"): ["X-Odd", "Cookie"]}
+FIELDS = [(*path, name, None) for path, table in TABLES.items() for name in table]
+FIELDS += [("webhook", "auth", name, kind)
+           for kind, table in chronos.AUTH_FIELDS.items() for name in ("type", *table)]
+AUTHS = [{"type": kind} | dict.fromkeys(table, "value")
+         for kind, table in chronos.AUTH_FIELDS.items()]
+QUERIES = ["wait", "tag"]  # and the names in EXECUTIONS_QUERY, JOBS_QUERY …
+QUERIES += [name for key, table in vars(chronos).items() if key[-6:] == "_QUERY" for name in table]
+WRITES = [route[:2] for route in chronos.Api.ROUTES
+          if route[0] in ("POST", "PUT", "PATCH") and re.search("/jobs(/<job_id>)?$", route[1])]
+# fmt: on
+
+
+class Fuzzer:
+    """Makes requests that are odd in one way or several, and checks what each is answered."""
+
+    def __init__(self, service, kept):
+        self.service, self.kept, self.chance = service, kept, random.Random(SEED)
+        self.odd_ids = [*ODD_IDS, "%00" + kept[0]["id"], kept[0]["id"].upper()]
+        self.odd_ids += [job["id"] + end for job in kept for end in ODD_ENDS[:-2]]
+        self.renew()
+
+    def renew(self):
+        """Make the job at which writes are aimed, and an execution of it."""
+        self.job = self.service.create(NOBODY, retry_policy=ONCE)
+        self.service.call("POST", trigger_path(self.job, "?wait=0"))
+        self.run = self.service.get(path_of(self.job, "/executions"))["executions"][0]
+
+    def maybe(self, likelihood):
+        return self.chance.random() < likelihood
+
+    def path(self, template):
+        good = {"job_id": self.job["id"], "exec_id": self.run["id"]}
+        return re.sub("<(.*?)>", lambda match: good.get(match[1], "1"), template)
+
+    def body(self, method, field, odd):
+        """Return a job, as JSON, in which one field is odd and some are left out."""
+        *parents, name, kind = field
+        body = copy.deepcopy(EXAMPLE) | {"enabled": self.maybe(0.5)}
+        auths = [auth for auth in AUTHS if kind in (None, auth["type"])]
+        body["webhook"] |= {"url": NOBODY, "auth": dict(self.chance.choice(auths))}
+        if self.maybe(0.2):
+            del body[self.chance.choice(sorted(body.keys() - {*parents, name}))]
+        inner = body
+        for parent in parents:
+            inner = inner[parent]
+        inner[name] = "ODD"
+        if method == "PATCH":
+            body = {top: body[top] for top in (*parents, name)[:1]}
+        made = as_bytes(json.dumps(body).replace('"ODD"', odd.replace("NAME", name)))
+        if self.maybe(0.05):  # a byte too few, too many, or another
+            cut = self.chance.randrange(len(made))
+            made = made[:cut] + self.chance.randbytes(self.chance.randint(0, 2)) + made[cut + 1 :]
+        return made
+
+    def send(self, method, path, query="", headers=(), body=b""):
+        """Send a request, again if it took a second; check the answer, return status and data."""
+        query += "&wait=0" * ("/trigger" in path and "wait=" not in query)
+        query = "schedule=0+9+*+*+*&" + query
+        length = f"Content-Length: {len(body)}"
+        if body and self.maybe(0.1) and "Transfer-Encoding: gzip" not in headers:
+            length = "Transfer-Encoding: chunked"
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        lines = [f"{method} {path}?{query} HTTP/1.1", "Connection: close", length, *headers]
+        sent = as_bytes("\r\n".join(lines) + "\r\n\r\n") + body
+        try:
+            for again in (False, True):
+                start = time.monotonic()
+                ((status, envelope),) = read_answers(exchange(self.service, sent))
+                if time.monotonic() - start < 1:
+                    break
+                assert not again, "it took a second, twice"
+            assert envelope or method == "HEAD"
+            if status >= 500 and status != 501:  # Transfer-Encoding: gzip
+                assert "/trigger" in path and envelope["error"]["code"] == "EXECUTION_ERROR"
+        except Exception as error:
+            raise AssertionError(f"CHRONOS_SEED={SEED}: {sent[:500]!r}") from error
+        if method == "DELETE":
+            self.renew()
+        return status, envelope and envelope["data"]
+
+    def write(self, field, odd):
+        """Write a job with an odd field; what is accepted is shown so, and taken back by PUT."""
+        method, template = self.chance.choice(WRITES)
+        status, job = self.send(method, self.path(template), body=self.body(method, field, odd))
+        if status < 300:
+            volatile = {"next_run": None, "last_execution": None}
+            for shown in (self.service.get(path_of(job)), put(self.service, job, job)):
+                assert shown | volatile == job | volatile, f"CHRONOS_SEED={SEED}: {odd[:99]!r}"
+        if status == 201:
+            assert self.service.expect(200, "DELETE", path_of(job)) == {"id": job["id"]}
+
+    def query(self, method, template, name):
+        """Send every odd text as a parameter to a route that reads it: one that refuses NUL."""
+        statuses = [self.send(method, self.path(template), f"{key}=%00")[0] for key in ("", name)]
+        for text in ODD_TEXTS if statuses[0] < 400 == statuses[1] else ["", "odd:\n"]:
+            self.send(method, self.path(template), f"{name}={quote(as_bytes(text))}")
+
+    def request(self, method, template):
+        """Send to a route what is odd elsewhere: in method, path, query, headers and body."""
+        path, choose = self.path(template), self.chance.choice
+        headers = self.chance.choices(ODD_HEADERS, k=self.chance.randint(0, 2))
+        if self.maybe(0.4):
+            path = re.sub("<.*?>", lambda _match: choose(self.odd_ids), template)
+        elif self.maybe(0.2):
+            path += choose(ODD_ENDS)
+        elif method in ("PUT", "PATCH", "DELETE") and self.maybe(0.4):
+            path, headers = f"/api/v1{path_of(choose(self.kept))}", ['If-Match: "999"']
+        has_body = self.maybe(0.1 if method == "GET" else 1)
+        body = self.body(method, choose(FIELDS), choose(ODD_JSON)) if has_body else b""
+        verb = choose(ODD_METHODS) if self.maybe(0.2) else method
+        query = f"{choose([*QUERIES, '%ff', ''])}{choose('=&%;')}{choose(ODD_TEXTS + ODD_IDS)}"
+        self.send(verb, path, query.replace("\n", ""), headers, body)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_whatever_is_sent_is_answered_in_the_envelope_and_changes_nothing_else(
+    service, target, caplog, capsys, rounds
+):
+    kept = [service.create(target.url, enabled=on, name=f"kept {on}") for on in (True, False)]
+    run = service.post(trigger_path(kept[0]))
+    patch(service, kept[1], {"description": "second"})
+    rests = ["", "/versions", "/executions", f"/executions/{run['id']}"]
+    heads = [f"GET /api/v1{path_of(job, rest)} HTTP/1.0\r\n\r\n" for job in kept for rest in rests]
+    shown = lambda: [exchange(service, head.encode()).split(b"\r\n\r\n")[1] for head in heads]  # noqa: E731
+    before, fuzzer = shown(), Fuzzer(service, kept)
+
+    for _ in range(rounds):
+        for field, odd in itertools.product(FIELDS, ODD_JSON):
+            fuzzer.write(field, odd)
+        for method, template, _name in JSON_ROUTES:
+            fuzzer.renew()
+            for name in QUERIES:
+                fuzzer.query(method, template, name)
+            for _ in range(30):
+                fuzzer.request(method, template)
+
+    assert shown() == before
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+    assert "Traceback" not in capsys.readouterr().err
+    assert service.get("/health")["status"] == "healthy"

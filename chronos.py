@@ -1,26 +1,39 @@
 #!/usr/bin/env python3
 """Chronos: a cron service in one file. It fires HTTP webhooks on time and keeps their history.
 
-    python chronos.py                     start the service (with chronos.yaml, if it is beside)
+    python chronos.py                     start the service (with chronos.yaml, if one is beside it)
     python chronos.py check-config        say what is wrong in chronos.yaml
     python chronos.py --help              every command and option
 
 The file is read from top to bottom; each section leans only on those above it.
 
-     1 Constants      4 Schedules      7 Settings     10 Dispatch     13 Service, command line
-     2 Errors         5 Validation     8 Policies     11 Engine       14 Dashboard
-     3 Time           6 Records        9 Store        12 API
+    Ground             1 Constants and words   2 Errors   3 Time
+    What people write  4 Schedules   5 Checks   6 Jobs   7 Settings
+    Decisions          8 Policies
+    Database           9 Schema and migrations   10 Connections   11 Store
+    Running            12 Logs and metrics   13 Requests   14 The wire   15 Work   16 Engine
+    Edge               17 API   18 Service   19 Commands
+    Page               20 Dashboard
 
 The database is the queue: there is no schedule in memory, so a restart has nothing to rebuild.
+The life of an execution:
+
+              fire time due            a worker is free          outcome
+     (job) ───────────────▶ pending ─────────────────▶ running ───────────▶ success | failed
+                  │            ▲                          │
+                  ▼            └──────────────────────────┘
+               skipped          retry: pending again, due later, attempts kept
+
+The threads:
 
     thread      started by    what it does, and what it may touch
     main        the shell     waits for signals
-    engine      Engine        the only writer of the database; one pass after another
-    worker-N    Engine        one HTTP request at a time; never the database
+    engine      Engine        is the only writer of the database; makes one turn after another
+    worker-N    Engine        makes one HTTP request at a time; never touches the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
-    dns-HOST    Dispatcher    one name look-up; may hang, so nobody waits for it unbounded
+    dns-HOST    Dispatcher    looks up one name; it may hang, so nobody waits for it without limit
     http        Service       waitress: accepts connections
-    waitress-N  waitress      one API call at a time; reads the database, hands writes in
+    waitress-N  waitress      answers one API call at a time; reads the database, submits changes
 """
 
 from __future__ import annotations
@@ -28,6 +41,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
 import difflib
 import fcntl
 import functools
@@ -38,6 +52,7 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -51,16 +66,19 @@ import sys
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from datetime import time as clock_time
 from email.utils import parsedate_to_datetime
+from enum import StrEnum
 from itertools import islice, product
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -78,414 +96,978 @@ except ImportError as error:
     package = repr(error.name or str(error))
     sys.exit(f"chronos: the package {package} is missing: pip install -r requirements.txt")
 
-# ==== 1. Constants ====================================================================
+# ======================================================================================
+# 1. Constants and words: what is fixed, with its unit, and the words that programs read
+# ======================================================================================
 
 __version__ = "0.1.0"
+
 log = logging.getLogger("chronos")
+
 Json = dict[str, Any]
 Result = TypeVar("Result")
-Change = Callable[["Pass"], Any]  # what an API thread wants done; it runs inside a savepoint
-SECOND = 1_000_000  # instants and durations are integers, in microseconds
-MINUTE, HOUR, DAY = 60 * SECOND, 3600 * SECOND, 86_400 * SECOND
 
-RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows less is wrong
-MAX_BODY_BYTES = 1 << 20  # of a request to the API
-MAX_HEADERS, MAX_LINE_BYTES, MAX_HEAD_BYTES = 100, 1 << 16, 1 << 18  # of an answer, less its body
-MAX_LOOKUPS, LOOKUP_PATIENCE_S = 16, 0.4  # at once; how long one more waits for one to end
-PRUNE_ROWS, PRUNE_JOBS = 250, 20  # that a pass looks at; the rows must be more than the 100 spared
-PRUNE_INTERVAL = 100_000  # while there is other work, µs
-MAX_CATCH_UP, MAX_ACTIVE = 100, 1000  # executions of a job: made up for by execute_all; unended
-QUICK_CHECK_BYTES = 100_000_000  # a larger file is checked after an unclean stop only
-MAX_FIRES_PER_PASS, PASS_TARGET = 256, 50_000  # after so many, or µs, the next pass goes on
-CLOCK_STEP, CLOCK_FAR_BACK = SECOND, 3 * HOUR  # seen as a step; so far back cursors begin anew
-WRITE_PATIENCE_S = 10.0  # how long an API thread waits for the engine to begin its write
-WATCHDOG_TICK_S, SIGN_OF_LIFE_S = 0.1, 10  # how often limits are looked at, systemd is told
-HEARTBEAT, IDLE_CONNECTION, SILENCE_LIMIT = MINUTE, 30 * SECOND, 30 * SECOND  # then it hangs
-VERSION_CACHE = 2048  # job versions that are kept parsed, with their requests prepared
-MASK = "********"
-LETTERS = {  # how an execution ended
-    "success": "S", "failed": "F", "cancelled": "C", "replaced": "R", "overlap": "K", "missed": "M",
-}  # fmt: skip
-LOUD_REASONS = ("timeout", "blocked", "no_answer", "http_status", "interrupted", "missed")
-BUCKETS = {  # of histograms: seconds -> the bucket up to there
-    float(le): f'_bucket{{le="{le}"}}'
-    for le in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, "+Inf")
+# Instants and durations are integers in microseconds, unless a name says otherwise.
+SECOND = 1_000_000
+MINUTE = 60 * SECOND
+HOUR = 3600 * SECOND
+DAY = 86_400 * SECOND
+
+# --- The clock ---
+
+RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows an earlier date is wrong.
+CLOCK_STEP = SECOND  # A change of the wall clock by more than this counts as a step.
+CLOCK_FAR_BACK = 3 * HOUR  # After a step back by more than this every cursor is computed anew.
+
+# --- A turn of the engine ---
+
+MAX_FIRES_PER_TURN = 256  # Fire times beyond so many are left to the next turn.
+TURN_TARGET = 50_000  # A turn that has taken so long (50 ms) leaves the rest to the next one.
+HEARTBEAT = MINUTE  # An idle engine writes last_seen this often.
+MAX_CATCH_UP = 100  # Missed fire times of a job that execute_all makes up for.
+MAX_ACTIVE = 1000  # Executions of a job that may be pending or running at once.
+VERSION_CACHE = 2048  # Job versions that are kept parsed, with their requests prepared.
+PRUNE_ROWS = 250  # Executions that one turn removes: more than the 100 failed ones it spares.
+PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
+PRUNE_INTERVAL = 100_000  # Pause between two looks (100 ms) while there is other work.
+
+# --- Patience ---
+
+WRITE_PATIENCE_S = 10.0  # An API thread waits this long for the engine to begin its change.
+WATCHDOG_TICK_S = 0.1  # The watchdog looks at the limits of attempts this often.
+SIGN_OF_LIFE_S = 10  # systemd is told this often that the service lives.
+SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so long hangs.
+IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
+LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
+MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among them.
+
+# --- Sizes ---
+
+MAX_BODY_BYTES = 1 << 20  # Of a request to the API.
+MAX_HEADERS = 100  # How many header lines an answer may have.
+MAX_LINE_BYTES = 1 << 16  # One line of an answer.
+MAX_HEAD_BYTES = 1 << 18  # All lines of an answer that are not its body.
+QUICK_CHECK_BYTES = 100_000_000  # A larger database is checked only after an unclean stop.
+
+# --- Names ---
+
+MASK = "********"  # What is shown in the place of a secret.
+DECLARED_BY = "chronos.yaml"  # Who manages a job that the configuration declares.
+DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # Namespace of their ids.
+ALERTS_ID = str(uuid.UUID(int=0))  # The built-in job, whose executions are the alerts.
+ALERT_GATHER = 10 * SECOND  # What turns bad or well meanwhile goes into one alert.
+ALERT_JOBS = 50  # Jobs that an alert shows; with the longest names they fit MAX_BODY_BYTES.
+ALERT_LINES = 10  # Jobs that the text of an alert names.
+
+EXIT_FAILED = 1
+EXIT_RUNNING = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+
+
+class Status(StrEnum):
+    """Where an execution is in its life; the drawing is at the head of the file."""
+
+    PENDING = "pending"  # It waits: for its due_at, for a worker, or for older executions.
+    RUNNING = "running"  # An attempt is on its way.
+    SUCCESS = "success"  # The last attempt was answered as the job wants.
+    FAILED = "failed"  # It ended otherwise; the reason says why.
+    SKIPPED = "skipped"  # It was never started; the reason says why.
+
+
+class Trigger(StrEnum):
+    """What made an execution."""
+
+    SCHEDULE = "schedule"  # Its fire time came, in time.
+    CATCH_UP = "catch_up"  # Its fire time was missed and is made up for.
+    MANUAL = "manual"  # Somebody triggered it.
+    REPLAY = "replay"  # Somebody asked for an earlier execution again.
+    ALERT = "alert"  # Jobs have turned bad or well.
+
+
+class Reason(StrEnum):
+    """Why an execution ended without success, in a word for programs."""
+
+    OVERLAP = "overlap"  # skipped: an older execution had not ended, and the policy is forbid.
+    MISSED = "missed"  # skipped: its fire time passed while nobody was there to run it.
+    CANCELLED = "cancelled"  # Somebody ended it.
+    REPLACED = "replaced"  # A newer one took its place, as the policy says.
+    TIMEOUT = "timeout"  # The time allowed for it was used up.
+    BLOCKED = "blocked"  # The settings close the address of its target.
+    NO_ANSWER = "no_answer"  # No whole answer came: refused, reset, no such name, TLS …
+    HTTP_STATUS = "http_status"  # The answer's status is not among the success codes.
+    INTERRUPTED = "interrupted"  # The server ended during its last attempt: outcome unknown.
+    DELETED = "deleted"  # Its job went during the attempt; no execution is left to show it.
+
+
+class CutReason(StrEnum):
+    """Why an attempt on its way is cut off."""
+
+    TIMEOUT = "timeout"  # The execution's time ends with it.
+    ATTEMPT_TIMEOUT = "attempt_timeout"  # Only this attempt's time is over.
+    CANCELLED = "cancelled"
+    REPLACED = "replaced"
+    DELETED = "deleted"  # Its job is gone.
+    SHUTDOWN = "shutdown"
+
+
+# How an execution ended, in one letter: jobs keep the letters of their last 30.
+RESULT_LETTERS = {
+    "success": "S",
+    "failed": "F",
+    "cancelled": "C",
+    "replaced": "R",
+    "overlap": "K",
+    "missed": "M",
 }
-DECLARED_BY = "chronos.yaml"  # who manages a job that the configuration declares
-NOT_HERE = f"the job is declared in {DECLARED_BY}: change it there"
-DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # namespace of their ids
-ALERTS_ID = str(uuid.UUID(int=0))  # the built-in job, whose executions are the alerts
-ALERT_GATHER, ALERT_JOBS = 10 * SECOND, 50  # told at once; shown: they fit MAX_BODY_BYTES
+FAILURE_LETTERS = ("F", "M")  # Those that count as a failure of the job; only "S" mends it.
 
-# ==== 2. Errors: each is a status, a stable code and a sentence for people ============
+# An end for one of these reasons is a warning in the log: somebody should look.
+ALARMING_REASONS = frozenset(
+    {
+        Reason.TIMEOUT,
+        Reason.BLOCKED,
+        Reason.NO_ANSWER,
+        Reason.HTTP_STATUS,
+        Reason.INTERRUPTED,
+        Reason.MISSED,
+    }
+)
 
-STATUS = {
-    "INVALID_JSON": 400, "VALIDATION_ERROR": 400, "INVALID_TIMEOUT": 400, "UNAUTHORIZED": 401,
-    "FORBIDDEN": 403, "NOT_FOUND": 404, "METHOD_NOT_ALLOWED": 405, "CONFLICT": 409,
-    "PRECONDITION_FAILED": 412, "PAYLOAD_TOO_LARGE": 413, "TOO_MANY_REQUESTS": 429,
-    "STORE_ERROR": 500, "EXECUTION_ERROR": 500, "INTERNAL_ERROR": 500, "UNAVAILABLE": 503,
-}  # fmt: skip
-EXIT_FAILED, EXIT_RUNNING, EXIT_CONFIG = 1, 75, 78  # 75 and 78: sysexits.h
+# ======================================================================================
+# 2. Errors: each is a status, a stable code and a sentence for people
+# ======================================================================================
+#
+#     ChronosError                  can be told to the person who asked
+#     ├── StartError                the start is refused; it has an exit status
+#     └── ApiError                  a request fails
+#         ├── InvalidJson           400 INVALID_JSON
+#         ├── ValidationError       400 VALIDATION_ERROR
+#         │   └── InvalidFields     names every wrong field; INVALID_TIMEOUT if it is timeout alone
+#         ├── Unauthorized          401 UNAUTHORIZED
+#         ├── Forbidden             403 FORBIDDEN
+#         ├── NotFound              404 NOT_FOUND
+#         ├── MethodNotAllowed      405 METHOD_NOT_ALLOWED
+#         ├── Conflict              409 CONFLICT
+#         │   └── DeclaredElsewhere the job is declared in chronos.yaml
+#         ├── PreconditionFailed    412 PRECONDITION_FAILED
+#         ├── PayloadTooLarge       413 PAYLOAD_TOO_LARGE
+#         ├── TooManyRequests       429 TOO_MANY_REQUESTS
+#         ├── StoreError            500 STORE_ERROR
+#         ├── ExecutionError        500 EXECUTION_ERROR
+#         ├── InternalError         500 INTERNAL_ERROR
+#         └── Unavailable           503 UNAVAILABLE
 
 
 class ChronosError(Exception):
     """Something that can be told to the person who asked."""
 
 
-class ApiError(ChronosError):
-    """A request that fails, by its code (a key of STATUS)."""
-
-    def __init__(self, code: str, message: str, details: list[Json] | None = None) -> None:
-        super().__init__(message)
-        self.code, self.details = code, details
-
-
-class StoreError(ApiError):
-    """The database could not be read or written."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("STORE_ERROR", message)
-
-
 class StartError(ChronosError):
-    """The start is refused; ``exit_status`` says what kind of reason there is."""
+    """The start is refused; ``exit_status`` is one of the EXIT constants."""
 
     def __init__(self, exit_status: int, message: str) -> None:
         super().__init__(message)
         self.exit_status = exit_status
 
 
-class Problems(ApiError, ValueError):
-    """What is wrong with the fields of an object, all at once: (path, message) for each."""
+class ApiError(ChronosError):
+    """A request fails. ``details``: {"field": …, "message": …} for each wrong field, or None."""
+
+    status = 500
+    code = "INTERNAL_ERROR"
+    details: list[Json] | None = None
+
+
+class InvalidJson(ApiError):
+    """The body is not JSON."""
+
+    status = 400
+    code = "INVALID_JSON"
+
+
+class ValidationError(ApiError):
+    """The request is understood, but something in it is not allowed."""
+
+    status = 400
+    code = "VALIDATION_ERROR"
+
+
+class InvalidFields(ValidationError, ValueError):
+    """What is wrong with the fields of an object, all at once."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        code = "INVALID_TIMEOUT" if [p for p, _m in problems] == ["timeout"] else "VALIDATION_ERROR"
-        told = "; ".join(f"{path} {message}".strip() for path, message in problems)
-        details = [{"field": path, "message": message} for path, message in problems]
-        super().__init__(code, told, details)
+        """``problems`` are pairs: the field's path such as webhook.url, and what is wrong."""
+        sentences = [f"{path} {message}".strip() for path, message in problems]
+        super().__init__("; ".join(sentences))
         self.problems = problems
+        self.details = [{"field": path, "message": message} for path, message in problems]
+        if [path for path, _message in problems] == ["timeout"]:
+            self.code = "INVALID_TIMEOUT"
 
 
-# ==== 3. Time: instants are integers, µs since the epoch, UTC; so are durations, in µs ====
+class Unauthorized(ApiError):
+    """User name and password are missing or wrong."""
+
+    status = 401
+    code = "UNAUTHORIZED"
+
+
+class Forbidden(ApiError):
+    """It is clear who asks, and that they may not."""
+
+    status = 403
+    code = "FORBIDDEN"
+
+
+class NotFound(ApiError):
+    """There is no job, execution, version or path of this name."""
+
+    status = 404
+    code = "NOT_FOUND"
+
+
+class MethodNotAllowed(ApiError):
+    """The path is there, but not with this method."""
+
+    status = 405
+    code = "METHOD_NOT_ALLOWED"
+
+
+class Conflict(ApiError):
+    """The job or execution is in a state that does not allow it."""
+
+    status = 409
+    code = "CONFLICT"
+
+
+class DeclaredElsewhere(Conflict):
+    """The API must not change a job that the configuration file declares."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the job is declared in {DECLARED_BY}: change it there")
+
+
+class PreconditionFailed(ApiError):
+    """The job is not at the version that the caller has named."""
+
+    status = 412
+    code = "PRECONDITION_FAILED"
+
+
+class PayloadTooLarge(ApiError):
+    """The body has more than MAX_BODY_BYTES."""
+
+    status = 413
+    code = "PAYLOAD_TOO_LARGE"
+
+
+class TooManyRequests(ApiError):
+    """Too many attempts to sign in have failed."""
+
+    status = 429
+    code = "TOO_MANY_REQUESTS"
+
+
+class StoreError(ApiError):
+    """The database could not be read or written."""
+
+    status = 500
+    code = "STORE_ERROR"
+
+
+class ExecutionError(ApiError):
+    """A triggered execution got no answer at all from its target."""
+
+    status = 500
+    code = "EXECUTION_ERROR"
+
+
+class InternalError(ApiError):
+    """A bug: the log has more."""
+
+    status = 500
+    code = "INTERNAL_ERROR"
+
+
+class Unavailable(ApiError):
+    """The server is stopping, or it does not work as it should."""
+
+    status = 503
+    code = "UNAVAILABLE"
+
+
+# ======================================================================================
+# 3. Time: instants and durations are integers in µs; only Clock looks at the time
+# ======================================================================================
+#
+# An instant counts from the epoch (1970), in UTC. As text an instant has the form of RFC 3339,
+# a duration that of Go (time.ParseDuration). Datetimes appear only where the calendar matters.
+# What is here keeps nothing, so any thread may call it.
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_RFC_3339 = re.compile(r"(?ai)\d{4}(-\d\d){2}T(?!24)(\d\d:){2}\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d"
+    r"T(?!24)\d\d:\d\d:\d\d"  # Newer releases of Python take hour 24 as the next day.
+    r"(\.\d{1,9})?"
+    r"(Z|[+-]\d\d:\d\d)",
+    re.ASCII | re.IGNORECASE,
+)
+
 _DURATION_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
-_UNITS = {"ns": 0.001, "us": 1, "µs": 1, "ms": 1000, "s": SECOND, "m": MINUTE, "h": HOUR}
+_MAX_DURATION_CHARS = 50
+
+# How many microseconds each unit of a duration has.
+_UNITS = {
+    "ns": 0.001,
+    "us": 1,
+    "µs": 1,
+    "ms": 1000,
+    "s": SECOND,
+    "m": MINUTE,
+    "h": HOUR,
+}
 
 
 class Clock:
     """The only place that looks at the time; tests hand in another one."""
 
     def now(self) -> int:
-        """Return the wall-clock time: µs since the epoch. It may step."""
+        """Return the wall-clock time as an instant. It may step, in both directions."""
         return time.time_ns() // 1000
 
     def monotonic(self) -> int:
-        """Return µs since some fixed instant. It never goes back."""
+        """Return the µs since some fixed instant. They never go back; waits count in them."""
         return time.monotonic_ns() // 1000
 
 
 def to_datetime(at: int) -> datetime:
-    """Return the instant as an aware UTC datetime."""
+    """Return the instant as an aware datetime in UTC. Raises OverflowError after the year 9999."""
     return EPOCH + timedelta(microseconds=at)
 
 
 def to_instant(moment: datetime) -> int:
-    """Return an aware datetime as µs since the epoch."""
+    """Return an aware datetime, of whatever zone, as an instant: µs since the epoch."""
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
 def format_time(at: int | None) -> str | None:
-    """Return RFC 3339 in UTC with no more fraction than there is: ``2026-11-23T09:00:00.25Z``."""
+    """Return the instant as RFC 3339 in UTC: ``2026-11-23T09:00:00.25Z``; None stays None.
+
+    There are no more decimals than the instant needs, at most six.
+    """
     if at is None:
         return None
     text = to_datetime(at).replace(tzinfo=None).isoformat()
-    return (text.rstrip("0") if "." in text else text) + "Z"
+    if "." in text:
+        text = text.rstrip("0")
+    return text + "Z"
 
 
 def parse_time(text: str) -> int:
-    """Return the instant of an RFC 3339 date-time. Raises ValueError."""
+    """Return the instant of an RFC 3339 date-time; it must name its offset from UTC.
+
+    What is finer than a microsecond is cut off. Raises ValueError for anything else.
+    """
+    # The pattern lets impossible dates through, and those that UTC moves out of the calendar.
     with contextlib.suppress(ValueError, OverflowError):
         if _RFC_3339.fullmatch(text):
-            return to_instant(datetime.fromisoformat(text.upper()).astimezone(UTC))
+            moment = datetime.fromisoformat(text.upper())
+            return to_instant(moment.astimezone(UTC))
     raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
 
 
-def parse_duration(text: str) -> int:
-    """Return the µs of a duration in Go's form: ``500ms``, ``1h30m``. Raises ValueError."""
-    text = "0s" if text == "0" else text
-    parts = _DURATION_PART.findall(text) if isinstance(text, str) and len(text) <= 50 else []
-    if not parts or "".join(n + unit for n, unit in parts) != text:
+def parse_duration(value: object) -> int:
+    """Return the µs of a duration in the form of Go: ``500ms``, ``1h30m``; a bare ``0``, too.
+
+    Of any other number the unit must be named, and there are no signs. Raises ValueError,
+    also for a value that is not text.
+    """
+    if value == "0":
+        return 0
+    parts: list[tuple[str, str]] = []
+    if isinstance(value, str) and len(value) <= _MAX_DURATION_CHARS:
+        parts = _DURATION_PART.findall(value)
+    # findall passes over what does not match, so the parts must make up the whole text.
+    understood = "".join(number + unit for number, unit in parts)
+    if not parts or understood != value:
         raise ValueError('must be a duration such as "500ms", "30s" or "1h30m"')
-    return round(sum(float(n) * _UNITS[unit] for n, unit in parts))
+    return round(sum(float(number) * _UNITS[unit] for number, unit in parts))
 
 
 def format_duration(us: int) -> str:
-    """Return the shortest form in Go's manner: ``500ms``, ``1.5s``, ``1m30s``, ``5m``, ``1h``."""
+    """Return the shortest form in the manner of Go: ``500ms``, ``1.5s``, ``1m30s``, ``5m``, ``1h``.
+
+    ``parse_duration`` returns the same number of µs for it. Nothing at all is ``0s``.
+    """
+    if us == 0:
+        return "0s"
+    if 0 < us < 1000:
+        return f"{us}us"
     if 0 < us < SECOND:
-        return f"{us}us" if us < 1000 else f"{us / 1000:g}ms"
-    seconds = f"{us % MINUTE / SECOND:.6f}".rstrip("0").rstrip(".")
-    parts = ((us // HOUR, "h"), (us % HOUR // MINUTE, "m"), (seconds, "s"))
-    return "".join(f"{n}{unit}" for n, unit in parts if n not in (0, "0")) or "0s"
+        return f"{us / 1000:g}ms"
+    hours = us // HOUR
+    minutes = us % HOUR // MINUTE
+    seconds = us % MINUTE / SECOND
+    text = ""
+    if hours:
+        text += f"{hours}h"
+    if minutes:
+        text += f"{minutes}m"
+    if seconds:
+        decimals = f"{seconds:.6f}".rstrip("0").rstrip(".")
+        text += f"{decimals}s"
+    return text
 
 
-# ==== 4. Schedules: when a job fires; no clock, no I/O ================================
+def nanoseconds(us: int) -> int:
+    """Return a duration in nanoseconds, the unit of ``duration`` in the API."""
+    return us * 1000
+
+
+# ======================================================================================
+# 4. Schedules: when a job fires; no clock, no files, no network
+# ======================================================================================
 #
-# croniter never sees a time zone, a day or an expression as it was typed, because its releases
-# disagree about them. A strict gate turns each field into its plain list of numbers; croniter
-# finds the next matching time of day in them; days and the zone are applied here.
+# A schedule is a pure function from one instant to the next. It never changes, so threads
+# may share it. croniter never sees a time zone, a day or an expression as it was typed,
+# because its releases disagree about them. A strict gate turns each field into its plain
+# list of numbers; croniter finds the next time of day in them; days and the zone are ours.
 #
-# A schedule is *repeating* if its second, minute or hour begins with "*", else *fixed-time* (Vixie
-# cron, Debian). Where the clock goes forward, a fixed-time one with times in the gap runs once,
-# right after it. Where it goes back, it runs in the first pass only, a repeating one in both.
+# The rules at changes of the clock are those of Vixie cron, as Debian has it. A schedule is
+# *repeating* if its second, minute or hour begins with "*", else *fixed-time*. Where the
+# clock goes forward, a fixed-time one with times in the gap runs once, right after it.
+# Where it goes back, it runs in the first pass only, a repeating one in both.
 
-CRON_FIELDS = (
-    # name, lowest and highest number, and what the numbers from the lowest on are called
-    ("second", 0, 59, ""), ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day-of-month", 1, 31, ""),
-    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
-    ("day-of-week", 0, 7, "sun mon tue wed thu fri sat"),
-)  # fmt: skip
+SHORTEST_INTERVAL = SECOND  # Of @every.
+LONGEST_INTERVAL = 3650 * DAY  # Of @every: 10 years.
+WALK_LIMIT = 500  # A backlog that seems longer is counted by days, not walked through.
+
+_ONE_SECOND = timedelta(seconds=1)
+_ONE_DAY = timedelta(days=1)
+
 CRON_ALIASES = {
-    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
-    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
-}  # fmt: skip
-_ITEM = re.compile(r"(?:(\*)|([0-9]+|[A-Za-z]+)(?:-([0-9]+|[A-Za-z]+))?)(?:/([0-9]+))?")
-_MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-_ONE_SECOND, _ONE_DAY = timedelta(seconds=1), timedelta(days=1)
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+
+# How many days each month has at most, January first.
+_LONGEST_MONTHS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+# --- The strict gate: one field becomes its list of numbers ---
+
+# An item of a field: *, a, a-b, and any of them with a step, where a and b may be names.
+_ITEM = re.compile(
+    r"(?:(?P<star>\*)|(?P<first>[0-9]+|[A-Za-z]+)(?:-(?P<last>[0-9]+|[A-Za-z]+))?)"
+    r"(?:/(?P<step>[0-9]+))?"
+)
 
 
-def _cron_numbers(text: str, field: str, lowest: int, highest: int, names: str) -> list[int]:
-    """Return the sorted numbers that one field of an expression names. Raises ValueError."""
+class CronField(NamedTuple):
+    """One of the six fields of a cron expression: what may stand in it."""
 
-    def number(word: str) -> int:
-        if word.lower() in names.split():
-            return names.split().index(word.lower()) + lowest
-        if word.isdigit() and lowest <= int(word) <= highest:
+    name: str
+    lowest: int
+    highest: int
+    words: tuple[str, ...] = ()  # What the numbers from the lowest on are called.
+
+    def number(self, word: str) -> int:
+        """Return the number that a word of this field means. Raises ValueError quoting it."""
+        if word.lower() in self.words:
+            return self.lowest + self.words.index(word.lower())
+        if word.isdigit() and self.lowest <= int(word) <= self.highest:
             return int(word)
-        raise ValueError(f"{field}: {word!r} is not one of {lowest}-{highest} {names}".rstrip())
+        allowed = f"{self.lowest}-{self.highest}"
+        if self.words:
+            allowed += " " + " ".join(self.words)
+        raise ValueError(f"{self.name}: {word!r} is not one of {allowed}")
 
-    numbers: set[int] = set()
-    for item in text.split(","):
-        if not (match := _ITEM.fullmatch(item)):
-            raise ValueError(f"{field}: {item!r} is not *, a, a-b, */n, a/n or a-b/n")
-        star, first, last, step = match.groups()
-        low = lowest if star else number(first)
-        high = number(last) if last else highest if star or step else low
-        if high < low or int(step or 1) == 0:
-            raise ValueError(f"{field}: {item!r} runs backwards, or its step is 0")
-        numbers.update(range(low, high + 1, int(step or 1)))
-    return sorted({n % 7 for n in numbers} if field == "day-of-week" else numbers)
+    def item_numbers(self, item: str) -> range:
+        """Return the numbers of one item, such as ``8-18/2``. Raises ValueError quoting it."""
+        match = _ITEM.fullmatch(item)
+        if not match:
+            raise ValueError(f"{self.name}: {item!r} is not *, a, a-b, */n, a/n or a-b/n")
+        low = self.lowest
+        if match["first"]:
+            low = self.number(match["first"])
+        if match["last"]:
+            high = self.number(match["last"])
+        elif match["star"] or match["step"]:
+            # As in cron, a/n goes on from a to the end of the field.
+            high = self.highest
+        else:
+            high = low
+        step = int(match["step"] or 1)
+        if high < low or step == 0:
+            raise ValueError(f"{self.name}: {item!r} runs backwards, or its step is 0")
+        return range(low, high + 1, step)
 
-
-class Schedule:
-    """``@at <time>``: once; ``@every <duration>``: elapsed time. Immutable, safe in threads."""
-
-    warnings: tuple[str, ...] = ()  # what people who write such a schedule often do not mean
-
-    def __init__(self, at: int | None = None, interval: int = 0) -> None:
-        self.at, self.interval = at, interval
-
-    def next_after(self, after: int, zone: str) -> int | None:
-        """Return the first fire time later than ``after``; None: there is none any more."""
-        if self.at is None:
-            return after + self.interval
-        return self.at if self.at > after else None
-
-    def fire_times(self, after: int, zone: str, last: float = math.inf) -> Iterator[int]:
-        """Yield the fire times later than ``after``, in order, up to ``last``."""
-        while (at := self.next_after(after, zone)) is not None and at <= last:
-            yield at
-            after = at
-
-    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        """Return how many fire times lie in [first, last], and the newest ``most`` (up to 101).
-
-        ``first`` is one of them. Where they are many, the count leaves changes of the clock out.
-        """
-        if self.at is not None:
-            return 1, [first]
-        count = (last - first) // self.interval + 1
-        return count, [first + n * self.interval for n in range(max(0, count - most), count)]
+    def numbers(self, text: str) -> list[int]:
+        """Return the numbers that the field names, sorted, each once. Raises ValueError."""
+        found: set[int] = set()
+        for item in text.split(","):
+            found.update(self.item_numbers(item))
+        if self.name == "day-of-week":
+            # Sunday may be written as 7, so that 5-7 is no range that runs backwards.
+            found = {number % 7 for number in found}
+        return sorted(found)
 
 
-class CronSchedule(Schedule):
-    """A cron expression of five fields, or six with seconds first."""
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
-    def __init__(self, texts: list[str]) -> None:
-        """``texts`` are six fields, seconds first. Raises ValueError naming field and item."""
-        super().__init__()
-        self.numbers = [_cron_numbers(text, *CRON_FIELDS[n]) for n, text in enumerate(texts)]
-        self.repeating = any(text.startswith("*") for text in texts[:3])
-        self.both_days = any(texts[n].startswith("*") for n in (3, 5))
-        days, months, _weekdays = self.numbers[3:]
-        if self.both_days and all(days[0] > _MONTH_DAYS[month - 1] for month in months):
-            raise ValueError("never fires: its months do not have such a day")
-        seconds, minutes, hours = (",".join(map(str, numbers)) for numbers in self.numbers[:3])
-        times = f"{minutes} {hours} * * * {seconds}"  # croniter: seconds last
-        self._croniter = croniter(times, EPOCH.replace(tzinfo=None), ret_type=datetime)
-        self._lock = threading.Lock()  # a croniter object keeps state while it answers
-        every_second, either = len(self.numbers[0]) == 60, not self.both_days
-        self.warnings = ("it fires every second of its minutes",) * every_second
-        self.warnings += ("day-of-month and day-of-week are both set: either matches",) * either
+_SECOND_FIELD = CronField("second", 0, 59)
+_MINUTE_FIELD = CronField("minute", 0, 59)
+_HOUR_FIELD = CronField("hour", 0, 23)
+_DAY_FIELD = CronField("day-of-month", 1, 31)
+_MONTH_FIELD = CronField("month", 1, 12, _MONTHS)
+_WEEKDAY_FIELD = CronField("day-of-week", 0, 7, _WEEKDAYS)
 
-    def step(self, wall: datetime) -> datetime:
-        """Return the first matching wall-clock time later than ``wall``, both naive."""
-        with self._lock:
-            self._croniter.set_current(wall)
-            found: datetime = self._croniter.get_next(datetime)
-        seconds, minutes, hours = self.numbers[:3]
-        while not self._matches_day(found):
-            found = found.replace(hour=hours[0], minute=minutes[0], second=seconds[0]) + _ONE_DAY
-        return found
-
-    def _matches_day(self, day: date) -> bool:
-        days, months, weekdays = self.numbers[3:]
-        matches = (day.day in days, day.isoweekday() % 7 in weekdays)
-        return day.month in months and (all if self.both_days else any)(matches)
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
-    def next_after(self, after: int, zone: str) -> int:
-        info, begin = ZoneInfo(zone), after // SECOND * SECOND
-        wall = _wall(begin, info)
-        early, late = _instants(wall, info)
-        if self.repeating and begin == early < late:  # the first pass of an hour that comes twice
-            turn = _change_between(early, late, info)
-            if _instants(self.step(wall), info)[0] >= turn:  # it is finished: walk the hour again
-                wall = _wall(turn, info) - _ONE_SECOND
-        while True:
-            wall = self.step(wall)
-            early, late = _instants(wall, info)
-            if early > late:  # the wall time does not exist
-                turn = _change_between(late, early, info)
-                if not self.repeating and turn > begin:
-                    return turn
-                wall = _wall(turn, info) - _ONE_SECOND
-            elif early > begin:
-                return early
-            elif self.repeating and late > begin:
-                return late
-
-    def backlog(self, first: int, last: int, zone: str, most: int) -> tuple[int, list[int]]:
-        def since(after: int, most: int | None) -> list[int]:
-            return list(islice(self.fire_times(after, zone, last), most))
-
-        begin, end = (_wall(at, ZoneInfo(zone)) for at in (first, last))
-        times = list(product(*self.numbers[2::-1]))  # hour, minute, second
-        days = (begin + _ONE_DAY * n for n in range((end.date() - begin.date()).days))
-        total = len(times) * sum(map(self._matches_day, days))
-        total += bisect_right(times, end.timetuple()[3:6]) * self._matches_day(end)
-        total -= bisect_left(times, begin.timetuple()[3:6])
-        instants = range(first, last, SECOND)
-        few = total > 500 and bisect_left(instants, True, key=lambda t: len(since(t, most)) < most)
-        if few:  # a year of seconds is 31 million: no walk then, but a search for the newest
-            return total, since(instants[few - 1], most)
-        found = [first, *since(first, None)]
-        return len(found), found[-most:]
+# --- Wall-clock times: what a zone's clocks show, as naive datetimes ---
 
 
-def _wall(at: int, zone: ZoneInfo) -> datetime:
-    """Return what a clock on the wall shows at this instant, naive."""
-    return to_datetime(at).astimezone(zone).replace(tzinfo=None)
+def _local_time(at: int, zone: ZoneInfo) -> datetime:
+    """Return the instant as an aware datetime in this zone."""
+    return to_datetime(at).astimezone(zone)
 
 
-def _instants(wall: datetime, zone: ZoneInfo) -> tuple[int, int]:
-    """Return both meanings of a naive time: early < late if it is twice, > if never (PEP 495)."""
-    early, late = (to_instant(wall.replace(tzinfo=zone, fold=fold)) for fold in (0, 1))
-    return early, late
+def _wall_time(at: int, zone: ZoneInfo) -> datetime:
+    """Return what a clock on the wall shows at this instant: a naive datetime."""
+    return _local_time(at, zone).replace(tzinfo=None)
+
+
+def _instants_of(wall: datetime, zone: ZoneInfo) -> tuple[int, int]:
+    """Return the two instants that a wall-clock time can mean: with fold 0 and 1 (PEP 495).
+
+    They are equal where it comes once. The first is earlier where it comes twice, because
+    the clock goes back. The first is later where the clock jumps over it: it never comes.
+    """
+    first_at = to_instant(wall.replace(tzinfo=zone, fold=0))
+    second_at = to_instant(wall.replace(tzinfo=zone, fold=1))
+    return first_at, second_at
 
 
 def _change_between(before: int, after: int, zone: ZoneInfo) -> int:
-    """Return the first instant in (before, after] that has the UTC offset of ``after``."""
+    """Return when the clock changes: the first instant in (before, after] with the new offset.
 
-    def offset(at: int) -> timedelta | None:
-        return to_datetime(at).astimezone(zone).utcoffset()
+    The new offset from UTC is that of ``after``; there is one change between the two.
+    """
+    new_offset = _local_time(after, zone).utcoffset()
+
+    def has_changed(at: int) -> bool:
+        return _local_time(at, zone).utcoffset() == new_offset
 
     instants = range(before, after + SECOND, SECOND)
-    return instants[bisect_left(instants, True, key=lambda at: offset(at) == offset(after))]
+    return instants[bisect_left(instants, True, key=has_changed)]
 
 
-@functools.lru_cache(maxsize=4096)
+# --- The kinds of schedules ---
+
+
+class Backlog(NamedTuple):
+    """The fire times of a stretch of time: how many there are, and the newest, in order."""
+
+    total: int
+    newest: list[int]
+
+
+class Schedule(ABC):
+    """When a job fires. It never changes, so threads may share it.
+
+    ``zone`` is always the name of a time zone that the system knows. Fire times after the
+    year 9999 cannot be told: methods raise OverflowError or ValueError there.
+    """
+
+    warnings: tuple[str, ...] = ()  # What people who write such a schedule often do not mean.
+
+    @abstractmethod
+    def next_after(self, after: int, zone: str) -> int | None:
+        """Return the first fire time later than ``after``; None: there is none any more."""
+
+    @abstractmethod
+    def backlog(self, first: int, last: int, zone: str, most: int) -> Backlog:
+        """Return the number of fire times in [first, last], and the newest ``most`` of them.
+
+        ``first`` is a fire time; ``most`` is 1 to 101. Where there are many, the count leaves
+        changes of the clock out.
+        """
+
+    def fire_times(self, after: int, zone: str, last: float = math.inf) -> Iterator[int]:
+        """Yield the fire times later than ``after``, in order, up to and including ``last``."""
+        at = self.next_after(after, zone)
+        while at is not None and at <= last:
+            yield at
+            at = self.next_after(at, zone)
+
+    def clock_note(self, at: int, zone: str) -> str | None:
+        """Return what a change of the clock does to this fire time; None: nothing."""
+        return None
+
+
+class AtSchedule(Schedule):
+    """``@at <time>``: once, at the instant ``at``."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def next_after(self, after: int, zone: str) -> int | None:
+        """Return the instant, or None once it is over."""
+        if self.at > after:
+            return self.at
+        return None
+
+    def backlog(self, first: int, last: int, zone: str, most: int) -> Backlog:
+        """Return the only fire time there is: ``first``."""
+        return Backlog(1, [first])
+
+
+class EverySchedule(Schedule):
+    """``@every <duration>``: each ``interval`` (µs) of elapsed time, whatever clocks show."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def next_after(self, after: int, zone: str) -> int:
+        """Return the instant one interval later, so the spacing counts from ``after``."""
+        return after + self.interval
+
+    def backlog(self, first: int, last: int, zone: str, most: int) -> Backlog:
+        """Return the number of fire times in [first, last], and the newest ``most`` of them."""
+        count = (last - first) // self.interval + 1
+        passed_over = max(0, count - most)
+        oldest = first + passed_over * self.interval
+        return Backlog(count, list(range(oldest, last + 1, self.interval)))
+
+
+class CronSchedule(Schedule):
+    """A cron expression of five fields, or six with seconds first.
+
+    ``repeating`` decides what a change of the clock does to it (see the head of this section).
+    ``both_must_match``: a day must be named by day-of-month and by day-of-week, because one of
+    them begins with "*"; where neither does, either is enough (Vixie cron).
+
+    attribute          written by              guarded by
+    _croniter          whichever thread asks   _lock   (it keeps state while it answers)
+    all others         nobody after __init__   nothing (seconds … weekdays: sorted numbers)
+    """
+
+    def __init__(self, fields: list[str]) -> None:
+        """``fields`` are six texts, seconds first. Raises ValueError naming field and item."""
+        second, minute, hour, day, month, weekday = fields
+        self.seconds = _SECOND_FIELD.numbers(second)
+        self.minutes = _MINUTE_FIELD.numbers(minute)
+        self.hours = _HOUR_FIELD.numbers(hour)
+        self.days = _DAY_FIELD.numbers(day)
+        self.months = _MONTH_FIELD.numbers(month)
+        self.weekdays = _WEEKDAY_FIELD.numbers(weekday)
+        self.repeating = any(text.startswith("*") for text in (second, minute, hour))
+        self.both_must_match = day.startswith("*") or weekday.startswith("*")
+        if self.both_must_match and not self._has_a_day():
+            raise ValueError("never fires: its months do not have such a day")
+        self.warnings = tuple(self._warnings())
+        self._first_time = clock_time(self.hours[0], self.minutes[0], self.seconds[0])
+        self._croniter = self._time_finder()
+        self._lock = threading.Lock()
+
+    def _has_a_day(self) -> bool:
+        """Return whether one of the months is long enough for one of the days."""
+        return any(self.days[0] <= _LONGEST_MONTHS[month - 1] for month in self.months)
+
+    def _warnings(self) -> Iterator[str]:
+        """Yield what its author may not have meant, each as a sentence."""
+        if len(self.seconds) == 60:
+            yield "it fires every second of its minutes"
+        if not self.both_must_match:
+            yield "day-of-month and day-of-week are both set: either matches"
+
+    def _time_finder(self) -> croniter:
+        """Return a croniter that knows the times of day; for it, every day matches."""
+        seconds = ",".join(map(str, self.seconds))
+        minutes = ",".join(map(str, self.minutes))
+        hours = ",".join(map(str, self.hours))
+        expression = f"{minutes} {hours} * * * {seconds}"  # croniter has seconds last.
+        return croniter(expression, EPOCH.replace(tzinfo=None), ret_type=datetime)
+
+    # --- One fire time ---
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a thousand jobs compute it once
+    def next_after(self, after: int, zone: str) -> int:
+        """Return the first fire time later than ``after``. There is always one.
+
+        It walks from one matching wall-clock time to the next, and takes the first whose
+        instant is later. Raises OverflowError or ValueError after the year 9999.
+        """
+        info = ZoneInfo(zone)
+        after = after // SECOND * SECOND  # Fire times are whole seconds.
+        wall = self._begin_of_walk(after, info)
+        while True:
+            wall = self.next_wall_time(wall)
+            first_at, second_at = _instants_of(wall, info)
+            if first_at > second_at:
+                # The clock jumps over this time: a fixed-time one runs at once after the jump.
+                change_at = _change_between(second_at, first_at, info)
+                if not self.repeating and change_at > after:
+                    return change_at
+                # The walk goes on there. A second less, for there may be a fire time itself.
+                wall = _wall_time(change_at, info) - _ONE_SECOND
+            elif first_at > after:
+                return first_at
+            elif self.repeating and second_at > after:
+                return second_at
+
+    def _begin_of_walk(self, after: int, zone: ZoneInfo) -> datetime:
+        """Return the wall-clock time from which ``next_after`` walks: mostly that of ``after``.
+
+        The exception is a repeating schedule in the first pass of an hour that comes twice.
+        When that pass has no fire time left, it begins at the change, to walk the hour again.
+        """
+        wall = _wall_time(after, zone)
+        first_at, second_at = _instants_of(wall, zone)
+        in_first_pass = after == first_at < second_at
+        if not self.repeating or not in_first_pass:
+            return wall
+        change_at = _change_between(first_at, second_at, zone)
+        next_at, _next_again_at = _instants_of(self.next_wall_time(wall), zone)
+        if next_at < change_at:
+            return wall
+        return _wall_time(change_at, zone) - _ONE_SECOND
+
+    def next_wall_time(self, wall: datetime) -> datetime:
+        """Return the first matching wall-clock time later than ``wall``; both are naive."""
+        with self._lock:
+            self._croniter.set_current(wall)
+            found: datetime = self._croniter.get_next(datetime)
+        while not self._matches_day(found):
+            # Nothing on this day: the next to look at is the first time of the day after.
+            found = datetime.combine(found, self._first_time) + _ONE_DAY
+        return found
+
+    def _matches_day(self, day: date) -> bool:
+        """Return whether the schedule fires on this day, by months, days and weekdays."""
+        if day.month not in self.months:
+            return False
+        in_days = day.day in self.days
+        in_weekdays = day.isoweekday() % 7 in self.weekdays  # Sunday is 7 there, 0 here.
+        if self.both_must_match:
+            return in_days and in_weekdays
+        return in_days or in_weekdays
+
+    def clock_note(self, at: int, zone: str) -> str | None:
+        """Return what a change of the clock does to this fire time; None: nothing."""
+        info = ZoneInfo(zone)
+        wall = _wall_time(at, info)
+        first_at, second_at = _instants_of(wall, info)
+        if self.next_wall_time(wall - _ONE_SECOND) != wall:
+            # The expression does not name this time, so it makes up for one in a gap.
+            return "the clock goes forward: a time that does not exist runs now"
+        if first_at == second_at:
+            return None
+        if self.repeating:
+            return "the clock goes back: this hour comes twice, both run"
+        return "the clock goes back: this hour comes twice, only the first runs"
+
+    # --- Many fire times ---
+
+    def backlog(self, first: int, last: int, zone: str, most: int) -> Backlog:
+        """Return the number of fire times in [first, last], and the newest ``most`` of them.
+
+        ``first`` is a fire time; ``most`` is 1 to 101. The newest are always exact. The count
+        is exact up to about WALK_LIMIT; beyond it leaves changes of the clock out.
+        """
+        # A year of seconds has 31 million fire times: to walk through them would hold the
+        # engine up for minutes. Counting days and a search take as long for any number.
+        estimate = self._count_by_days(first, last, zone)
+        if estimate > WALK_LIMIT:
+            newest = self._search_newest(first, last, zone, most)
+            if newest is not None:
+                return Backlog(estimate, newest)
+        found = [first]
+        found.extend(self.fire_times(first, zone, last))
+        return Backlog(len(found), found[-most:])
+
+    def _count_by_days(self, first: int, last: int, zone: str) -> int:
+        """Return how many matching wall-clock times lie in [first, last].
+
+        This is the number of fire times if the clock does not change in between.
+        """
+        info = ZoneInfo(zone)
+        begin = _wall_time(first, info)
+        end = _wall_time(last, info)
+        times_of_day = list(product(self.hours, self.minutes, self.seconds))
+        last_day = end.date()
+        day = begin.date()
+        matching_days = 0
+        while day < last_day:
+            if self._matches_day(day):
+                matching_days += 1
+            day += _ONE_DAY
+        # So far every day but the last one is counted, and as a whole.
+        count = matching_days * len(times_of_day)
+        # Of the last day only what comes up to ``last`` belongs to it.
+        if self._matches_day(end):
+            last_time = (end.hour, end.minute, end.second)
+            count += bisect_right(times_of_day, last_time)
+        # Of the first day what came before ``first`` does not.
+        first_time = (begin.hour, begin.minute, begin.second)
+        count -= bisect_left(times_of_day, first_time)
+        return count
+
+    def _search_newest(self, first: int, last: int, zone: str, most: int) -> list[int] | None:
+        """Return the newest ``most`` fire times in (first, last]; None: there are fewer.
+
+        The later an instant, the fewer fire times are left after it. So bisection finds the
+        last second after which ``most`` are left: these are the newest.
+        """
+
+        def left_after(at: int) -> list[int]:
+            return list(islice(self.fire_times(at, zone, last), most))
+
+        def is_too_late(at: int) -> bool:
+            return len(left_after(at)) < most
+
+        seconds = range(first, last, SECOND)
+        first_too_late = bisect_left(seconds, True, key=is_too_late)
+        if first_too_late == 0:
+            return None
+        return left_after(seconds[first_too_late - 1])
+
+
+# --- Expressions as people write them ---
+
+
+@functools.lru_cache(maxsize=4096)  # A thousand jobs share few expressions.
 def parse_schedule(text: str) -> Schedule:
-    """Return what the expression means. Raises ValueError with a message that quotes it."""
+    """Return what the expression means: cron, an alias, ``@every …`` or ``@at …``.
+
+    Raises ValueError with a message for its author, which quotes what is wrong.
+    """
     words = re.split(r"[ \t]+", text.strip(" \t"))
-    keyword = words[0].lower() if text.isascii() else words[0]
+    keyword = words[0]
+    if text.isascii():
+        # Elsewhere lower() could make ASCII of what is not: the Kelvin sign becomes a "k".
+        keyword = keyword.lower()
     if keyword in ("@every", "@at") and len(words) == 2:
         try:
-            if keyword == "@at":
-                return Schedule(at=parse_time(words[1]))
-            interval = parse_duration(words[1])
-            if not SECOND <= interval <= 3650 * DAY:
-                raise ValueError("the shortest interval is 1s, the longest 10 years")
-            return Schedule(interval=interval)
+            return _parse_at_or_every(keyword, words[1])
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
-    if len(words) == 1 and keyword in CRON_ALIASES:
+    if keyword in CRON_ALIASES and len(words) == 1:
         words = CRON_ALIASES[keyword].split()
-    if len(words) not in (5, 6):
+    if len(words) == 5:
+        words.insert(0, "0")
+    if len(words) != 6:
         known = " ".join([*CRON_ALIASES, "@every <duration>", "@at <time>"])
         raise ValueError(f"{text!r} is neither 5 fields, nor 6 with seconds first, nor of {known}")
-    return CronSchedule(words if len(words) == 6 else ["0", *words])
+    return CronSchedule(words)
+
+
+def _parse_at_or_every(keyword: str, word: str) -> Schedule:
+    """Return the schedule of ``@at`` or ``@every`` with this time or duration.
+
+    Raises ValueError with a sentence that goes on after the expression and a colon.
+    """
+    if keyword == "@at":
+        return AtSchedule(parse_time(word))
+    interval = parse_duration(word)
+    if not SHORTEST_INTERVAL <= interval <= LONGEST_INTERVAL:
+        raise ValueError("the shortest interval is 1s, the longest 10 years")
+    return EverySchedule(interval)
 
 
 def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[Json]:
-    """Yield the next fire times: ``utc``, ``local``, and a ``note`` at a change of the clock."""
-    with contextlib.suppress(OverflowError, ValueError):  # where dates end
+    """Yield the next ``count`` fire times later than ``after``; fewer where there are no more.
+
+    Each has ``utc`` and ``local`` (RFC 3339), and a ``note`` at a change of the clock, else None.
+    """
+    # Fire times end where the calendar of datetime does, in the year 9999.
+    with contextlib.suppress(OverflowError, ValueError):
         for at in islice(schedule.fire_times(after, zone), count):
-            local, note = to_datetime(at).astimezone(ZoneInfo(zone)), None
-            if isinstance(schedule, CronSchedule):
-                wall = local.replace(tzinfo=None)
-                early, late = _instants(wall, ZoneInfo(zone))
-                if schedule.step(wall - _ONE_SECOND) != wall:
-                    note = "the clock goes forward: a time that does not exist runs now"
-                elif early < late:
-                    passes = "both run" if schedule.repeating else "only the first runs"
-                    note = f"the clock goes back: this hour comes twice, {passes}"
-            yield {"utc": format_time(at), "local": local.isoformat(), "note": note}
+            local = _local_time(at, ZoneInfo(zone))
+            yield {
+                "utc": format_time(at),
+                "local": local.isoformat(),
+                "note": schedule.clock_note(at, zone),
+            }
 
 
-# ==== 5. Validation: an object is a table of fields; every wrong field is reported at once ====
+# ======================================================================================
+# 5. Checks: an object is a table of fields, and every wrong field is reported at once
+# ======================================================================================
 #
-# A check takes a value as it came from JSON or YAML and returns it in its normal form, or raises
-# ValueError with a sentence that goes on after the field's name ("timeout must be …").
+# A check takes a value as it came from JSON or YAML, and returns it in its normal form, or
+# raises ValueError with a sentence that goes on after the field's name ("timeout must be …").
+# Most are named after what they let through: ``a_boolean`` is a check, and ``a_text(200)``
+# makes one. No check here looks at the clock, the database or a file that somebody wrote.
 
 Check = Callable[[Any], Any]
-REQUIRED: Any = object()
+REQUIRED: Any = object()  # Stands in the place of a default: the field must be there.
+
+MAX_UNKNOWN_NAMES = 20  # So many unknown fields of an object are reported.
 
 
 class Field(NamedTuple):
     """A field: its check, and what it is where it is left out or null."""
 
     check: Check
-    default: Any = REQUIRED
+    default: Any = REQUIRED  # In its normal form, for nobody checks it.
 
 
-def validate(table: dict[str, Field], data: Any, ignored: frozenset[str] = frozenset()) -> Json:
-    """Return ``data`` in its normal form, defaults filled in. Raises Problems with all of them."""
+def validate(table: Mapping[str, Field], data: Any, ignored: frozenset[str] = frozenset()) -> Json:
+    """Return ``data`` with the fields of ``table`` only, in normal form, defaults filled in.
+
+    Names in ``ignored`` may be there, and are left out. Raises InvalidFields with everything
+    that is wrong inside the object, and a plain ValueError if it is none.
+    """
     if not isinstance(data, dict):
         raise ValueError("must be an object")
     clean: Json = {}
-    problems: list[tuple[str, str]] = []
-    for name in sorted(data.keys() - table.keys() - ignored)[:20]:
-        hint = [f" (did you mean {near!r}?)" for near in difflib.get_close_matches(name, table, 1)]
-        problems.append((name[:100], "is not a known name" + "".join(hint)))
-    for name, (check, default) in table.items():
-        value = data.get(name)
+    problems = _unknown_names(table, data, ignored)
+    for name, wanted in table.items():
         try:
-            if value is None and default is REQUIRED:
-                raise ValueError("is required")
-            clean[name] = default if value is None else check(value)
-        except Problems as inner:
+            clean[name] = _checked(wanted, data.get(name))
+        except InvalidFields as inner:
             problems += [(f"{name}.{path}", message) for path, message in inner.problems]
         except ValueError as error:
             problems.append((name, str(error)))
     if problems:
-        raise Problems(problems)
+        raise InvalidFields(problems)
     return clean
 
 
+def _checked(wanted: Field, value: Any) -> Any:
+    """Return the value of one field in normal form, or its default. Raises ValueError."""
+    if value is not None:
+        return wanted.check(value)
+    if wanted.default is REQUIRED:
+        raise ValueError("is required")
+    return wanted.default
+
+
+def _unknown_names(
+    table: Mapping[str, Field], data: Json, ignored: frozenset[str]
+) -> list[tuple[str, str]]:
+    """Return a problem for each name that is not in the table, with the nearest known one."""
+    problems = []
+    unknown = sorted(data.keys() - table.keys() - ignored)
+    for name in unknown[:MAX_UNKNOWN_NAMES]:
+        message = "is not a known name"
+        nearest = difflib.get_close_matches(name, table, 1)
+        if nearest:
+            message += f" (did you mean {nearest[0]!r}?)"
+        problems.append((name[:100], message))  # It may be as long as the body.
+    return problems
+
+
+# --- Making checks ---
+
+
 def rule(holds: Callable[[Any], object], problem: str) -> Check:
-    """A check that leaves the value as it is."""
+    """A check that leaves the value as it is, where ``holds`` returns something true."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -496,94 +1078,182 @@ def rule(holds: Callable[[Any], object], problem: str) -> Check:
 
 
 def matching(pattern: str, problem: str) -> Check:
-    """A string that matches as a whole."""
+    """A string that matches the regular expression as a whole."""
     form = re.compile(pattern)
-    return rule(lambda value: isinstance(value, str) and form.fullmatch(value), problem)
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, str) and form.fullmatch(value) is not None
+
+    return rule(holds, problem)
 
 
-def text(most: int, least: int = 1, lines: bool = False) -> Check:
-    """A string without control characters; ``lines`` allows tabs and line ends."""
-    control = r"\x00-\x08\x0b\x0c\x0e-\x1f" if lines else r"\x00-\x1f"
-    some = r"(?s:(?=.*\S))" if least else ""
+def a_text(most: int, least: int = 1, lines: bool = False) -> Check:
+    """A string of ``least`` to ``most`` characters, and no control characters among them.
+
+    ``lines`` allows tabs and line ends. Unless ``least`` is 0, blanks alone are not enough.
+    Half of a surrogate pair, which JSON can say and UTF-8 cannot, is refused.
+    """
+    control = r"\x00-\x1f"
+    if lines:
+        control = r"\x00-\x08\x0b\x0c\x0e-\x1f"
+    character = rf"[^{control}\x7f-\x9f\ud800-\udfff]"
+    pattern = rf"{character}{{{least},{most}}}"
+    if least:
+        pattern = rf"(?s:(?=.*\S)){pattern}"
     problem = f"must be a string of {least} to {most} characters, no control characters among them"
-    return matching(rf"{some}[^{control}\x7f-\x9f\ud800-\udfff]{{{least},{most}}}", problem)
+    return matching(pattern, problem)
 
 
-def number(low: float, high: float, whole: bool = True) -> Check:
-    """A number in [low, high]."""
-    kinds = (int,) if whole else (int, float)
-    problem = f"must be a {'whole ' * whole}number from {low} to {high}"
-    return rule(lambda value: type(value) in kinds and low <= value <= high, problem)
+def a_number(low: float, high: float, whole: bool = True) -> Check:
+    """A number in [low, high]; unless ``whole`` is False it has no fraction."""
+    problem = f"must be a number from {low} to {high}"
+    kinds: tuple[type, ...] = (int, float)
+    if whole:
+        problem = f"must be a whole number from {low} to {high}"
+        kinds = (int,)
+
+    def holds(value: Any) -> bool:
+        # isinstance() would let true and false through.
+        return type(value) in kinds and low <= value <= high
+
+    return rule(holds, problem)
 
 
 def one_of(*words: str) -> Check:
     """One of these words."""
-    return rule(lambda value: value in list(words), f"must be one of {', '.join(words)}")
+    return rule(lambda value: value in words, f"must be one of {', '.join(words)}")
 
 
-def duration(low: str, high: str) -> Check:
-    """A duration in [low, high], kept as text in its shortest form."""
-    bounds = range(parse_duration(low), parse_duration(high) + 1)
-    bounded = rule(lambda us: us in bounds, f"must be from {low} to {high}")
-    return lambda value: format_duration(bounded(parse_duration(value)))
+def microseconds(low: str, high: str) -> Check:
+    """A duration in [low, high], such as 1m30s, turned into µs."""
+    shortest = parse_duration(low)
+    longest = parse_duration(high)
+
+    def check(value: Any) -> int:
+        duration = parse_duration(value)
+        if not shortest <= duration <= longest:
+            raise ValueError(f"must be from {low} to {high}")
+        return duration
+
+    return check
+
+
+def a_duration(low: str, high: str) -> Check:
+    """A duration in [low, high], kept as text in its shortest form: a minute is ``1m``."""
+    in_microseconds = microseconds(low, high)
+
+    def check(value: Any) -> str:
+        return format_duration(in_microseconds(value))
+
+    return check
 
 
 def list_of(item: Check, most: int, least: int = 0) -> Check:
-    """A list of values that each pass ``item``."""
-    problem = f"must be a list of {least} to {most} values"
-    sized = rule(lambda value: isinstance(value, list) and least <= len(value) <= most, problem)
-    return lambda value: [item(entry) for entry in sized(value)]
+    """A list of ``least`` to ``most`` values that each pass ``item``."""
+
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise ValueError(f"must be a list of {least} to {most} values")
+        return [item(entry) for entry in value]
+
+    return check
 
 
-def mapping(names: Check, values: Check, most: int) -> Check:
-    """An object of free names, none of them empty."""
-    problem = f"must be an object with at most {most} names"
-    sized = rule(lambda data: isinstance(data, dict) and len(data) <= most, problem)
-    entry = lambda name, value: names(name) and values(value)  # noqa: E731
-    return lambda data: validate({n: Field(functools.partial(entry, n)) for n in sized(data)}, data)
+def mapping_of(names: Check, values: Check, most: int) -> Check:
+    """An object with at most ``most`` free names that pass ``names``, none of them null."""
+
+    def entry(name: str, value: Any) -> Any:
+        names(name)
+        return values(value)
+
+    def check(data: Any) -> Json:
+        if not isinstance(data, dict) or len(data) > most:
+            raise ValueError(f"must be an object with at most {most} names")
+        table = {name: Field(functools.partial(entry, name)) for name in data}
+        return validate(table, data)
+
+    return check
+
+
+def an_object(table: Mapping[str, Field]) -> Check:
+    """An object with the fields of this table."""
+    return functools.partial(validate, table)
 
 
 def query_number(low: int, high: int) -> Check:
-    """A whole number written out; what is over ``high`` means ``high``."""
-    problem = f"must be a whole number from {low} to {high}"
-    whole = rule(lambda value: re.fullmatch("[0-9]{1,18}", value) and int(value) >= low, problem)
-    return lambda value: min(int(whole(value)), high)
+    """A whole number that is written out, as in a URL's query; over ``high`` means ``high``."""
+
+    def check(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", value) or int(value) < low:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return min(int(value), high)
+
+    return check
 
 
-boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
-_no_constant = rule(lambda _name: False, "NaN and Infinity are no numbers in JSON")
-_user_name = rule(lambda name: ":" not in text(256)(name), "must not contain a colon")
-_zones = functools.cache(lambda: [*available_timezones()])
-_timezone = rule(lambda name: name in _zones(), "must be an IANA time zone such as Europe/Madrid")
-_header_name = matching(
+# --- Checks of values that jobs, queries and settings share ---
+
+a_boolean = rule(lambda value: isinstance(value, bool), "must be true or false")
+
+a_header_name = matching(
     r"(?!(?i:content-length|transfer-encoding|connection|upgrade|te|trailer|expect|keep-alive"
-    r"|proxy-.*|x-chronos-.*)\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}",  # a token of RFC 9110, 5.6.2
+    r"|proxy-.*|x-chronos-.*)\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}",  # A token of RFC 9110, 5.6.2.
     "must be the name of an HTTP header, and of none that only Chronos sets",
 )
-_printable = matching(
-    r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
-    "must be at most 8192 printable Latin-1 characters, no blanks around them",
-)
-_masked = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
-_header_value = rule(lambda value: _printable(value) != MASK, _masked)
-_password = rule(lambda value: text(1024, least=0)(value) != MASK, _masked)
-is_secret_header = re.compile("(?i)authorization|cookie|token|secret|password|api-key").search
+
+_SECRET_HEADER = re.compile("(?i)authorization|cookie|token|secret|password|api-key")
 
 
-def _schedule(value: Any, now: int = 0) -> str:
-    expression: str = text(200, lines=True)(value).strip(" \t")
+def is_secret_header(name: str) -> bool:
+    """Return whether the value of this header is a secret, which nobody may see again."""
+    return _SECRET_HEADER.search(name) is not None
+
+
+def no_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity: Python's json would take them, RFC 8259 does not know them."""
+    raise ValueError("NaN and Infinity are no numbers in JSON")
+
+
+@functools.cache
+def _time_zones() -> frozenset[str]:
+    return frozenset(available_timezones())  # It reads a hundred directories: once is enough.
+
+
+def a_timezone(value: Any) -> str:
+    """The name of a time zone in the IANA database."""
+    if not isinstance(value, str) or value not in _time_zones():
+        raise ValueError("must be an IANA time zone such as Europe/Madrid")
+    return value
+
+
+def a_user_name(value: Any) -> str:
+    """A name to sign in with; basic authentication ends it at a colon (RFC 7617, 2)."""
+    name: str = a_text(256)(value)
+    if ":" in name:
+        raise ValueError("must not contain a colon")
+    return name
+
+
+def a_schedule(value: Any, now: int | None = None) -> str:
+    """An expression that parse_schedule takes, without blanks around it.
+
+    The instant of an ``@at`` must be later than ``now``; None: it may be past.
+    """
+    text: str = a_text(200, lines=True)(value)
+    expression = text.strip(" \t")
     schedule = parse_schedule(expression)
-    if schedule.at is not None and schedule.at <= now:
+    if now is not None and isinstance(schedule, AtSchedule) and schedule.at <= now:
         raise ValueError("is in the past")
     return expression
 
 
-def _url(value: Any) -> str:
-    url: str = text(2048)(value)
+def a_url(value: Any) -> str:
+    """An http or https URL that requests can call, kept as it is written."""
+    url: str = a_text(2048)(value)
     try:
         parts = urlsplit(url)
-        proper = re.match(r"(?i)https?://[^\s\\]*\Z", url) and "@" not in parts.netloc
-        if not proper or not parts.hostname or parts.port == 0:
+        is_proper = re.match(r"(?i)https?://[^\s\\]*\Z", url) and "@" not in parts.netloc
+        if not is_proper or not parts.hostname or parts.port == 0:
             raise ValueError("it must be http(s)://, a host, no user (see webhook.auth), no blanks")
         requests.Request("GET", url).prepare()
     except (requests.RequestException, ValueError) as error:
@@ -591,165 +1261,347 @@ def _url(value: Any) -> str:
     return url
 
 
+# ======================================================================================
+# 6. Jobs: what a job may say, what of it is secret, and the records of what happens
+# ======================================================================================
+#
+# A job's configuration is a plain dict in the form of the API, checked by the tables below; so
+# it is stored, versioned and compared as it is shown. What has happened is in records, which
+# never change: who wants another one makes it with ``_replace``. Everything here is pure: no
+# clock, no database, no threads. Only the store makes records of rows.
+
+# --- The fields of a job ---
+
+MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
+SECRET_AUTH_FIELDS = ("password", "token", "api_key")  # What webhook.auth must never show.
+
+_MASK_PROBLEM = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
+_printable = matching(
+    r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
+    "must be at most 8192 printable Latin-1 characters, no blanks around them",
+)
+
+
+def _header_value(value: Any) -> str:
+    """What may stand in a header line, and is no mask that stayed where it was."""
+    text: str = _printable(value)
+    if text == MASK:
+        raise ValueError(_MASK_PROBLEM)
+    return text
+
+
+def _password(value: Any) -> str:
+    """A password, which may be empty but is no mask that stayed where it was."""
+    password: str = a_text(1024, least=0)(value)
+    if password == MASK:
+        raise ValueError(_MASK_PROBLEM)
+    return password
+
+
 def _auth(value: Any) -> Json:
-    kind = value.get("type") if isinstance(value, dict) else None
+    """The object webhook.auth: its type says which other fields it has."""
+    kind = None
+    if isinstance(value, dict):
+        kind = value.get("type")
     if not isinstance(kind, str) or kind not in AUTH_FIELDS:
-        raise Problems([("type", f"must be one of {', '.join(AUTH_FIELDS)}")])
-    return validate({"type": Field(one_of(kind)), **AUTH_FIELDS[kind]}, value)
+        raise InvalidFields([("type", f"must be one of {', '.join(AUTH_FIELDS)}")])
+    table = {"type": Field(one_of(kind))} | AUTH_FIELDS[kind]
+    return validate(table, value)
 
 
 # fmt: off
 AUTH_FIELDS: dict[str, dict[str, Field]] = {
-    "basic":   {"username":    Field(_user_name),
-                "password":    Field(_password)},
-    "bearer":  {"token":       Field(_header_value)},
-    "api_key": {"api_key":     Field(_header_value),
-                "header":      Field(_header_name,                          "X-API-Key")},
+    "basic": {
+        "username":    Field(a_user_name),
+        "password":    Field(_password),
+    },
+    "bearer": {
+        "token":       Field(_header_value),
+    },
+    "api_key": {
+        "api_key":     Field(_header_value),
+        "header":      Field(a_header_name, "X-API-Key"),
+    },
 }
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 WEBHOOK_FIELDS: dict[str, Field] = {
-    "url":               Field(_url),
-    "method":            Field(one_of("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"),
-                                                                            "GET"),
-    "headers":           Field(mapping(_header_name, _header_value, 50),    {}),
-    "body":              Field(text(MAX_BODY_BYTES, least=0, lines=True),   None),
-    "auth":              Field(_auth,                                       None),
-    "success_codes":     Field(list_of(number(100, 599), 100, least=1),     None),
-    "verify_tls":        Field(boolean,                                     True),
+    # name               check                                               default
+    "url":               Field(a_url),
+    "method":            Field(one_of(*METHODS),                             "GET"),
+    "headers":           Field(mapping_of(a_header_name, _header_value, 50), {}),
+    "body":              Field(a_text(MAX_BODY_BYTES, least=0, lines=True),  None),
+    "auth":              Field(_auth,                                        None),
+    "success_codes":     Field(list_of(a_number(100, 599), 100, least=1),    None),
+    "verify_tls":        Field(a_boolean,                                    True),
 }
 RETRY_FIELDS: dict[str, Field] = {
-    "max_attempts":      Field(number(1, 100),                              3),
-    "initial_interval":  Field(duration("1ms", "24h"),                      "1s"),
-    "max_interval":      Field(duration("1ms", "24h"),                      "1m"),
-    "multiplier":        Field(number(1, 100, whole=False),                 2.0),
-    "attempt_timeout":   Field(duration("100ms", "24h"),                    None),
+    # name               check                                               default
+    "max_attempts":      Field(a_number(1, 100),                             3),
+    "initial_interval":  Field(a_duration("1ms", "24h"),                     "1s"),
+    "max_interval":      Field(a_duration("1ms", "24h"),                     "1m"),
+    "multiplier":        Field(a_number(1, 100, whole=False),                2.0),
+    "attempt_timeout":   Field(a_duration("100ms", "24h"),                   None),
 }
-ALERT_FIELDS = WEBHOOK_FIELDS | {"method": WEBHOOK_FIELDS["method"]._replace(default="POST")}
-del ALERT_FIELDS["body"]  # Chronos writes it
-EXECUTION_STATUSES = ("pending", "running", "success", "failed", "skipped")
-MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 JOB_FIELDS: dict[str, Field] = {
-    "name":              Field(text(200)),
-    "description":       Field(text(2000, least=0, lines=True),             None),
-    "schedule":          Field(_schedule),
-    "timezone":          Field(_timezone,                                   "UTC"),
-    "webhook":           Field(functools.partial(validate, WEBHOOK_FIELDS)),
-    "retry_policy":      Field(functools.partial(validate, RETRY_FIELDS),   {}),
-    "timeout":           Field(duration("100ms", "24h"),                    "5m"),
-    "concurrency":       Field(one_of("allow", "forbid", "replace"),        "forbid"),
-    "missed_run_policy": Field(one_of(*MISSED_RUN_POLICIES),                None),
-    "tags":              Field(mapping(text(100), text(200, least=0), 50),  {}),
-    "enabled":           Field(boolean,                                     False),
+    # name               check                                               default
+    "name":              Field(a_text(200)),
+    "description":       Field(a_text(2000, least=0, lines=True),            None),
+    "schedule":          Field(a_schedule),
+    "timezone":          Field(a_timezone,                                   "UTC"),
+    "webhook":           Field(an_object(WEBHOOK_FIELDS)),
+    "retry_policy":      Field(an_object(RETRY_FIELDS),                      {}),
+    "timeout":           Field(a_duration("100ms", "24h"),                   "5m"),
+    "concurrency":       Field(one_of("allow", "forbid", "replace"),         "forbid"),
+    "missed_run_policy": Field(one_of(*MISSED_RUN_POLICIES),                 None),
+    "tags":              Field(mapping_of(a_text(100), a_text(200, least=0), 50), {}),
+    "enabled":           Field(a_boolean,                                    False),
 }
-SERVER_FIELDS = frozenset({  # what an answer adds to a job: accepted back, and ignored
-    "id", "version", "created_at", "updated_at", "next_run", "last_execution", "managed_by",
-    "strip", "failures", "failing_since",
-})
 # fmt: on
 
+# What an answer adds to a job: it is accepted back, and ignored.
+SERVER_FIELDS = frozenset(
+    {
+        "id",
+        "version",
+        "created_at",
+        "updated_at",
+        "next_run",
+        "last_execution",
+        "managed_by",
+        "strip",
+        "failures",
+        "failing_since",
+    }
+)
 
-def validate_job(data: Any, retry: Json, now: int, stored: Json | None = None) -> tuple[Json, bool]:
+# The webhook of alerts is one without a body: Chronos writes that.
+ALERT_FIELDS = {name: wanted for name, wanted in WEBHOOK_FIELDS.items() if name != "body"}
+ALERT_FIELDS["method"] = Field(one_of(*METHODS), "POST")
+
+
+def validate_job(
+    data: Any, retry: Mapping[str, Any], now: int | None, stored: Json | None = None
+) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
-    ``retry`` completes retry_policy. Masked secrets are those of ``stored``, which is replaced, and
-    an instant that it has may be past. Raises Problems.
+    ``retry`` completes retry_policy. An ``@at`` must be later than ``now``; None: it may be
+    past. ``stored`` is the configuration that is replaced: masked secrets mean its own, and an
+    instant that it has already may be past. Raises InvalidFields.
     """
     if not isinstance(data, dict):
-        raise Problems([("", "the body must be a JSON object")])
-    if stored:
+        raise InvalidFields([("", "the body must be a JSON object")])
+    if stored is not None:
         data = restore_secrets(data, stored)
-        now = 0 if data.get("schedule") == stored["schedule"] else now
-    policy = {name: field._replace(default=retry[name]) for name, field in RETRY_FIELDS.items()}
-    table = JOB_FIELDS | {"schedule": Field(functools.partial(_schedule, now=now))}
-    table["retry_policy"] = Field(functools.partial(validate, policy), retry)
+        if data.get("schedule") == stored["schedule"]:
+            now = None
+    retry_fields = {}
+    for name, wanted in RETRY_FIELDS.items():
+        retry_fields[name] = Field(wanted.check, default=retry[name])
+    table = JOB_FIELDS | {
+        "schedule": Field(functools.partial(a_schedule, now=now)),
+        "retry_policy": Field(an_object(retry_fields), retry),
+    }
     config = validate(table, data, SERVER_FIELDS)
-    return config, config.pop("enabled")
+    enabled: bool = config.pop("enabled")
+    return config, enabled
+
+
+# --- Secrets, which leave a configuration as a mask only ---
+
+
+def masked_config(config: Json) -> Json:
+    """Return a job's configuration with every secret replaced by the mask."""
+    webhook = dict(config["webhook"])
+    headers = dict(webhook["headers"])
+    for name in headers:
+        if is_secret_header(name):
+            headers[name] = MASK
+    webhook["headers"] = headers
+    if webhook["auth"] is not None:
+        auth = dict(webhook["auth"])
+        for name in SECRET_AUTH_FIELDS:
+            if name in auth:
+                auth[name] = MASK
+        webhook["auth"] = auth
+    return config | {"webhook": webhook}
 
 
 def restore_secrets(data: Json, stored: Json) -> Json:
     """Return ``data`` with what ``stored`` has in the place of each mask.
 
-    Where URL origin or Host differ the masks stay, and validation refuses them: else who may change
-    a job could have its secrets sent to himself.
+    ``data`` is a job as it came, ``stored`` a checked configuration. Where the origin of the
+    URL or the Host header differ the masks stay, and validation refuses them: otherwise, who
+    may change a job could have its secrets sent to a server of their own.
     """
-    webhook: Any = data.get("webhook")
-    kept = stored["webhook"]
-    with contextlib.suppress(ValueError):  # a wrong URL is all that there is to report then
-        if not isinstance(webhook, dict) or _receiver(webhook) != _receiver(kept):
-            return data
+    webhook = data.get("webhook")
+    if not isinstance(webhook, dict) or _is_sent_elsewhere(webhook, stored["webhook"]):
+        return data
     restored = dict(webhook)
     for part in ("headers", "auth"):
-        given, secrets = webhook.get(part), kept[part] or {}
+        given = webhook.get(part)
         if isinstance(given, dict):
-            restored[part] = {k: secrets.get(k, v) if v == MASK else v for k, v in given.items()}
+            secrets = stored["webhook"][part] or {}
+            restored[part] = _without_masks(given, secrets)
     return data | {"webhook": restored}
 
 
+def _without_masks(given: Json, secrets: Json) -> Json:
+    """Return ``given`` with the secret of the same name for each mask, as far as there is one."""
+    restored = dict(given)
+    for name, value in given.items():
+        if value == MASK and name in secrets:
+            restored[name] = secrets[name]
+    return restored
+
+
+def _is_sent_elsewhere(webhook: Json, stored: Json) -> bool:
+    """Return whether two webhooks have different receivers; False if a URL is wrong."""
+    try:
+        return _receiver(webhook) != _receiver(stored)
+    except ValueError:
+        return False  # With its secrets restored, the URL is all that there is to report.
+
+
 def _receiver(webhook: Json) -> list[Any]:
+    """Return what decides where a request goes: the URL's origin, and each Host header."""
+    receiver: list[Any] = [target_of(a_url(webhook.get("url")))]
     headers = webhook.get("headers")
-    named = headers.items() if isinstance(headers, dict) else ()
-    hosts = [value for name, value in named if name.lower() == "host"]
-    return [target_of(_url(webhook.get("url"))), *hosts]
+    if isinstance(headers, dict):
+        for name, value in headers.items():
+            if name.lower() == "host":
+                receiver.append(value)
+    return receiver
 
 
 def target_of(url: str) -> str:
-    """Return scheme://host:port, the port always there."""
+    """Return scheme://host:port of a checked URL, the port always there."""
     parts = urlsplit(url)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    host = parts.hostname or ""
+    if ":" in host:
+        host = f"[{host}]"  # An IPv6 address.
+    port = parts.port
+    if not port:
+        port = 443 if parts.scheme == "https" else 80
+    return f"{parts.scheme}://{host}:{port}"
 
 
-def merge_patch(target: Any, patch: Any, path: str = "") -> Any:
-    """Return ``target`` changed as a JSON merge patch says (RFC 7396)."""
+# --- Patches ---
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """Return ``target`` changed as a JSON merge patch says (RFC 7396); both stay as they are."""
     if not isinstance(patch, dict):
         return patch
-    merged = dict(target) if isinstance(target, dict) else {}
-    if path == ".webhook.auth" and patch.get("type", merged.get("type")) != merged.get("type"):
-        merged = {}  # another kind of auth: nothing of the one before belongs to it
+    merged = {}
+    if isinstance(target, dict):
+        merged = dict(target)
     for name, value in patch.items():
-        merged[name] = merge_patch(merged.get(name), value, f"{path}.{name}")
-    return {k: v for k, v in merged.items() if v is not None or k not in patch}
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
 
 
-# ==== 6. Records: jobs and executions as the rest of the program sees them ============
+def patched_config(shown: Json, patch: Any) -> Any:
+    """Return a job, as it is shown, changed as a merge patch says.
+
+    Beyond RFC 7396, a patch with another auth.type replaces the whole of webhook.auth: nothing
+    of the one before belongs to it. The result is as unchecked as the patch is.
+    """
+    given = _auth_of(patch)
+    current = _auth_of(shown)
+    if "type" in given and given["type"] != current.get("type"):
+        shown = shown | {"webhook": shown["webhook"] | {"auth": None}}
+    return merge_patch(shown, patch)
+
+
+def _auth_of(job: Any) -> Json:
+    """Return the object webhook.auth of an unchecked job, or an empty one."""
+    found = job
+    for name in ("webhook", "auth"):
+        if not isinstance(found, dict):
+            return {}
+        found = found.get(name)
+    if not isinstance(found, dict):
+        return {}
+    return found
+
+
+# --- Records ---
+
+
+class Row(Protocol):
+    """A row of the database, whose columns are asked for by their names."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """Return the value of a column."""
+
+    def __len__(self) -> int:
+        """Return the number of columns."""
 
 
 class Job(NamedTuple):
     """A job with its newest configuration, in the form of the API."""
 
     id: str
-    version: int  # the newest one
+    version: int  # The newest one.
     enabled: bool
-    created_at: int  # every *_at: µs since the epoch, UTC
+    created_at: int  # Every *_at is in µs since the epoch, UTC.
     updated_at: int
-    next_run_at: int | None  # the cursor; None: not enabled, or nothing comes any more
+    next_run_at: int | None  # The cursor; None: not enabled, or nothing comes any more.
     config: Json
-    strip: str = ""  # the letters of its last 30 executions that ended, the newest last
-    failures: int = 0  # failed or missed, in a row
-    failing_since: int | None = None
-    declared: str | None = None  # digest of its last declaration in chronos.yaml; None: not there
+    strip: str = ""  # The letters of its last 30 executions that ended, the newest last.
+    failures: int = 0  # So many failed or missed executions in a row.
+    failing_since: int | None = None  # An instant; None: it does not fail.
+    declared: str | None = None  # Digest of its declaration in chronos.yaml; None: not there.
+
+    @classmethod
+    def from_row(cls, row: Row) -> Job:
+        """Return the job of a row whose columns have the names of the fields."""
+        return cls(
+            id=row["id"],
+            version=row["version"],
+            enabled=bool(row["enabled"]),
+            created_at=row["created_at"],
+            updated_at=row["updated_at"],
+            next_run_at=row["next_run_at"],
+            config=json.loads(row["config"]),
+            strip=row["strip"],
+            failures=row["failures"],
+            failing_since=row["failing_since"],
+            declared=row["declared"],
+        )
 
     def next_after(self, after: int) -> int | None:
-        """Return the first fire time later than ``after``, or None."""
-        return parse_schedule(self.config["schedule"]).next_after(after, self.config["timezone"])
+        """Return the first fire time later than ``after``; None: there is none any more."""
+        schedule = parse_schedule(self.config["schedule"])
+        return schedule.next_after(after, self.config["timezone"])
+
+    def timing(self) -> tuple[bool, str, str]:
+        """Return what decides its fire times: enabled, schedule, timezone."""
+        return self.enabled, self.config["schedule"], self.config["timezone"]
 
     def to_json(self, last: Execution | None) -> Json:
         """Return the job as the API shows it: secrets masked, ``last`` as last_execution."""
+        last_execution = None
+        if last is not None:
+            last_execution = last.to_summary()
         return {
-            "id": self.id, **masked_config(self.config), "enabled": self.enabled,
-            "version": self.version, "created_at": format_time(self.created_at),
-            "updated_at": format_time(self.updated_at), "next_run": format_time(self.next_run_at),
-            "last_execution": last and last.to_summary(),
-            "managed_by": DECLARED_BY if self.declared else None, "strip": self.strip,
-            "failures": self.failures, "failing_since": format_time(self.failing_since),
-        }  # fmt: skip
-
-
-def masked_config(config: Json) -> Json:
-    """Return a configuration with every secret replaced by the mask."""
-    webhook, secret = config["webhook"], ("password", "token", "api_key")
-    headers = {n: MASK if is_secret_header(n) else v for n, v in webhook["headers"].items()}
-    auth = webhook["auth"] and {k: MASK if k in secret else v for k, v in webhook["auth"].items()}
-    return config | {"webhook": webhook | {"headers": headers, "auth": auth}}
+            "id": self.id,
+            **masked_config(self.config),
+            "enabled": self.enabled,
+            "version": self.version,
+            "created_at": format_time(self.created_at),
+            "updated_at": format_time(self.updated_at),
+            "next_run": format_time(self.next_run_at),
+            "last_execution": last_execution,
+            "managed_by": DECLARED_BY if self.declared else None,
+            "strip": self.strip,
+            "failures": self.failures,
+            "failing_since": format_time(self.failing_since),
+        }
 
 
 class Execution(NamedTuple):
@@ -758,70 +1610,141 @@ class Execution(NamedTuple):
     id: str
     job_id: str
     job_version: int
-    trigger: str  # schedule, catch_up, manual, replay, alert
-    status: str  # pending, running, success, failed, skipped
-    scheduled_at: int  # the fire time; of a trigger the instant of it
-    target: str  # scheme://host:port, for the limit per target
-    due_at: int | None  # when a pending one may start; None: ended, or waits for older ones
-    attempts: int = 0  # started so far
-    spent: int = 0  # µs of the job's timeout that attempts and waits have used up
-    started_at: int | None = None  # of the first attempt
-    attempt_at: int | None = None  # of the newest attempt
+    trigger: Trigger
+    status: Status
+    scheduled_at: int  # The fire time; of a trigger the instant of it.
+    target: str  # scheme://host:port, for the limit per target.
+    due_at: int | None  # When a pending one may start; None: ended, or waits for older ones.
+    attempts: int = 0  # So many have started.
+    spent: int = 0  # µs of the job's timeout that attempts and waits have used up.
+    started_at: int | None = None  # Of the first attempt.
+    attempt_at: int | None = None  # Of the newest attempt.
     completed_at: int | None = None
-    reason: str | None = None  # why it is no success, for programs
-    error: str | None = None  # the same for people
-    status_code: int | None = None  # of the last attempt
+    reason: Reason | None = None  # Why it is no success, for programs.
+    error: str | None = None  # The same for people.
+    status_code: int | None = None  # Of the last attempt.
     node_id: str | None = None
-    replay_of: str | None = None
-    missed_count: int | None = None  # of a skipped one: it stands for so many fire times,
+    replay_of: str | None = None  # The id of the execution that it repeats.
+    missed_count: int | None = None  # A skipped one may stand for so many fire times,
     missed_from: int | None = None  # from this one
-    missed_to: int | None = None  # to this one
-    attempt_log: str = "[]"  # JSON: what the API shows
-    response: str | None = None
-    job_name: str = ""  # only where it is to be shown: the table has no such column
+    missed_to: int | None = None  # to this one.
+    attempt_log: str = "[]"  # JSON: what the API shows.
+    response: str | None = None  # The body of the last answer.
+    job_name: str = ""  # Only where it is to be shown: the table has no such column.
+
+    @classmethod
+    def from_row(cls, row: Row) -> Execution:
+        """Return the execution of a row with exactly these columns; job_name may be missing.
+
+        Raises KeyError for a word that is no Trigger, Status or Reason.
+        """
+        read = _READ_ALL if len(row) == len(cls._fields) else _READ_STORED
+        values = list(read(row))
+        values[_TRIGGER] = _TRIGGERS[values[_TRIGGER]]
+        values[_STATUS] = _STATUSES[values[_STATUS]]
+        values[_REASON] = _REASONS[values[_REASON]]
+        return cls(*values)
 
     @property
-    def letter(self) -> str:
-        """How it ended, as LETTERS has it."""
-        return LETTERS.get(self.reason or self.status, "F")
+    def has_ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status not in (Status.PENDING, Status.RUNNING)
+
+    @property
+    def result_letter(self) -> str:
+        """How it ended, as RESULT_LETTERS has it; other reasons are failures like any."""
+        return RESULT_LETTERS.get(self.reason or self.status, "F")
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
-        times = (format_time(self.scheduled_at), format_time(self.completed_at))
-        shown = {name: getattr(self, name) for name in ("id", "status", "reason", "error")}
-        return shown | {"scheduled_time": times[0], "completed_at": times[1]}
+        return {
+            "id": self.id,
+            "status": self.status,
+            "reason": self.reason,
+            "error": self.error,
+            "scheduled_time": format_time(self.scheduled_at),
+            "completed_at": format_time(self.completed_at),
+        }
 
     def to_json(self) -> Json:
         """Return the execution as a list of the API shows it."""
-        shown = self._asdict() | self.to_summary()
-        shown["duration"] = self.spent * 1000 if self.completed_at and self.attempts else None
-        for name in ("due_at", "started_at", "missed_from", "missed_to"):
-            shown[name] = format_time(shown[name])
-        for name in ("scheduled_at", "target", "attempt_at", "spent", "attempt_log"):
-            del shown[name]  # they are our own
-        return shown
+        duration = None
+        if self.completed_at and self.attempts:
+            duration = nanoseconds(self.spent)
+        return {
+            "id": self.id,
+            "job_id": self.job_id,
+            "job_version": self.job_version,
+            "trigger": self.trigger,
+            "status": self.status,
+            "due_at": format_time(self.due_at),
+            "attempts": self.attempts,
+            "started_at": format_time(self.started_at),
+            "completed_at": format_time(self.completed_at),
+            "reason": self.reason,
+            "error": self.error,
+            "status_code": self.status_code,
+            "node_id": self.node_id,
+            "replay_of": self.replay_of,
+            "missed_count": self.missed_count,
+            "missed_from": format_time(self.missed_from),
+            "missed_to": format_time(self.missed_to),
+            "response": self.response,
+            "job_name": self.job_name,
+            "scheduled_time": format_time(self.scheduled_at),
+            "duration": duration,
+        }
+
+
+# How rows are read: each column by its name, all of them in one call, since this is done for
+# every execution that runs. Looking a word up in a table is five times faster than Status(word).
+_READ_STORED = operator.itemgetter(*Execution._fields[:-1])  # All but job_name.
+_READ_ALL = operator.itemgetter(*Execution._fields)
+_TRIGGER = Execution._fields.index("trigger")
+_STATUS = Execution._fields.index("status")
+_REASON = Execution._fields.index("reason")
+_TRIGGERS = {trigger.value: trigger for trigger in Trigger}
+_STATUSES = {status.value: status for status in Status}
+_REASONS: dict[str | None, Reason | None] = {reason.value: reason for reason in Reason}
+_REASONS[None] = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How one attempt ended; a worker hands it to the engine."""
 
-    execution: Execution  # as it was when the attempt began
-    started_at: int
-    duration: int  # µs, by the monotonic clock
-    ended: int  # instant of the monotonic clock
-    status_code: int | None = None  # None: no answer
+    execution: Execution  # As it was when the attempt began.
+    started_at: int  # Of the attempt, by the wall clock.
+    duration: int  # µs, by the monotonic clock.
+    ended_at_mono: int  # Instant of the monotonic clock.
+    status_code: int | None = None  # None: no answer.
     response: str | None = None
     success: bool = False
-    reason: str | None = None  # timeout, blocked, no_answer, http_status, interrupted, an abort's
-    error: str | None = None
-    retry_after: int | None = None  # µs that the answer asked to wait
+    reason: Reason | None = None  # Why it is no success.
+    error: str | None = None  # The same for people.
+    retry_after: int | None = None  # µs that the answer asked to wait.
 
 
-# ==== 7. Settings: chronos.yaml, every key with its check and its default =============
+# ======================================================================================
+# 7. Settings: chronos.yaml, every key with its check and its default
+# ======================================================================================
 #
-# Settings are a flat dict: "dispatcher.connect_timeout" -> "10s". The file nests them; an
-# environment variable CHRONOS_DISPATCHER_CONNECT_TIMEOUT overrides, read as a YAML scalar.
+# The path of an attribute is the key in the file: settings.dispatcher.connect_timeout is
+# dispatcher.connect_timeout there, and CHRONOS_DISPATCHER_CONNECT_TIMEOUT in the environment,
+# which overrides the file and is read as a YAML scalar. Each setting is declared once, below,
+# with its check and its default. Durations are in µs here. Settings are checked when they are
+# loaded, and never change after that; a reload makes new ones.
+
+
+class Declaration(NamedTuple):
+    """A job that the configuration file declares."""
+
+    config: Json  # As the API has it.
+    enabled: bool
+    digest: str  # Of what the file says: another one means that the declaration has changed.
+
+
+# --- Checks of settings ---
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -832,16 +1755,45 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
-_ip_address = rule(lambda value: ipaddress.ip_address(text(100)(value)), "must be an IP address")
-_networks = list_of(lambda value: str(ipaddress.ip_network(text(100)(value))), 1000)
-_address = rule(lambda value: split_address(text(300)(value)), "must be an address")
-_readable = rule(lambda path: os.access(text(4096)(path), os.R_OK), "must be a readable file")
-_password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
+def _an_address(value: Any) -> str:
+    """Host and port to listen on."""
+    address: str = a_text(300)(value)
+    split_address(address)
+    return address
 
 
-def _size(value: Any) -> int:
-    size = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')(value)
-    return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
+def _an_ip_address(value: Any) -> str:
+    """An IPv4 or IPv6 address."""
+    address: str = a_text(100)(value)
+    ipaddress.ip_address(address)
+    return address
+
+
+def _a_network(value: Any) -> str:
+    """A network such as 10.0.0.0/8, in the shortest form."""
+    return str(ipaddress.ip_network(a_text(100)(value)))
+
+
+def _a_readable_file(value: Any) -> str:
+    """The path of a file that can be read now."""
+    path: str = a_text(4096)(value)
+    if not os.access(path, os.R_OK):
+        raise ValueError("must be a readable file")
+    return path
+
+
+_size_text = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
+_SIZE_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
+def _a_size(value: Any) -> int:
+    """A size, turned into bytes."""
+    text: str = _size_text(value)
+    number = int(text[:-2])
+    return number * _SIZE_UNITS[text[-2:]]
+
+
+_a_password_hash = matching("scrypt:[0-9a-f]{32}:[0-9a-f]{64}", "must be what hash-password prints")
 
 
 def hash_password(password: bytes, salt: bytes) -> str:
@@ -850,55 +1802,307 @@ def hash_password(password: bytes, salt: bytes) -> str:
     return f"scrypt:{salt.hex()}:{key.hex()}"
 
 
-# fmt: off
-SETTINGS: dict[str, Field] = {
-    # key                                   check                               default
-    "server.http.address":            Field(_address,                           "127.0.0.1:8080"),
-    "server.http.threads":            Field(number(8, 256),                     16),
-    "server.shutdown_grace":          Field(duration("0", "1h"),                "20s"),
-    "server.allow_unauthenticated":   Field(boolean,                            False),
-    "server.allowed_hosts":           Field(list_of(text(253), 100),            []),
-    "server.trusted_proxy":           Field(_ip_address,                        None),
-    "cluster.node_id":                Field(text(100),           platform.node() or "chronos"),
-    "cluster.data_dir":               Field(text(4096),                         "./data"),
-    "store.synchronous":              Field(one_of("FULL", "NORMAL"),           "FULL"),
-    "scheduler.paused":               Field(boolean,                            False),
-    "scheduler.missed_run_policy":    Field(one_of(*MISSED_RUN_POLICIES),       "execute_one"),
-    "scheduler.missed_run_grace":     Field(duration("1s", "24h"),              "10s"),
-    "scheduler.default_retry_policy": Field(functools.partial(validate, RETRY_FIELDS),
-                                            validate(RETRY_FIELDS, {})),
-    "dispatcher.max_concurrent_jobs": Field(number(1, 1000),                    64),
-    "dispatcher.max_concurrent_per_host": Field(number(1, 1000),                None),
-    "dispatcher.connect_timeout":     Field(duration("100ms", "1h"),            "10s"),
-    "dispatcher.max_response_bytes":  Field(number(0, 16 << 20),                64 << 10),
-    "dispatcher.blocked_networks":    Field(_networks, [
-        "169.254.0.0/16", "fe80::/10", "168.63.129.16/32", "fd00:ec2::254/128",
-        "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "255.255.255.255/32"]),
-    "dispatcher.allowed_networks":    Field(_networks,                          []),
-    "dispatcher.ca_bundle":           Field(_readable,                          None),
-    "retention.executions_per_job":   Field(number(1, 100_000),                 1000),
-    "retention.max_age":              Field(duration("1h", "87600h"),           "720h"),
-    "retention.max_size":             Field(_size,                              10**9),
-    "auth.type":                      Field(one_of("none", "basic"),            "none"),
-    "auth.users":                     Field(mapping(_user_name, _password_hash, 1000), {}),
-    "auth.viewers":                   Field(list_of(text(256), 1000),           []),
-    "alerts.webhook":                 Field(functools.partial(validate, ALERT_FIELDS), None),
-    "alerts.after":                   Field(number(1, 100),                     1),
-    "metrics.public":                 Field(boolean,                            False),
-    "logging.level":                  Field(one_of("debug", "info", "warning", "error"), "info"),
-    "logging.format":                 Field(one_of("text", "json"),             "text"),
-    "jobs":                           Field(rule(
-        lambda jobs: isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs),
-        "must be a list of jobs, each an object"),                              []),
-}
-RELOADED = ("jobs", "auth.", "alerts.", "logging.level")  # keys that begin so need no restart
-# fmt: on
+def _a_list_of_objects(value: Any) -> list[Json]:
+    """The declared jobs as they are written; what they say is checked with the settings."""
+    if not isinstance(value, list) or not all(isinstance(job, dict) for job in value):
+        raise ValueError("must be a list of jobs, each an object")
+    return value
 
 
-def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
-    """Return a YAML document as plain data, and in ``lines`` the line of every ``.dotted.path``.
+# --- Every setting ---
 
-    Words are as in JSON: no octals, dates, ``yes``; ``${NAME}`` is replaced. Raises ValueError.
+
+def setting(check: Check, default: Any) -> Any:
+    """Declare a setting: its check, and its default as the file would say it (None: none).
+
+    A member of a dataclass that is not declared so is a section, and its type says of what.
+    """
+    return field(metadata={"setting": Field(check, default)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """server.http: where and how the API is served."""
+
+    address: str = setting(_an_address, "127.0.0.1:8080")  # Port 0 takes a free one.
+    threads: int = setting(a_number(8, 256), 16)  # API calls at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """server: who may come in, and how the service stops."""
+
+    http: HttpSettings
+    shutdown_grace: int = setting(microseconds("0", "1h"), "20s")  # µs for what runs at SIGTERM.
+    allow_unauthenticated: bool = setting(a_boolean, False)  # Even where it is not loopback.
+    allowed_hosts: Sequence[str] = setting(list_of(a_text(253), 100), [])  # That browsers may name.
+    trusted_proxy: str | None = setting(_an_ip_address, None)  # None: there is none.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """cluster: what this node is called, and where its data is."""
+
+    node_id: str = setting(a_text(100), platform.node() or "chronos")
+    data_dir: str = setting(a_text(4096), "./data")  # Absolute once the settings are loaded.
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """store: how the database is used."""
+
+    synchronous: str = setting(one_of("FULL", "NORMAL"), "FULL")  # The PRAGMA of this name.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerSettings:
+    """scheduler: what becomes of fire times, and what a job leaves out."""
+
+    paused: bool = setting(a_boolean, False)  # True: nothing is started.
+    missed_run_policy: str = setting(one_of(*MISSED_RUN_POLICIES), "execute_one")
+    missed_run_grace: int = setting(microseconds("1s", "24h"), "10s")  # µs: later means missed.
+    # In the form of the API, complete.
+    default_retry_policy: Mapping[str, Any] = setting(an_object(RETRY_FIELDS), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatcherSettings:
+    """dispatcher: how webhooks are called, and which ones never."""
+
+    max_concurrent_jobs: int = setting(a_number(1, 1000), 64)  # Worker threads.
+    # For one target; the file may leave it out, then three quarters of the workers.
+    max_concurrent_per_host: int = setting(a_number(1, 1000), None)
+    connect_timeout: int = setting(microseconds("100ms", "1h"), "10s")  # µs
+    max_response_bytes: int = setting(a_number(0, 16 << 20), 64 << 10)  # So much is kept.
+    blocked_networks: Sequence[str] = setting(
+        list_of(_a_network, 1000),
+        [
+            "169.254.0.0/16",  # Link-local, with the metadata of most clouds.
+            "fe80::/10",
+            "168.63.129.16/32",  # Metadata of Azure.
+            "fd00:ec2::254/128",  # Metadata of AWS.
+            "0.0.0.0/8",
+            "::/128",
+            "224.0.0.0/4",  # Multicast and broadcast.
+            "ff00::/8",
+            "255.255.255.255/32",
+        ],
+    )
+    # If any are named, all others are closed.
+    allowed_networks: Sequence[str] = setting(list_of(_a_network, 1000), [])
+    ca_bundle: str | None = setting(_a_readable_file, None)  # None: that of requests.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionSettings:
+    """retention: how much of the history is kept."""
+
+    executions_per_job: int = setting(a_number(1, 100_000), 1000)
+    max_age: int = setting(microseconds("1h", "87600h"), "720h")  # µs
+    max_size: int = setting(_a_size, "1GB")  # Bytes of data in the file.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthSettings:
+    """auth: who may sign in."""
+
+    type: str = setting(one_of("none", "basic"), "none")
+    users: Mapping[str, str] = setting(mapping_of(a_user_name, _a_password_hash, 1000), {})
+    viewers: Sequence[str] = setting(list_of(a_text(256), 1000), [])  # Those who may only read.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertSettings:
+    """alerts: who is told when jobs turn bad, and when they are well again."""
+
+    # The form of a job's webhook, without a body; None: nobody is told.
+    webhook: Json | None = setting(an_object(ALERT_FIELDS), None)  # noqa: RUF009 - a field
+    after: int = setting(a_number(1, 100), 1)  # So many failed or missed runs in a row.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsSettings:
+    """metrics: who may read GET /metrics."""
+
+    public: bool = setting(a_boolean, False)  # True: everybody.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """logging: what is logged, and in which form."""
+
+    level: str = setting(one_of("debug", "info", "warning", "error"), "info")
+    format: str = setting(one_of("text", "json"), "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings, checked and complete. Nobody changes them, nor the lists that they hold."""
+
+    server: ServerSettings
+    cluster: ClusterSettings
+    store: StoreSettings
+    scheduler: SchedulerSettings
+    dispatcher: DispatcherSettings
+    retention: RetentionSettings
+    auth: AuthSettings
+    alerts: AlertSettings
+    metrics: MetricsSettings
+    logging: LoggingSettings
+    jobs: Mapping[str, Declaration] = setting(_a_list_of_objects, [])  # By the id of the job.
+
+    def value(self, key: str) -> Any:
+        """Return one setting by its dotted key, such as dispatcher.connect_timeout."""
+        found: Any = self
+        for name in key.split("."):
+            found = getattr(found, name)
+        return found
+
+    def replaced(self, key: str, value: Any) -> Settings:
+        """Return settings with another value of one dotted key, which nobody checks."""
+        changed = value
+        while "." in key:  # From the inside out: each section is made anew around the change.
+            section, _dot, name = key.rpartition(".")
+            changed = dataclasses.replace(self.value(section), **{name: changed})
+            key = section
+        return dataclasses.replace(self, **{key: changed})
+
+    def reloaded(self, fresh: Settings) -> tuple[Settings, list[str]]:
+        """Return what a SIGHUP applies, and the keys that differ but take a restart.
+
+        Jobs, auth, alerts and logging.level come from ``fresh``, everything else stays.
+        """
+        applied = dataclasses.replace(
+            self,
+            jobs=fresh.jobs,
+            auth=fresh.auth,
+            alerts=fresh.alerts,
+            logging=dataclasses.replace(self.logging, level=fresh.logging.level),
+        )
+        need_restart = [key for key in SETTINGS if applied.value(key) != fresh.value(key)]
+        return applied, need_restart
+
+
+def _settings_of(kind: type, prefix: str = "") -> dict[str, Field]:
+    """Return the settings of a section and the sections inside it, by their dotted keys."""
+    table: dict[str, Field] = {}
+    types = get_type_hints(kind)
+    for member in dataclasses.fields(kind):
+        key = prefix + member.name
+        if "setting" in member.metadata:
+            table[key] = member.metadata["setting"]
+        else:
+            table |= _settings_of(types[member.name], f"{key}.")
+    return table
+
+
+# Every setting by its dotted key. Other than in the tables of section 6, the defaults are as the
+# file would say them, and go through the checks.
+SETTINGS = _settings_of(Settings)
+
+
+def build_settings(values: Mapping[str, Any]) -> Settings:
+    """Return settings of what a file says by dotted keys, with the defaults of everything else.
+
+    A value None means the default. cluster.data_dir stays as it is. Raises InvalidFields.
+    """
+    given = dict(values)
+    for key, declared in SETTINGS.items():
+        if given.get(key) is None:
+            given[key] = declared.default
+    checked = validate(SETTINGS, given)
+
+    complete = dict(checked)
+    per_host = checked["dispatcher.max_concurrent_per_host"]
+    if per_host is None:
+        per_host = max(1, checked["dispatcher.max_concurrent_jobs"] * 3 // 4)
+    complete["dispatcher.max_concurrent_per_host"] = per_host
+    retry = checked["scheduler.default_retry_policy"]
+    complete["jobs"] = _declarations(checked["jobs"], retry)
+    settings: Settings = _build_section(Settings, "", complete)
+    return settings
+
+
+def _build_section(kind: type, prefix: str, values: Json) -> Any:
+    """Return the dataclass of a section, filled from values by their dotted keys."""
+    members: Json = {}
+    types = get_type_hints(kind)
+    for member in dataclasses.fields(kind):
+        key = prefix + member.name
+        if "setting" in member.metadata:
+            members[member.name] = values[key]
+        else:
+            members[member.name] = _build_section(types[member.name], f"{key}.", values)
+    return kind(**members)
+
+
+def check_access(settings: Settings) -> None:
+    """Raise InvalidFields where nobody could come in, or everybody without being meant to."""
+    users = settings.auth.users
+    address = settings.server.http.address
+    host, _port = split_address(address)
+    is_local = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", host)
+    if settings.auth.type == "basic":
+        unknown_viewers = set(settings.auth.viewers) - users.keys()
+        if not users or unknown_viewers:
+            problem = "must name somebody, and everybody in auth.viewers"
+            raise InvalidFields([("auth.users", problem)])
+    elif users:
+        raise InvalidFields([("auth.type", "must be basic where auth.users names somebody")])
+    elif not is_local and not settings.server.allow_unauthenticated:
+        ways_out = "auth.type: basic and auth.users, or server.allow_unauthenticated: true"
+        problem = f"{address} lets everybody in: set {ways_out}"
+        raise InvalidFields([("server.http.address", problem)])
+
+
+# --- Declared jobs ---
+
+MAX_DECLARED_JOBS = 10_000
+
+
+def _declarations(jobs: list[Json], retry: Mapping[str, Any]) -> dict[str, Declaration]:
+    """Return each declared job by its id, in the order of the file.
+
+    ``retry`` completes their retry policies. Raises InvalidFields with what is wrong in any.
+    """
+    if len(jobs) > MAX_DECLARED_JOBS:
+        raise InvalidFields([("jobs", f"must be a list of at most {MAX_DECLARED_JOBS} jobs")])
+    found: dict[str, Declaration] = {}
+    problems: list[tuple[str, str]] = []
+    for number, data in enumerate(jobs, 1):
+        try:
+            declaration = _declaration(data, retry)
+            name = declaration.config["name"]
+            job_id = str(uuid.uuid5(DECLARED_IDS, name))
+            if job_id in found:
+                raise InvalidFields([("name", f"{name!r} is there twice")])
+            found[job_id] = declaration
+        except InvalidFields as error:
+            problems += [(f"jobs.{number}.{path}", message) for path, message in error.problems]
+    if problems:
+        raise InvalidFields(problems)
+    return found
+
+
+def _declaration(data: Json, retry: Mapping[str, Any]) -> Declaration:
+    """Return one declared job, enabled unless it says otherwise. Raises InvalidFields."""
+    given = data
+    if data.get("enabled") is None:
+        given = data | {"enabled": True}
+    # No instant is too old: a job stays declared after its @at.
+    config, enabled = validate_job(given, retry, now=None)
+    written = json.dumps(data, sort_keys=True)
+    return Declaration(config, enabled, hashlib.sha256(written.encode()).hexdigest())
+
+
+# --- YAML ---
+
+
+def read_yaml(content: str, environment: Mapping[str, str]) -> tuple[Any, dict[str, int]]:
+    """Return a YAML document as plain data, and the line of each ``.dotted.path`` in it.
+
+    Words are as in JSON: no octals, dates, ``yes``; ``${NAME}`` is replaced from the
+    environment. The path of the whole is empty, items of lists count from 1. Raises ValueError.
     """
     try:
         for event in yaml.parse(content, yaml.BaseLoader):
@@ -906,211 +2110,398 @@ def read_yaml(content: str, environment: Mapping[str, str], lines: dict[str, str
                 raise ValueError(f"line {event.start_mark.line + 1}: aliases are not supported")
         root = yaml.compose(content, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f"line {mark.line + 1}: " if mark else ""
+        place = ""
+        mark = getattr(error, "problem_mark", None)
+        if mark:
+            place = f"line {mark.line + 1}: "
+        problem = getattr(error, "problem", None) or "this is not YAML"
         hint = 'a value with ":", "#", "@" or "*" wants quotes'
-        raise ValueError(f"{place}{what or 'this is not YAML'} ({hint})") from error
-    return root and _plain(root, "", environment, lines)
+        raise ValueError(f"{place}{problem} ({hint})") from error
+    reader = YamlReader(environment)
+    data = None
+    if root is not None:
+        data = reader.read(root, "")
+    return data, reader.lines
 
 
-def _plain(node: Any, path: str, environment: Mapping[str, str], lines: dict[str, str]) -> Any:
-    line = f"line {node.start_mark.line + 1}: "
-    lines.setdefault(path, line)
-    if isinstance(node, yaml.SequenceNode):
-        items = enumerate(node.value, 1)
-        return [_plain(item, f"{path}.{n}", environment, lines) for n, item in items]
-    if isinstance(node, yaml.MappingNode):
+class YamlReader:
+    """Turns the nodes of one YAML document into plain data. ``lines``: path -> line, from 1."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """``environment`` has the values of ``${NAME}``."""
+        self.lines: dict[str, int] = {}
+        self._environment = environment
+
+    def read(self, node: Any, path: str) -> Any:
+        """Return what a node and everything inside it says. Raises ValueError with the line."""
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return self._read_list(node, path)
+        if isinstance(node, yaml.MappingNode):
+            return self._read_mapping(node, path)
+        return self._read_scalar(node)
+
+    def _read_list(self, node: Any, path: str) -> list[Any]:
+        items = []
+        for number, item in enumerate(node.value, 1):
+            items.append(self.read(item, f"{path}.{number}"))
+        return items
+
+    def _read_mapping(self, node: Any, path: str) -> Json:
         entries: Json = {}
         for key, value in node.value:
             name = str(key.value)
             if name in entries:
                 raise ValueError(f"line {key.start_mark.line + 1}: {name!r} is there twice")
-            entries[name] = _plain(value, f"{path}.{name}", environment, lines)
+            entries[name] = self.read(value, f"{path}.{name}")
         return entries
-    if node.tag != "tag:yaml.org,2002:str":
-        raise ValueError(f"{line}the tag {node.tag} is not supported")
+
+    def _read_scalar(self, node: Any) -> Any:
+        """Return what JSON would read, where it is not in quotes and can be; otherwise a text."""
+        line = node.start_mark.line + 1
+        if node.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"line {line}: the tag {node.tag} is not supported")
+
+        def variable(match: re.Match[str]) -> str:
+            name = match[1]
+            if name not in self._environment:
+                raise ValueError(f"line {line}: the environment variable {name} is not set")
+            return self._environment[name]
+
+        text: str = re.sub(r"\$\{([A-Za-z_]\w*)\}", variable, node.value)
+        is_quoted = bool(node.style)
+        if is_quoted or text != node.value:
+            return text  # What comes from the environment is a text, whatever it looks like.
+        if text in ("", "~"):
+            return None
+        with contextlib.suppress(ValueError):
+            return json.loads(text, parse_constant=str)
+        return text
+
+
+# --- Loading ---
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings:
+    """Return the settings of environment, file (None: there is no file) and defaults.
+
+    Raises StartError with up to three lines that say what is wrong, and where it is written.
+    """
+    values: Json = {}
+    places: dict[str, str] = {}
+    if path is not None:
+        values, places = _read_file(path, environment)
+    for key in SETTINGS:
+        variable = "CHRONOS_" + key.replace(".", "_").upper()
+        if environment.get(variable):
+            values[key] = _read_variable(variable, environment)
+            places[f".{key}"] = f"{variable}: "
     try:
-        word = re.sub(r"\$\{([A-Za-z_]\w*)\}", lambda name: environment[name[1]], node.value)
-    except KeyError as error:
-        raise ValueError(f"{line}the environment variable {error.args[0]} is not set") from None
-    with contextlib.suppress(ValueError):
-        if not node.style and word == node.value:
-            return json.loads("null" if word in ("", "~") else word, parse_constant=str)
-    return word
+        settings = build_settings(values)
+        check_access(settings)
+    except InvalidFields as error:
+        sentences = []
+        for key, message in error.problems[:3]:
+            sentences.append(f"{_place_of(key, places)}{key} {message}")
+        raise StartError(EXIT_CONFIG, "\n".join(sentences)) from error
+    beside = path or Path(__file__)
+    data_dir = beside.parent.resolve() / settings.cluster.data_dir
+    return settings.replaced("cluster.data_dir", str(data_dir))
+
+
+def _read_file(path: Path, environment: Mapping[str, str]) -> tuple[Json, dict[str, str]]:
+    """Return a file's settings by dotted keys, and the place of each path. Raises StartError."""
+    try:
+        content = path.read_text("utf-8")
+        data, lines = read_yaml(content, environment)
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise ValueError("must be a mapping of sections, such as server: …")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(EXIT_CONFIG, f"{path}: {reason}") from error
+    places = {name: f"{path}: line {line}: " for name, line in lines.items()}
+    return dict(_flatten(data)), places
+
+
+def _read_variable(variable: str, environment: Mapping[str, str]) -> Any:
+    """Return what an environment variable says, as a YAML scalar. Raises StartError."""
+    try:
+        value, _lines = read_yaml(environment[variable], environment)
+    except ValueError as error:
+        raise StartError(EXIT_CONFIG, f"{variable}: {error}") from error
+    return value
 
 
 def _flatten(data: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of every setting that the sections of a file name."""
     for name, value in data.items():
-        path = prefix + name
-        is_section = any(key.startswith(f"{path}.") for key in SETTINGS)
-        if path not in SETTINGS and isinstance(value, dict) and value:
-            yield from _flatten(value, f"{path}.")
-        elif not is_section or value not in (None, {}):
-            yield path, value
+        key = prefix + name
+        is_section = any(known.startswith(f"{key}.") for known in SETTINGS)
+        is_empty = value is None or value == {}
+        if key not in SETTINGS and isinstance(value, dict) and not is_empty:
+            yield from _flatten(value, f"{key}.")
+        elif not (is_section and is_empty):
+            yield key, value
 
 
-def load_settings(path: Path | None, environment: Mapping[str, str]) -> Json:
-    """Return each setting of environment, file (None: there is none) or defaults, or StartError."""
-    place = str(path)
-    lines: dict[str, str] = {}
-    try:
-        content = path.read_text("utf-8") if path else ""
-        data = read_yaml(content, environment, lines)
-        if not isinstance(data, dict | None):
-            raise ValueError("must be a mapping of sections, such as server: …")
-        lines = {key: f"{path}: {line}" for key, line in lines.items()}
-        values = dict(_flatten(data or {}))
-        for key in SETTINGS:
-            place = "CHRONOS_" + key.replace(".", "_").upper()
-            if environment.get(place):
-                values[key] = read_yaml(environment[place], environment, {})
-                lines[f".{key}"] = f"{place}: "
-        settings = validate(SETTINGS, values)
-        settings["jobs"] = _declared_jobs(settings)
-        check_door(settings)
-    except Problems as error:
-        told = []
-        for key, message in error.problems[:3]:
-            around = [line for path, line in lines.items() if f".{key}.".startswith(f"{path}.")]
-            told.append(f"{around[-1] if around else ''}{key} {message}")
-        raise StartError(EXIT_CONFIG, "\n".join(told)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartError(EXIT_CONFIG, f"{place}: {reason}") from error
-    limit = "dispatcher.max_concurrent_per_host"
-    settings[limit] = settings[limit] or max(1, settings["dispatcher.max_concurrent_jobs"] * 3 // 4)
-    base = (path or Path(__file__)).parent.resolve()
-    settings["cluster.data_dir"] = str(base / settings["cluster.data_dir"])
-    return settings
-
-
-def _declared_jobs(settings: Json) -> dict[str, tuple[Json, bool, str]]:
-    """Return configuration, state and digest of each declared job by its id. Raises Problems."""
-    found: dict[str, tuple[Json, bool, str]] = {}
-    retry = settings["scheduler.default_retry_policy"]
-
-    def declare(data: Json) -> None:
-        given = data | {"enabled": True} if data.get("enabled") is None else data
-        config, enabled = validate_job(given, retry, now=0)  # it stays declared after its @at
-        job_id = str(uuid.uuid5(DECLARED_IDS, config["name"]))
-        if job_id in found:
-            raise Problems([("name", f"{config['name']!r} is there twice")])
-        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-        found[job_id] = (config, enabled, digest)
-
-    numbered = {str(n): job for n, job in enumerate(settings["jobs"], 1)}
-    validate({"jobs": Field(mapping(str, declare, 10_000))}, {"jobs": numbered})
+def _place_of(key: str, places: Mapping[str, str]) -> str:
+    """Return the place of a key, or of the closest part around it that is written somewhere."""
+    found = ""
+    for path, place in places.items():
+        if f".{key}.".startswith(f"{path}."):
+            found = place  # The later ones are further inside.
     return found
 
 
-def check_door(settings: Json) -> None:
-    """Raise Problems where nobody could come in, or everybody without being meant to."""
-    users, address = settings["auth.users"], settings["server.http.address"]
-    is_local = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", split_address(address)[0])
-    if settings["auth.type"] == "basic":
-        if not users or not users.keys() >= set(settings["auth.viewers"]):
-            raise Problems([("auth.users", "must name somebody, and everybody in auth.viewers")])
-    elif users:
-        raise Problems([("auth.type", "must be basic where auth.users names somebody")])
-    elif not is_local and not settings["server.allow_unauthenticated"]:
-        ways_out = "auth.type: basic and auth.users, or server.allow_unauthenticated: true"
-        raise Problems([("server.http.address", f"{address} lets everybody in: set {ways_out}")])
-
-
-# ==== 8. Policies: pure functions =====================================================
+# ======================================================================================
+# 8. Policies: what follows from what has happened, as pure functions
+# ======================================================================================
+#
+# Nothing here knows a clock, a thread, the database or a network: everything that a decision
+# depends on is handed in, so each can be tested by a table.
 
 
 def retry_wait(policy: Json, attempt: int, retry_after: int | None) -> int:
-    """Return the µs to wait: with the defaults 1 s, 2 s, 4 s … up to 1 m; at least retry_after."""
-    first, most = (parse_duration(policy[key]) for key in ("initial_interval", "max_interval"))
-    grown = first * policy["multiplier"] ** min(attempt - 1, 100)
+    """Return how long to wait before the next attempt, in µs.
+
+    ``attempt`` is the number of the attempt that has just failed, from 1. With the defaults the
+    waits are 1 s, 2 s, 4 s … and at most 1 minute; ``retry_after`` (µs; None: the answer did not
+    ask) is waited for in any case.
+    """
+    first = parse_duration(policy["initial_interval"])
+    most = parse_duration(policy["max_interval"])
+    exponent = min(attempt - 1, 100)  # The power of a float must not overflow.
+    grown = first * policy["multiplier"] ** exponent
     return max(int(min(grown, most)), retry_after or 0)
 
 
 def parse_retry_after(value: str | None, now: int) -> int | None:
-    """Return the µs that a ``Retry-After`` header (RFC 9110, 10.2.3) asks to wait, or None."""
+    """Return the µs that a ``Retry-After`` header asks to wait (RFC 9110, 10.2.3).
+
+    It is a number of seconds, or a date, which ``now`` is subtracted from. None: there is no such
+    header, or it is neither.
+    """
     value = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
         return int(value) * SECOND
-    with contextlib.suppress(ValueError, IndexError, OverflowError):
+    try:
         moment = parsedate_to_datetime(value)
-        return max(0, to_instant(moment.replace(tzinfo=moment.tzinfo or UTC)) - now)
-    return None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0, to_instant(moment) - now)
+    except (ValueError, IndexError, OverflowError):
+        return None
+
+
+def _with_attempt(attempt_log: str, outcome: Outcome) -> str:
+    """Return the log of an execution's attempts (JSON) with the one that has just ended."""
+    entry = {
+        "number": outcome.execution.attempts,
+        "started_at": format_time(outcome.started_at),
+        "duration": nanoseconds(outcome.duration),
+        "status_code": outcome.status_code,
+        "error": outcome.error,
+    }
+    entries = json.loads(attempt_log)
+    entries.append(entry)
+    return json.dumps(entries)
+
+
+def another_attempt_may_help(outcome: Outcome) -> bool:
+    """Say whether an outcome that is no success is worth another attempt.
+
+    No answer, 429 (Too Many Requests) and 5xx may pass; any other answer is meant as it is, and a
+    target that is blocked or a time limit that is used up stays so.
+    """
+    if outcome.reason in (Reason.NO_ANSWER, Reason.INTERRUPTED):
+        return True
+    status_code = outcome.status_code or 0
+    return status_code == 429 or status_code >= 500
 
 
 def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) -> Execution:
     """Return what becomes of an execution: success, failed, or pending again with a due_at.
 
-    ``timeout`` (µs) is for attempts and waits together; ``ended_at`` is by the wall clock of now.
+    ``retry`` is its retry_policy; ``timeout`` (µs) is for its attempts and the waits between them
+    together; ``ended_at`` is when the attempt ended, by the wall clock of now.
     """
-    execution, error = outcome.execution, outcome.error
-    attempt = {
-        "number": execution.attempts, "started_at": format_time(outcome.started_at),
-        "duration": outcome.duration * 1000, "status_code": outcome.status_code, "error": error,
-    }  # fmt: skip
-    earlier = execution.attempt_log.removeprefix("[").removesuffix("]")
-    attempt_log = f"[{earlier}{', ' if earlier else ''}{json.dumps(attempt)}]"
+    execution = outcome.execution
+    spent = execution.spent + outcome.duration
     after = execution._replace(
-        status="success" if outcome.success else "failed", due_at=None, completed_at=ended_at,
-        spent=execution.spent + outcome.duration, reason=outcome.reason, error=error,
-        status_code=outcome.status_code, response=outcome.response, attempt_log=attempt_log,
-    )  # fmt: skip
-    code = outcome.status_code or 0
-    may_help = code == 429 or code >= 500 or outcome.reason in ("no_answer", "interrupted")
-    if outcome.success or not may_help or execution.attempts >= retry["max_attempts"]:
+        status=Status.SUCCESS if outcome.success else Status.FAILED,
+        due_at=None,
+        spent=spent,
+        completed_at=ended_at,
+        reason=outcome.reason,
+        error=outcome.error,
+        status_code=outcome.status_code,
+        attempt_log=_with_attempt(execution.attempt_log, outcome),
+        response=outcome.response,
+    )
+    is_last = execution.attempts >= retry["max_attempts"]
+    if outcome.success or is_last or not another_attempt_may_help(outcome):
         return after
-    broken_off = outcome.reason == "interrupted"  # by ourselves: it begins again at once
-    wait = 0 if broken_off else retry_wait(retry, execution.attempts, outcome.retry_after)
-    if after.spent + wait >= timeout:
-        return after._replace(reason="timeout", error=f"{error}; no time is left to try again")
-    waiting = after._replace(status="pending", completed_at=None, reason=None)
-    return waiting._replace(due_at=ended_at + wait, spent=after.spent + wait)
+    if outcome.reason == Reason.INTERRUPTED:
+        wait = 0  # We broke it off ourselves, so the target is not to be spared.
+    else:
+        wait = retry_wait(retry, execution.attempts, outcome.retry_after)
+    if spent + wait >= timeout:
+        error = f"{outcome.error}; no time is left to try again"
+        return after._replace(reason=Reason.TIMEOUT, error=error)
+    return after._replace(
+        status=Status.PENDING,
+        due_at=ended_at + wait,
+        spent=spent + wait,
+        completed_at=None,
+        reason=None,
+    )
 
 
-def ended(execution: Execution, status: str, reason: str, error: str, now: int) -> Execution:
-    """Return the execution as one that ended for a reason that is not its own."""
-    execution = execution._replace(status=status, due_at=None, completed_at=now)
-    return execution._replace(reason=reason, error=error)
+def ended(execution: Execution, status: Status, reason: Reason, error: str, now: int) -> Execution:
+    """Return the execution as one that has ended for a reason that is not its own."""
+    return execution._replace(
+        status=status,
+        due_at=None,
+        completed_at=now,
+        reason=reason,
+        error=error,
+    )
 
 
-# ==== 9. Store: every SQL statement of Chronos is in this section =====================
+def attempt_limit(timeout: int, attempt_timeout: int, spent: int) -> tuple[int, CutReason]:
+    """Return how long the next attempt may take, in µs, and what it means if that is over.
+
+    ``timeout`` is for the whole execution, of which ``spent`` is used up; ``attempt_timeout`` is
+    for each attempt.
+    """
+    left = timeout - spent
+    if attempt_timeout < left:
+        return attempt_timeout, CutReason.ATTEMPT_TIMEOUT
+    return left, CutReason.TIMEOUT
+
+
+def catch_up_limit(missed_run_policy: str) -> int:
+    """Return how many of a job's missed fire times are made up for, the newest ones."""
+    limits = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}
+    return limits[missed_run_policy]
+
+
+class TargetLimits:
+    """Which due executions may start, so that one dead endpoint can't hold all the workers."""
+
+    def __init__(self, running: Iterable[str], most: int) -> None:
+        """``running`` are the targets of what runs now, ``most`` is how many one may hold."""
+        self._most = most
+        self._held = Counter(running)
+        self.full = {target for target, held in self._held.items() if held >= most}
+
+    def has_room(self, target: str) -> bool:
+        """Say whether one more may start; a target that is found full is noted in ``full``."""
+        if self._held[target] < self._most:
+            return True
+        self.full.add(target)
+        return False
+
+    def hold(self, target: str) -> None:
+        """Count one more that runs."""
+        self._held[target] += 1
+
+
+# ======================================================================================
+# 9. Schema and migrations: what the database holds, and how an older one becomes like it
+# ======================================================================================
 #
-# Methods take and return records, never rows. Each thread has a connection of its own; only the
-# engine's writes, inside transaction(): a pass is one commit. The write-ahead log lets all read on.
+# Texts of SQL and no decisions. Nobody but Database.open() in the next section runs them.
+# Instants and durations are in µs; the classes Job and Execution say what their columns mean.
+# The CHECKs hold what every other section takes for granted. They use no IN: for each row that
+# is written SQLite would build the list anew, which costs as much as a third of the write.
 
-APPLICATION_ID, SCHEMA_VERSION = 1130918511, 1  # "Chro"; both are in the header of the file
-SCHEMA = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
-CREATE TABLE jobs (                      -- class Job says what each column is
-    seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
-    id           TEXT NOT NULL UNIQUE,   -- a UUID
-    version INTEGER NOT NULL, enabled INTEGER NOT NULL,
-    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
-    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
-    is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
+APPLICATION_ID = 1130918511  # "Chro", in the header of the file.
+SCHEMA_VERSION = 2  # In the header, too, as user_version; 1 was that of Chronos 0.1.0.
+
+SCHEMA = """
+CREATE TABLE meta (                      -- numbers that outlive the process, such as last_seen
+    key           TEXT NOT NULL PRIMARY KEY,
+    value         INTEGER NOT NULL
 );
-INSERT INTO jobs VALUES
-    (0, '{ALERTS_ID}', 0, 0, 0, 0, NULL, '', 0, NULL, '{DECLARED_BY}', 0, NULL);
+CREATE TABLE jobs (
+    seq           INTEGER PRIMARY KEY,   -- order of creation; 0: the built-in one of the alerts
+    id            TEXT NOT NULL UNIQUE,  -- a UUID
+    version       INTEGER NOT NULL,
+    enabled       BOOLEAN NOT NULL,
+    created_at    INTEGER NOT NULL,
+    updated_at    INTEGER NOT NULL,
+    next_run_at   INTEGER,
+    strip         TEXT NOT NULL,
+    failures      INTEGER NOT NULL,
+    failing_since INTEGER,
+    declared      TEXT,
+    is_bad        BOOLEAN NOT NULL,      -- what the alerts have told, or are about to tell
+    news_at       INTEGER,               -- since when that is news; NULL: it is told
+    name          TEXT NOT NULL          -- of the newest configuration
+);
 CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
-CREATE TABLE versions (                  -- config: JSON, in the form of the API
-    job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
-    created_at INTEGER NOT NULL, created_by TEXT NOT NULL, PRIMARY KEY (job_id, version)
+CREATE TABLE job_tags (                  -- of the newest configuration
+    job_id        TEXT NOT NULL,
+    name          TEXT NOT NULL,
+    value         TEXT NOT NULL,
+    PRIMARY KEY (job_id, name)
 );
-CREATE VIEW configured_jobs AS
-    SELECT jobs.*, config FROM jobs
-      JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
-CREATE TABLE executions (                -- class Execution says what each column is
-    seq INTEGER PRIMARY KEY,             -- order of creation
-    {", ".join(Execution._fields[:-1])},
-    UNIQUE (id)                          -- one per fire time, whatever crashes or restarts
+CREATE TABLE job_search (                -- apart from jobs, so that those are quick to count
+    job_id        TEXT NOT NULL PRIMARY KEY,
+    words         TEXT NOT NULL          -- search_words() of the newest configuration
 );
-CREATE VIEW named_executions AS
-    SELECT executions.*, json_extract(config, '$.name') AS job_name
-      FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id;
-CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
-CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
+CREATE TABLE versions (
+    job_id        TEXT NOT NULL,
+    version       INTEGER NOT NULL,
+    config        TEXT NOT NULL,         -- JSON, in the form of the API
+    created_at    INTEGER NOT NULL,
+    created_by    TEXT NOT NULL,
+    PRIMARY KEY (job_id, version)
+);
+CREATE TABLE executions (
+    seq           INTEGER PRIMARY KEY,   -- order of creation
+    id            TEXT NOT NULL UNIQUE,  -- one per fire time, whatever crashes or restarts
+    job_id        TEXT NOT NULL,
+    job_version   INTEGER NOT NULL,
+    trigger       TEXT NOT NULL,
+    status        TEXT NOT NULL,
+    scheduled_at  INTEGER NOT NULL,
+    target        TEXT NOT NULL,
+    due_at        INTEGER,
+    attempts      INTEGER NOT NULL,
+    spent         INTEGER NOT NULL,
+    started_at    INTEGER,
+    attempt_at    INTEGER,
+    completed_at  INTEGER,
+    reason        TEXT,
+    error         TEXT,
+    status_code   INTEGER,
+    node_id       TEXT,
+    replay_of     TEXT,
+    missed_count  INTEGER,
+    missed_from   INTEGER,
+    missed_to     INTEGER,
+    attempt_log   TEXT NOT NULL,         -- JSON
+    response      TEXT,
+    CONSTRAINT known_trigger CHECK (
+        trigger = 'schedule' OR trigger = 'catch_up' OR trigger = 'manual'
+        OR trigger = 'replay' OR trigger = 'alert'),
+    CONSTRAINT status_fits_times CHECK (
+        CASE status
+        WHEN 'pending' THEN completed_at IS NULL
+        WHEN 'running' THEN completed_at IS NULL AND due_at IS NULL
+        WHEN 'success' THEN completed_at IS NOT NULL AND due_at IS NULL
+        WHEN 'failed'  THEN completed_at IS NOT NULL AND due_at IS NULL
+        WHEN 'skipped' THEN completed_at IS NOT NULL AND due_at IS NULL
+        ELSE FALSE END),
+    CONSTRAINT missed_is_whole CHECK (
+        (missed_count IS NULL) = (missed_from IS NULL)
+        AND (missed_count IS NULL) = (missed_to IS NULL))
+);
 CREATE INDEX executions_of_job ON executions (job_id, seq);
 CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
@@ -1119,81 +2510,289 @@ CREATE INDEX executions_listed ON executions (status, seq)
     WHERE status = 'running' OR status = 'failed' OR status = 'skipped';
 CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'failed';
 CREATE TABLE ends (                      -- how many executions ended in an hour, and how
-    hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
+    hour          INTEGER NOT NULL,      -- hours since the epoch
+    letter        TEXT NOT NULL,         -- one of RESULT_LETTERS
+    number        INTEGER NOT NULL,
+    PRIMARY KEY (hour, letter)
 );
-PRAGMA application_id = {APPLICATION_ID};
-"""  # noqa: S608 - constants of our own
+CREATE VIEW configured_jobs AS
+    SELECT jobs.*, versions.config FROM jobs
+      JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
+CREATE VIEW named_executions AS
+    SELECT executions.*, jobs.name AS job_name FROM executions
+      JOIN jobs ON jobs.id = executions.job_id;
+CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
+CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
+"""
+
+# The job whose executions are the alerts is there from the start; its versions come with them.
+ALERTS_JOB = """
+INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, strip, failures, declared,
+                  is_bad, name)
+VALUES (0, :id, 0, FALSE, 0, 0, '', 0, :declared, FALSE, 'alerts')
+"""
+
+SCHEMA_1_ASIDE = """
+DROP VIEW configured_jobs;
+DROP VIEW named_executions;
+DROP VIEW pending;
+DROP VIEW active;
+DROP INDEX jobs_news;
+DROP INDEX jobs_due;
+DROP INDEX executions_of_job;
+DROP INDEX executions_due;
+DROP INDEX executions_of_target;
+DROP INDEX executions_active;
+DROP INDEX executions_listed;
+DROP INDEX executions_failed;
+ALTER TABLE meta RENAME TO old_meta;
+ALTER TABLE jobs RENAME TO old_jobs;
+ALTER TABLE versions RENAME TO old_versions;
+ALTER TABLE executions RENAME TO old_executions;
+ALTER TABLE ends RENAME TO old_ends;
+"""
+
+# Schema 1 kept name and tags in the JSON alone, and the due_at of what is running.
+FROM_SCHEMA_1 = """
+INSERT INTO meta (key, value) SELECT key, value FROM old_meta;
+INSERT INTO versions (job_id, version, config, created_at, created_by)
+SELECT job_id, version, config, created_at, created_by FROM old_versions;
+INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, next_run_at, strip, failures,
+                  failing_since, declared, is_bad, news_at, name)
+SELECT job.seq, job.id, job.version, job.enabled, job.created_at, job.updated_at, job.next_run_at,
+       job.strip, job.failures, job.failing_since, job.declared, job.is_bad, job.news_at,
+       coalesce(json_extract(newest.config, '$.name'), 'alerts')
+  FROM old_jobs AS job
+  LEFT JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
+ ORDER BY job.seq;
+INSERT INTO job_search (job_id, words)
+SELECT newest.job_id, search_words(json_extract(newest.config, '$.name'),
+                                   json_extract(newest.config, '$.description'))
+  FROM old_jobs AS job
+  JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
+ ORDER BY job.seq;
+INSERT INTO job_tags (job_id, name, value)
+SELECT newest.job_id, tag.key, tag.value
+  FROM old_jobs AS job
+  JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version,
+       json_each(newest.config, '$.tags') AS tag;
+INSERT INTO executions (seq, id, job_id, job_version, trigger, status, scheduled_at, target, due_at,
+                        attempts, spent, started_at, attempt_at, completed_at, reason, error,
+                        status_code, node_id, replay_of, missed_count, missed_from, missed_to,
+                        attempt_log, response)
+SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
+       CASE WHEN status = 'pending' THEN due_at END,
+       attempts, spent, started_at, attempt_at, completed_at, reason, error,
+       status_code, node_id, replay_of, missed_count, missed_from, missed_to,
+       attempt_log, response
+  FROM old_executions ORDER BY seq;
+INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
+DROP TABLE old_meta;
+DROP TABLE old_jobs;
+DROP TABLE old_versions;
+DROP TABLE old_executions;
+DROP TABLE old_ends;
+"""
+
+# What brings a file of an older schema to the newest one, in one step. The next schema adds an
+# entry for the one before it, and adapts the entries that are there to its new SCHEMA. Besides
+# SQLite's own functions the statements may call search_words().
+MIGRATIONS: dict[int, str] = {
+    1: SCHEMA_1_ASIDE + SCHEMA + FROM_SCHEMA_1,
+}
 
 
-class Store:
-    """The database file. See the head of this section for who may call what."""
+def split_script(script: str) -> list[str]:
+    """Return the statements of a script; each ends with a semicolon at the end of its line."""
+    return [statement for statement in script.split(";\n") if statement.strip()]
 
-    def __init__(self, path: Path, synchronous: str = "FULL") -> None:
-        self.path, self._synchronous = path, synchronous
-        self._connections: dict[int, sqlite3.Connection] = {}  # by the thread that uses it
-        self.changes = 0  # commits so far; only the engine's thread writes it
 
-    def open(self) -> None:
-        """Create or check the file; one that is not ours stays as it is. Raises StartError."""
-        is_new, version = not self.path.exists(), self._check()
-        if not version and not is_new:
-            log.warning("%s was empty: it begins anew", self.path)
-        self._run("PRAGMA journal_mode = WAL")
-        with self.transaction():
-            for statement in () if version else SCHEMA.split(";\n"):
-                self._run(statement)
-            self._run(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
-        self._inode = self.path.stat().st_ino
+def search_words(name: str, description: str | None) -> str:
+    """Return what the search for jobs looks through: their texts, case folded."""
+    return f"{name}\n{description or ''}".casefold()
 
-    def _check(self, wholly: bool = False) -> int:
-        """Return the version of the schema, 0: the file is empty or new. Raises StartError."""
-        sql = "SELECT * FROM pragma_user_version, pragma_application_id, pragma_schema_version"
-        try:
+
+# ======================================================================================
+# 10. Connections: one database file; whatever is SQLite's own stays in this section
+# ======================================================================================
+#
+# Each thread has a connection of its own. Only the engine's thread writes, inside
+# transaction(); the write-ahead log lets all others read meanwhile, each statement a state that
+# was committed. No statement about jobs or executions stands here, and nothing outside of
+# sections 9 to 11 calls run().
+
+
+class Boundaries(NamedTuple):
+    """The statements around what happens as a whole or not at all."""
+
+    begin: str
+    commit: str
+    roll_back: str
+
+
+TRANSACTION = Boundaries("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+SAVEPOINT = Boundaries("SAVEPOINT nested", "RELEASE nested", "ROLLBACK TO nested")
+
+
+class DatabaseFile:
+    """The file as it lies on the disk: creating, inspecting and copying it.
+
+    It keeps nothing open, so any thread may use it, and a process without a server, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """``path`` is absolute."""
+        self.path = path
+
+    def beside(self, suffix: str) -> Path:
+        """Return the path of a file whose name is that of the database and a suffix."""
+        return self.path.with_name(f"{self.path.name}{suffix}")
+
+    def connect(self, mode: str) -> sqlite3.Connection:
+        """Return a new connection, read-only ("ro") or not ("rw"); it cannot create the file."""
+        place = f"{self.path.as_uri()}?mode={mode}"
+        return sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False)
+
+    # --- Creating and inspecting ---
+
+    def ensure(self) -> None:
+        """Create the file if it is missing, for nobody else to read.
+
+        No connection may be open: whoever closes a file loses all locks on it, SQLite's as
+        well. Raises StartError if it cannot be opened for writing.
+        """
+        with self._start_errors():
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            broken_off = self.path.with_name(f"{self.path.name}-journal").exists()  # amid open()
-            unclean = self.path.with_name(f"{self.path.name}-wal").exists()
-            with contextlib.closing(self._connect_to("rw" if broken_off else "ro")) as connection:
-                version, application, changes = connection.execute(sql).fetchone()
-                if not changes:
-                    return 0
-                if application != APPLICATION_ID:
-                    raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
-                if version > SCHEMA_VERSION:
-                    raise StartError(EXIT_CONFIG, f"{self.path} is of a newer Chronos: start that")
-                if wholly or unclean or self.path.stat().st_size < QUICK_CHECK_BYTES:
-                    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-                    if found != "ok":
-                        raise sqlite3.DatabaseError(found.splitlines()[-1])
-                return int(version)
+
+    def inspect(self, wholly: bool = False) -> int:
+        """Return the version of the schema in the file, 0: it is empty. The file stays as it is.
+
+        ``wholly``: look for damage, however large the file is. Raises StartError if it cannot
+        be opened, is not ours, of a newer Chronos or damaged.
+        """
+        # It is looked at before a connection is made, which may create the log itself.
+        was_left_open = self.beside("-wal").exists()
+        with self._start_errors(), contextlib.closing(self._connect_to_look()) as connection:
+            version = self._recognise(connection)
+            is_suspect = was_left_open or version < SCHEMA_VERSION
+            is_small = self.path.stat().st_size < QUICK_CHECK_BYTES
+            if version > 0 and (wholly or is_suspect or is_small):
+                check_for_damage(connection)
+        return version
+
+    def _connect_to_look(self) -> sqlite3.Connection:
+        """Return a connection that changes nothing, but for what a crash has left half done."""
+        # A rollback journal is there only if open() was killed: it has to be played back.
+        was_broken_off = self.beside("-journal").exists()
+        return self.connect("rw" if was_broken_off else "ro")
+
+    def _recognise(self, connection: sqlite3.Connection) -> int:
+        """Return the version of the schema, 0: there is none yet. Raises StartError."""
+        if read_pragma(connection, "schema_version") == 0:
+            return 0  # No table was ever made in it.
+        if read_pragma(connection, "application_id") != APPLICATION_ID:
+            raise StartError(EXIT_CONFIG, f"{self.path} is not a database of Chronos")
+        version = int(read_pragma(connection, "user_version"))
+        if version > SCHEMA_VERSION:
+            raise StartError(EXIT_CONFIG, f"{self.path} is of a newer Chronos: start that")
+        return version
+
+    @contextlib.contextmanager
+    def _start_errors(self) -> Iterator[None]:
+        """Turn what the system and SQLite say about the file into a StartError."""
+        try:
+            yield
         except (OSError, sqlite3.OperationalError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise StartError(EXIT_CONFIG, f"{self.path} cannot be opened: {reason}") from error
+            message = f"{self.path} cannot be opened: {reason_of(error)}"
+            raise StartError(EXIT_CONFIG, message) from error
         except sqlite3.DatabaseError as error:
             message = f"{self.path} is damaged ({error}): see the README, Restore a backup"
             raise StartError(EXIT_CONFIG, message) from error
 
-    def _connect_to(self, mode: str) -> sqlite3.Connection:  # one that can't create the file
-        place = f"{self.path.as_uri()}?mode={mode}"
-        return sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False)
+    # --- Copying ---
 
     def backup(self, target: Path) -> None:
-        """Write a checked copy to a new file, also while a server works. Raises StartError."""
-        part = target.with_name(target.name + ".part")
+        """Write a checked copy to a new file, also while a server works. Raises StartError.
+
+        A file of an older schema is copied as it is: the copy has that schema, and is migrated
+        when a server opens it.
+        """
         try:
             if target.exists():
                 raise OSError("it is there already")
-            part.unlink(missing_ok=True)  # of a backup that was broken off
-            with open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-                with contextlib.closing(self._connect_to("ro")) as connection:
-                    connection.execute("VACUUM INTO ?", (str(part),))
-                Store(part)._check(wholly=True)
-                os.fsync(file.fileno())
-            part.rename(target)
+            self.copy_to(target)
         except (OSError, sqlite3.Error, StartError) as error:
+            message = f"no backup to {target}: {reason_of(error)}"
+            raise StartError(EXIT_FAILED, message) from error
+
+    def copy_to(self, target: Path) -> None:
+        """Write what is committed to a file, replacing one of this name once it is whole.
+
+        Raises OSError, sqlite3.Error or StartError: the copy is damaged.
+        """
+        part = DatabaseFile(target.with_name(f"{target.name}.part"))
+        try:
+            for leftover in (part.path, part.beside("-journal")):
+                leftover.unlink(missing_ok=True)  # Of a copy that was broken off.
+            # Mode x: nobody can lay out a file or a link for us to write into.
+            with open(part.path, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+                with contextlib.closing(self.connect("ro")) as connection:
+                    connection.execute("VACUUM INTO ?", (str(part.path),))
+                part.inspect(wholly=True)
+                os.fsync(file.fileno())
+            part.path.rename(target)
+        except BaseException:
             with contextlib.suppress(OSError):
-                part.unlink()
-            reason = getattr(error, "strerror", None) or error
-            raise StartError(EXIT_FAILED, f"no backup to {target}: {reason}") from error
+                part.path.unlink()
+            raise
+
+
+class Database:
+    """The connections to a database file: opening and migrating it, running statements.
+
+    attribute      written by             guarded by
+    _connections   each thread            itself  (a dict; a thread touches its own key only)
+    changes        the engine's thread    nothing (others read it: a number is whole)
+    _inode         open()                 nothing (it stays until the next open())
+    """
+
+    def __init__(self, path: Path, synchronous: str = "FULL") -> None:
+        """``path`` is absolute; ``synchronous`` is SQLite's pragma, FULL or NORMAL."""
+        self.path = path
+        self.changes = 0  # Commits so far.
+        self._file = DatabaseFile(path)
+        self._synchronous = synchronous
+        self._connections: dict[int, sqlite3.Connection] = {}  # By threading.get_ident().
+        self._inode: int | None = None  # Of the file as it was opened; None: not yet.
+
+    # --- Opening and closing ---
+
+    def open(self) -> None:
+        """Create the file, or check it and bring it to the newest schema.
+
+        Raises StartError: the file is not ours, damaged, of a newer schema or cannot be
+        migrated, and is as it was. Raises StoreError if it cannot be written.
+        """
+        was_there = self.path.exists()
+        self._file.ensure()
+        version = self._file.inspect()
+        if version == 0 and was_there:
+            log.warning("%s was empty: it begins anew", self.path)
+        if 0 < version < SCHEMA_VERSION:
+            self._migrate(version)
+        self.run("PRAGMA journal_mode = WAL")
+        with self.transaction():
+            if version == 0:
+                self._create_schema()
+            # Also where it is right already: a file that cannot be written shows it now.
+            self.run(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
+        self._inode = self.path.stat().st_ino
+
+    def close(self) -> None:
+        """Close the connections of all threads; none may be in use."""
+        while self._connections:
+            _thread, connection = self._connections.popitem()
+            connection.close()
 
     def check_file(self) -> None:
         """Raise StoreError if the file was removed or replaced: writes would go nowhere."""
@@ -1202,31 +2801,120 @@ class Store:
                 return
         raise StoreError(f"{self.path} was removed or replaced: stop the server, restore it")
 
-    def close(self) -> None:
-        """Close the connections of all threads; none may be in use."""
-        while self._connections:
-            self._connections.popitem()[1].close()
+    def backup(self, target: Path) -> None:
+        """Write a checked copy to a new file: see DatabaseFile. Raises StartError."""
+        self._file.backup(target)
+
+    # --- Schema ---
+
+    def _create_schema(self) -> None:
+        for statement in split_script(SCHEMA):
+            self.run(statement)
+        self.run(ALERTS_JOB, id=ALERTS_ID, declared=DECLARED_BY)
+        self.run(f"PRAGMA application_id = {APPLICATION_ID:d}")
+
+    def _migrate(self, version: int) -> None:
+        """Bring a file of an older schema to the newest one, in one transaction.
+
+        The file as it was is kept beside it, in NAME.schema-VERSION. Raises StartError: the
+        file is as it was.
+        """
+        copy = self._file.beside(f".schema-{version}")
+        log.warning("%s has schema %s of an older Chronos: migrating it", self.path, version)
+        try:
+            with self.transaction():  # Nobody else can write between the copy and the changes.
+                self._file.copy_to(copy)
+                self._run_migration(version)
+        except (OSError, sqlite3.Error, StoreError, StartError) as error:
+            message = (
+                f"{self.path} could not be migrated from schema {version} to {SCHEMA_VERSION}: "
+                f"{reason_of(error.__cause__ or error)}. It is as it was: put that right (free "
+                "room of four times its size is enough) and start again, or start the Chronos "
+                "that wrote it"
+            )
+            raise StartError(EXIT_CONFIG, message) from error
+        log.warning("%s has schema %s now; a copy from before: %s", self.path, SCHEMA_VERSION, copy)
+
+    def _run_migration(self, version: int) -> None:
+        """Make the changes, then check them. Raises sqlite3.Error or StartError."""
+        connection = self._connection
+        connection.create_function("search_words", 2, search_words, deterministic=True)
+        before = self._count_rows()
+        for statement in split_script(MIGRATIONS[version]):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
+        check_for_damage(connection)
+        after = self._count_rows()
+        if after != before:
+            message = f"rows were lost: {after} of {before} jobs, versions and executions are left"
+            raise StartError(EXIT_CONFIG, message)
+
+    def _count_rows(self) -> list[int]:
+        """Return how many jobs, versions and executions there are."""
+        tables = ("jobs", "versions", "executions")
+        return [self.value(f"SELECT count(*) FROM {table}") for table in tables]  # noqa: S608
+
+    # --- Connections and statements ---
 
     @property
     def _connection(self) -> sqlite3.Connection:
         """The connection of the calling thread."""
-        if not (connection := self._connections.get(threading.get_ident())):
-            connection = self._connect_to("rw")
+        connection = self._connections.get(threading.get_ident())
+        if connection is None:
+            connection = self._file.connect("rw")
             connection.row_factory = sqlite3.Row
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             connection.execute("PRAGMA journal_size_limit = 16777216")
-            connection.create_function("casefold", 1, lambda text: text and text.casefold())
             self._connections[threading.get_ident()] = connection
         return connection
 
-    def _run(self, statement: str, /, *row: Any, **values: Any) -> list[Any]:
+    def run(self, statement: str, /, **values: Any) -> list[Row]:
+        """Run a statement with named parameters, return all its rows. Raises StoreError."""
         try:
-            return list(self._connection.execute(statement, row or values))
+            return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"the database failed: {error} ({self.path})") from error
+            raise self._store_error(error) from error
 
-    def _value(self, statement: str, /, **values: Any) -> Any:
-        return next((row[0] for row in self._run(statement, **values)), None)
+    def change(self, statement: str, /, **values: Any) -> int:
+        """Run an INSERT, UPDATE or DELETE, return how many rows it changed. Raises StoreError.
+
+        The statement begins with that word: after a WITH, Python does not count.
+        """
+        try:
+            return self._connection.execute(statement, values).rowcount
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+
+    def run_with_list(self, statement: str, items: Iterable[str], /, **values: Any) -> list[Row]:
+        """Run a statement in which ``IN (:list)`` means: among these texts, however many.
+
+        Raises StoreError.
+        """
+        # One parameter that holds them all: SQLite takes no more than 32,766 parameters.
+        statement = statement.replace("IN (:list)", "IN (SELECT value FROM json_each(:list))")
+        return self.run(statement, list=json.dumps(list(items)), **values)
+
+    def run_many(self, statement: str, rows: Iterable[Json], /) -> None:
+        """Run a statement that returns nothing once for each row of values, in their order.
+
+        Raises StoreError.
+        """
+        try:
+            self._connection.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+
+    def value(self, statement: str, /, **values: Any) -> Any:
+        """Return the first column of the first row; None: there is no row. Raises StoreError."""
+        rows: list[Any] = self.run(statement, **values)
+        for row in rows:
+            return row[0]
+        return None
+
+    def size(self) -> int:
+        """Return how many bytes of the file are in use: what was removed leaves room in it."""
+        pages = self.value("PRAGMA page_count") - self.value("PRAGMA freelist_count")
+        return int(pages * self.value("PRAGMA page_size"))
 
     @property
     def in_transaction(self) -> bool:
@@ -1236,522 +2924,1361 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit what happens inside, or nothing of it; one inside another is undone alone."""
-        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
-        if self.in_transaction:
-            begin, end, undo = "SAVEPOINT s", "RELEASE s", "ROLLBACK TO s"
-        self._run(begin)
+        """Commit what happens inside, or nothing of it; one inside another is undone alone.
+
+        Raises StoreError, and whatever is raised inside.
+        """
+        boundaries = SAVEPOINT if self.in_transaction else TRANSACTION
+        self.run(boundaries.begin)
         try:
             yield
-            self._run(end)
-            self.changes += end == "COMMIT"
+            self.run(boundaries.commit)
         except BaseException:
             if self.in_transaction:
-                self._run(undo)
+                self.run(boundaries.roll_back)
             raise
+        if boundaries is TRANSACTION:
+            self.changes += 1
 
-    def number(self, key: str) -> Any:
-        """Return a number of meta, such as last_seen; None without it."""
-        return self._value("SELECT value FROM meta WHERE key = :key", key=key)
+    def _store_error(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(f"the database failed: {error} ({self.path})")
 
-    def set_number(self, key: str, value: int) -> None:
-        """Keep a number in meta."""
-        self._run("REPLACE INTO meta VALUES (:key, :value)", key=key, value=value)
 
-    def next_instants(self, now: int) -> list[int | None]:
-        """Return the earliest cursor, and later than now: a due_at, and when an alert is due."""
-        sql = """
-            SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL),
-                   (SELECT min(due_at) FROM pending WHERE due_at > :now),
-                   (SELECT min(news_at) + :gather FROM jobs WHERE news_at > :now - :gather)"""
-        return list(self._run(sql, now=now, gather=ALERT_GATHER)[0])
+def read_pragma(connection: sqlite3.Connection, name: str) -> Any:
+    """Return a value of the file's header, such as user_version. Raises sqlite3.Error."""
+    (value,) = connection.execute(f"PRAGMA {name}").fetchone()
+    return value
 
-    def _jobs(self, statement: str, /, **values: Any) -> list[Job]:
-        return [
-            Job._make([*row[1:3], bool(row[3]), *row[4:7], json.loads(row["config"]), *row[7:11]])
-            for row in self._run(statement, **values)
-        ]
 
-    def job(self, job_id: str) -> Job:
-        """Return the job. Raises ApiError NOT_FOUND."""
-        for job in self._jobs("SELECT * FROM configured_jobs WHERE id = :id", id=job_id):
-            return job
-        raise ApiError("NOT_FOUND", f"there is no job {job_id}")
+def check_for_damage(connection: sqlite3.Connection) -> None:
+    """Read the whole file; raise sqlite3.DatabaseError, which says what is wrong, if anything."""
+    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(found.splitlines()[-1])
 
-    def jobs(self, filters: Json, most: int, offset: int) -> tuple[list[Job], int]:
-        """Return a page of jobs that match JOBS_QUERY and all [name, value] tags; and how many."""
-        matching = """
-             FROM configured_jobs
-            WHERE seq > 0 AND (:enabled IS NULL OR enabled = :enabled)
-              AND (:q IS NULL OR instr(casefold(json_extract(config, '$.name')), casefold(:q))
-                   OR instr(casefold(json_extract(config, '$.description')), casefold(:q)))
-              AND (:status IS NULL OR :status = (
-                       SELECT status FROM executions WHERE job_id = configured_jobs.id
-                        ORDER BY seq DESC LIMIT 1))
-              AND NOT EXISTS (
-                       SELECT 1 FROM json_each(:tags) AS tag WHERE NOT EXISTS (
-                           SELECT 1 FROM json_each(config, '$.tags') AS own
-                            WHERE own.key = json_extract(tag.value, '$[0]')
-                              AND own.value = json_extract(tag.value, '$[1]')))"""
-        if all(value in (None, []) for value in filters.values()):
-            matching = " FROM jobs WHERE seq > 0"  # an offset passes over 50,000 of these quickly
-        values = filters | {"tags": json.dumps(filters.get("tags"))}
+
+def reason_of(error: BaseException) -> str:
+    """Return what the system, SQLite or we say is wrong, without Python's words around it."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+# ======================================================================================
+# 11. Store: every statement about jobs and executions is in this section
+# ======================================================================================
+#
+# Methods take and return records, never rows, and decide nothing. The engine's thread calls
+# those that write, inside Database.transaction(): a turn is one commit. Any thread may read.
+# The statements are such that SQLite and PostgreSQL take them, with few exceptions that say so;
+# a list of ids is written IN (:list), see Database.run_with_list().
+#
+#     JobTable         jobs, their versions and tags
+#     ExecutionTable   the queue, and what became of it
+#     History          how executions ended, in numbers; the removal of old ones
+#     News             which jobs have turned bad or well, for the alerts
+#     Store            all of them, and the statements that are about more than one
+
+NO_LIMIT = 2**63 - 1  # As a LIMIT, and as a seq that no row reaches.
+
+JOB_COLUMNS = ", ".join(Job._fields)
+EXECUTION_COLUMNS = ", ".join(name for name in Execution._fields if name != "job_name")
+EXECUTION_VALUES = ", ".join(f":{name}" for name in Execution._fields if name != "job_name")
+
+
+class DueJob(NamedTuple):
+    """A job and the next fire time of its schedule."""
+
+    job_id: str
+    version: int  # The newest one.
+    fire_time: int
+
+
+class NextInstants(NamedTuple):
+    """When the engine has something to do; each is an instant, or None: there is no such thing."""
+
+    cursor: int | None  # The earliest of all jobs; it may be past.
+    due_at: int | None  # When the next execution is due that is not due yet.
+    news_at: int | None  # When the next alert is due that is not due yet.
+
+
+def like_pattern(text: str) -> str:
+    """Return the pattern of LIKE … ESCAPE '!' for what has this text in it, case folded."""
+    pattern = text.casefold()
+    for special in ("!", "%", "_"):
+        pattern = pattern.replace(special, f"!{special}")
+    return f"%{pattern}%"
+
+
+class JobTable:
+    """Jobs with their newest configuration, their versions and their tags."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- Reading ---
+
+    def get(self, job_id: str) -> Job:
+        """Return a job. Raises NotFound."""
+        sql = f"SELECT {JOB_COLUMNS} FROM configured_jobs WHERE id = :id"  # noqa: S608
+        for row in self._database.run(sql, id=job_id):
+            return Job.from_row(row)
+        raise NotFound(f"there is no job {job_id}")
+
+    def page(self, filters: Json, most: int | None, offset: int) -> tuple[list[Job], int]:
+        """Return some of the jobs that match, in the order of their creation; and how many match.
+
+        ``filters`` may have: enabled (a bool), q (a text that is in the name or the
+        description, whatever the case), status (of the newest execution) and tags (pairs of
+        name and value, the job has them all); None or no tags at all: whatever. ``most`` None:
+        all of them after ``offset``.
+        """
+        matching = self._matching(filters)
+        tags = {f"{name}\n{value}" for name, value in filters.get("tags") or ()}
+        values = {
+            "enabled": filters.get("enabled"),
+            "pattern": like_pattern(filters.get("q") or ""),
+            "status": filters.get("status"),
+            "line_end": "\n",
+            "tag_count": len(tags),
+        }
+        # What is to be shown is found in the small table first: an offset passes over 50,000
+        # jobs without a look at their configurations.
         page = f"""
-            SELECT * FROM configured_jobs WHERE seq IN (
-                SELECT seq {matching} ORDER BY seq LIMIT :most OFFSET :offset)
-             ORDER BY seq"""  # noqa: S608
-        found = self._jobs(page, **values, most=most, offset=offset)
-        return found, self._value("SELECT count(*)" + matching, **values)
+            SELECT {JOB_COLUMNS} FROM configured_jobs WHERE seq IN (
+                SELECT seq FROM jobs WHERE {matching} ORDER BY seq LIMIT :most OFFSET :offset)
+             ORDER BY seq
+            """  # noqa: S608
+        limit = NO_LIMIT if most is None else most
+        rows = self._database.run_with_list(page, tags, **values, most=limit, offset=offset)
+        count = f"SELECT count(*) AS number FROM jobs WHERE {matching}"  # noqa: S608
+        [total] = self._database.run_with_list(count, tags, **values)
+        return [Job.from_row(row) for row in rows], total["number"]
 
-    def counts(self) -> dict[str, int]:
-        """Return how many jobs there are, and of them what; how many executions wait and run."""
+    def _matching(self, filters: Json) -> str:
+        """Return the condition for page(), which names what it needs only."""
+        conditions = ["seq > 0"]
+        if filters.get("enabled") is not None:
+            conditions.append("enabled = :enabled")
+        if filters.get("q") is not None:
+            conditions.append(
+                "id IN (SELECT job_id FROM job_search WHERE words LIKE :pattern ESCAPE '!')"
+            )
+        if filters.get("status") is not None:
+            conditions.append(
+                """
+                :status = (SELECT status FROM executions WHERE job_id = jobs.id
+                            ORDER BY seq DESC LIMIT 1)
+                """
+            )
+        if filters.get("tags"):
+            # No tag has a line end in it, so the two texts together are as unique as apart.
+            conditions.append(
+                """
+                id IN (SELECT job_id FROM job_tags WHERE name || :line_end || value IN (:list)
+                        GROUP BY job_id HAVING count(*) = :tag_count)
+                """
+            )
+        return " AND ".join(conditions)
+
+    def declared_ids(self, ids: Iterable[str]) -> set[str]:
+        """Return the ids of the jobs that chronos.yaml declared, or that are among ``ids``."""
         sql = """
-            SELECT count(*) AS jobs_total, sum(enabled) AS enabled,
-                   sum(enabled AND failures) AS failing, (SELECT count(*) FROM pending) AS pending,
-                   (SELECT count(*) FROM executions WHERE status = 'running') AS running
-              FROM jobs WHERE seq > 0"""
-        return {name: count or 0 for name, count in dict(self._run(sql)[0]).items()}
+            SELECT id FROM jobs WHERE (seq > 0 AND declared IS NOT NULL) OR id IN (:list)
+            """
+        return {row["id"] for row in self._database.run_with_list(sql, ids)}
 
-    def declared_jobs(self, ids: list[str]) -> set[str]:
-        """Return the ids of the jobs that are declared, or are among ``ids``."""
+    def versions(self, job_id: str) -> list[Json]:
+        """Return all versions of a job, the newest first; none if there is no such job."""
         sql = """
-            SELECT id FROM jobs WHERE seq > 0 AND declared IS NOT NULL
-                OR id IN (SELECT value FROM json_each(:ids))"""
-        return {row[0] for row in self._run(sql, ids=json.dumps(ids))}
+            SELECT job_id, version, config, created_at, created_by FROM versions
+             WHERE job_id = :id ORDER BY version DESC
+            """
+        return [self._read_version(row) for row in self._database.run(sql, id=job_id)]
 
-    def save_job(self, job: Job, created_by: str | None) -> None:
-        """Add or change a job; ``created_by``: its version is a new one, by this user."""
-        values = job._asdict() | {"config": json.dumps(job.config), "created_by": created_by}
+    def version(self, job_id: str, number: int) -> Json:
+        """Return one version of a job. Raises NotFound."""
         sql = """
-            INSERT INTO jobs
-            VALUES (NULL, :id, :version, :enabled, :created_at, :updated_at, :next_run_at,
-                    :strip, :failures, :failing_since, :declared, FALSE, NULL)
-            ON CONFLICT (id) DO UPDATE
-               SET version = :version, enabled = :enabled, updated_at = :updated_at,
-                   next_run_at = :next_run_at, declared = :declared"""
-        self._run(sql, **values)
-        if created_by is not None:
-            sql = "INSERT INTO versions VALUES (:id, :version, :config, :updated_at, :created_by)"
-            self._run(sql, **values)
+            SELECT job_id, version, config, created_at, created_by FROM versions
+             WHERE job_id = :id AND version = :number
+            """
+        for row in self._database.run(sql, id=job_id, number=number):
+            return self._read_version(row)
+        raise NotFound(f"job {job_id} has no version {number}")
 
-    def versions(self, job_id: str, number: int | None = None) -> list[Json]:
-        """Return the versions of a job, the newest first, or that one. Raises NOT_FOUND."""
-        sql = """
-            SELECT * FROM versions
-             WHERE job_id = :id AND version = ifnull(:number, version) ORDER BY version DESC"""
-        if not (rows := self._run(sql, id=job_id, number=number)):
-            raise ApiError("NOT_FOUND", f"job {job_id} has no version {number}")
-        return [dict(row) | {"config": json.loads(row["config"])} for row in rows]
+    def _read_version(self, row: Row) -> Json:
+        return {
+            "job_id": row["job_id"],
+            "version": row["version"],
+            "config": json.loads(row["config"]),
+            "created_at": row["created_at"],
+            "created_by": row["created_by"],
+        }
 
-    def delete_job(self, job_id: str) -> None:
-        """Remove a job and its versions; prune() removes its history."""
-        self._run("DELETE FROM jobs WHERE id = :id", id=job_id)
-        self._run("DELETE FROM versions WHERE job_id = :id", id=job_id)
-
-    def due_jobs(self, now: int, most: int) -> list[tuple[str, int, int]]:
-        """Return (job id, version, fire time) of jobs that fire by ``now``, the oldest first."""
+    def due(self, now: int, most: int) -> list[DueJob]:
+        """Return jobs that fire by ``now``, the oldest fire time first."""
         sql = """
             SELECT id, version, next_run_at FROM jobs
-             WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most"""
-        return self._run(sql, now=now, most=most)
+             WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most
+            """
+        rows = self._database.run(sql, now=now, most=most)
+        return [DueJob(row["id"], row["version"], row["next_run_at"]) for row in rows]
+
+    def soonest(self, most: int) -> list[DueJob]:
+        """Return the jobs that fire soonest, however late that is."""
+        return self.due(NO_LIMIT, most)
+
+    # --- Writing ---
+
+    def save(self, job: Job, created_by: str | None) -> None:
+        """Add or change a job.
+
+        ``created_by``: its configuration is a new version, by this user; None: it is the one
+        that was there. What counts executions (strip, failures) is changed by count_ends() only.
+        """
+        values = {
+            **job._asdict(),
+            "config": json.dumps(job.config),
+            "created_by": created_by,
+            "name": job.config["name"],
+        }
+        sql = """
+            INSERT INTO jobs (id, version, enabled, created_at, updated_at, next_run_at, strip,
+                              failures, failing_since, declared, is_bad, name)
+            VALUES (:id, :version, :enabled, :created_at, :updated_at, :next_run_at, :strip,
+                    :failures, :failing_since, :declared, FALSE, :name)
+                ON CONFLICT (id) DO UPDATE
+               SET version = excluded.version, enabled = excluded.enabled,
+                   updated_at = excluded.updated_at, next_run_at = excluded.next_run_at,
+                   declared = excluded.declared, name = excluded.name
+            """
+        self._database.run(sql, **values)
+        if created_by is not None:
+            sql = """
+                INSERT INTO versions (job_id, version, config, created_at, created_by)
+                VALUES (:id, :version, :config, :updated_at, :created_by)
+                """
+            self._database.run(sql, **values)
+            self._save_for_search(job)
+
+    def _save_for_search(self, job: Job) -> None:
+        """Write what page() looks for: the words and tags of the newest configuration."""
+        sql = """
+            INSERT INTO job_search (job_id, words) VALUES (:id, :words)
+                ON CONFLICT (job_id) DO UPDATE SET words = excluded.words
+            """
+        words = search_words(job.config["name"], job.config["description"])
+        self._database.run(sql, id=job.id, words=words)
+        self._database.run("DELETE FROM job_tags WHERE job_id = :id", id=job.id)
+        sql = "INSERT INTO job_tags (job_id, name, value) VALUES (:job_id, :name, :value)"
+        tags = job.config["tags"].items()
+        rows = [{"job_id": job.id, "name": name, "value": value} for name, value in tags]
+        self._database.run_many(sql, rows)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job and all of it but its executions, which History.prune() removes."""
+        self._database.run("DELETE FROM jobs WHERE id = :id", id=job_id)
+        self._database.run("DELETE FROM versions WHERE job_id = :id", id=job_id)
+        self._database.run("DELETE FROM job_tags WHERE job_id = :id", id=job_id)
+        self._database.run("DELETE FROM job_search WHERE job_id = :id", id=job_id)
 
     def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
-        """Set the cursor of an enabled job; None, of a schedule that is spent, disables it."""
-        sql = "UPDATE jobs SET next_run_at = :at, enabled = :at IS NOT NULL WHERE id = :id"
-        self._run(sql, id=job_id, at=next_run_at)
+        """Set the next fire time of an enabled job.
 
-    def last_executions(self, jobs: list[Job], has_ended: bool = False) -> dict[str, Execution]:
-        """Return the newest execution, or the newest that has ended, of each job that has one."""
-        sql = """
-            SELECT executions.* FROM json_each(:ids) AS job JOIN executions ON executions.seq = (
-                SELECT seq FROM executions
-                 WHERE job_id = job.value AND (NOT :has_ended OR completed_at IS NOT NULL)
-                 ORDER BY seq DESC LIMIT 1)"""
-        found = self._executions(sql, ids=json.dumps([j.id for j in jobs]), has_ended=has_ended)
-        return {execution.job_id: execution for execution in found}
+        None: its schedule is spent, so it is enabled no more.
+        """
+        sql = "UPDATE jobs SET next_run_at = :at, enabled = :enabled WHERE id = :id"
+        is_enabled = next_run_at is not None
+        self._database.run(sql, id=job_id, at=next_run_at, enabled=is_enabled)
 
-    def _count_end(self, execution: Execution) -> None:
-        """Note in the job, and in the count of the hour, how an execution has ended."""
-        if execution.job_id == ALERTS_ID:
-            return
-        letter, at = execution.letter, execution.completed_at or 0
-        sql = """
-            UPDATE jobs
-               SET strip = substr(strip || :letter, -30),
-                   failures = iif(:letter = 'S', 0, failures + (:letter IN ('F', 'M'))),
-                   failing_since = iif(:letter IN ('F', 'M'), coalesce(failing_since, :at),
-                                       iif(:letter = 'S', NULL, failing_since))
-             WHERE id = :id"""
-        self._run(sql, id=execution.job_id, letter=letter, at=at)
-        sql = """
-            INSERT INTO ends VALUES (:hour, :letter, :number)
-                ON CONFLICT DO UPDATE SET number = number + :number"""
-        self._run(sql, hour=at // HOUR, letter=letter, number=execution.missed_count or 1)
 
-    def ends_since(self, at: int) -> dict[str, int]:
-        """Return how many executions ended since the hour of ``at``, by the names of LETTERS."""
-        sql = "SELECT letter, sum(number) FROM ends WHERE hour >= :hour GROUP BY letter"
-        found = dict(map(tuple, self._run(sql, hour=at // HOUR)))
-        return {name: found.get(letter, 0) for name, letter in LETTERS.items()}
+class ExecutionTable:
+    """Executions: those that wait and run are the queue, those that have ended the history."""
 
-    def note_news(self, job_ids: set[str], after: int, now: int) -> None:
-        """Note which of these jobs have turned bad, by so many failures in a row, or well again."""
-        sql = """
-            UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
-             WHERE id IN (SELECT value FROM json_each(:job_ids))
-               AND iif(is_bad, failures = 0, failures >= :after)"""
-        self._run(sql, job_ids=json.dumps(list(job_ids)), after=after, now=now)
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def news(self, before: int) -> list[Json]:
-        """Return all jobs that have turned, if the first of them has ``before``."""
-        sql = """
-            SELECT id, json_extract(config, '$.name') AS name, failures,
-                   iif(is_bad, 'failed', 'recovered') AS event
-              FROM configured_jobs
-             WHERE news_at IS NOT NULL
-               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
-             ORDER BY news_at, seq"""
-        return list(map(dict, self._run(sql, before=before)))
+    def _select(self, rest: str, /, **values: Any) -> list[Execution]:
+        """Return the executions that a SELECT finds, of which ``rest`` is what follows FROM."""
+        sql = f"SELECT {EXECUTION_COLUMNS} FROM {rest}"  # noqa: S608
+        return [Execution.from_row(row) for row in self._database.run(sql, **values)]
 
-    def save_alert(self, config: Json, now: int) -> int:
-        """Mark all news as told, by a new version of the built-in job; return its number."""
-        self._run("UPDATE jobs SET news_at = NULL WHERE news_at IS NOT NULL")
-        number = int(self._value("SELECT version + 1 FROM jobs WHERE seq = 0"))
-        job = Job(ALERTS_ID, number, False, now, now, None, config, declared=DECLARED_BY)
-        self.save_job(job, DECLARED_BY)
-        sql = """
-            DELETE FROM versions WHERE job_id = :id AND version < :number
-               AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)"""
-        self._run(sql, id=ALERTS_ID, number=number)
-        return number
+    def _select_named(self, rest: str, /, **values: Any) -> list[Execution]:
+        """Return executions as _select() does, from named_executions: each with its job_name.
 
-    def _executions(self, statement: str, /, **values: Any) -> list[Execution]:
-        return [Execution(*row[1:]) for row in self._run(statement, **values)]
+        Those whose job is deleted are not among them.
+        """
+        sql = f"SELECT {EXECUTION_COLUMNS}, job_name FROM {rest}"  # noqa: S608
+        return [Execution.from_row(row) for row in self._database.run(sql, **values)]
 
-    def add_execution(self, execution: Execution) -> bool:
-        """Add an execution; False: there is one with this id, and nothing was done."""
-        row = execution[:-1]
-        values = ", ".join("?" * len(row))
-        sql = f"INSERT INTO executions VALUES (NULL, {values}) ON CONFLICT DO NOTHING"  # noqa: S608
-        added = bool(self._run(f"{sql} RETURNING seq", *row))
-        if added and execution.completed_at is not None:
-            self._count_end(execution)
-        return added
+    # --- For people ---
 
-    def execution_of(self, job_id: str | None, execution_id: str) -> Execution:
-        """Return an execution of this job (None: of any). Raises ApiError NOT_FOUND."""
-        sql = "SELECT * FROM named_executions WHERE id = :id AND job_id = ifnull(:job_id, job_id)"
-        for execution in self._executions(sql, id=execution_id, job_id=job_id):
-            return execution
-        raise ApiError("NOT_FOUND", f"there is no such execution: {execution_id}")
+    def get(self, job_id: str | None, execution_id: str) -> Execution:
+        """Return an execution of this job (None: of any). Raises NotFound."""
+        found = self._select_named(
+            "named_executions WHERE id = :id AND job_id = coalesce(:job_id, job_id)",
+            id=execution_id,
+            job_id=job_id,
+        )
+        if not found:
+            raise NotFound(f"there is no such execution: {execution_id}")
+        return found[0]
 
-    def executions(
+    def newest(
         self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
     ) -> list[Execution]:
-        """Return the newest executions, of a job or of all, older than the one ``before``."""
-        of_job = "job_id = :job_id" if job_id else "TRUE"
-        having = f"{'+' if job_id else ''}status = '{status}'" if status else "TRUE"
-        if status == "verdict":  # it has ended in a way that says whether its job is well
-            others = "('cancelled', 'replaced', 'overlap')"
-            having = f"completed_at > 0 AND ifnull(reason, '') NOT IN {others}"
+        """Return the newest executions of a job (None: of all), the newest first.
+
+        ``before``: only those older than this execution. ``status``: only those in it.
+        """
+        conditions = ["seq < coalesce((SELECT seq FROM executions WHERE id = :before), :end)"]
+        if job_id is not None:
+            conditions.append("job_id = :job_id")
+        if status is not None and job_id is not None:
+            # The || keeps the index of all executions in this status from being walked.
+            conditions.append("status || '' = :status")
+        elif status is not None:
+            # A literal, else SQLite does not see that it may use the index of this status.
+            conditions.append(f"status = '{Status(status)}'")
+        return self._select_named(
+            f"named_executions WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT :most",
+            before=before,
+            end=NO_LIMIT,
+            job_id=job_id,
+            status=status,
+            most=most,
+        )
+
+    def last_verdicts(self, job_id: str, most: int) -> list[Execution]:
+        """Return the newest executions whose end says whether the job is well, newest first."""
+        return self._select_named(
+            """
+            named_executions
+             WHERE job_id = :job_id AND completed_at IS NOT NULL
+               AND coalesce(reason, '') NOT IN ('cancelled', 'replaced', 'overlap')
+             ORDER BY seq DESC LIMIT :most
+            """,
+            job_id=job_id,
+            most=most,
+        )
+
+    def last_of(self, job_ids: list[str], has_ended: bool = False) -> dict[str, Execution]:
+        """Return by job id the newest execution of each of these jobs that has one.
+
+        ``has_ended``: the newest that has ended.
+        """
+        condition = "AND completed_at IS NOT NULL" if has_ended else ""
         sql = f"""
-            SELECT * FROM named_executions
-             WHERE {of_job} AND {having}
-               AND seq < coalesce((SELECT seq FROM executions WHERE id = :before), 1 << 62)
-             ORDER BY seq DESC LIMIT :most"""  # noqa: S608
-        return self._executions(sql, job_id=job_id, most=most, before=before)
+            SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
+                SELECT (SELECT seq FROM executions WHERE job_id = jobs.id {condition}
+                         ORDER BY seq DESC LIMIT 1)
+                  FROM jobs WHERE id IN (:list))
+            """  # noqa: S608
+        rows = self._database.run_with_list(sql, job_ids)
+        found = [Execution.from_row(row) for row in rows]
+        return {execution.job_id: execution for execution in found}
 
-    def count_executions(self, job_id: str, status: str | None = None) -> int:
-        """Return how many executions a job has, with this status (None: any)."""
-        sql = "SELECT count(*) FROM executions WHERE job_id = :id"  # of the index alone
-        sql += " AND status = :status" if status else ""
-        return int(self._value(sql, id=job_id, status=status))
+    def count(self, job_id: str, status: str | None = None) -> int:
+        """Return how many executions a job has in this status (None: in any)."""
+        sql = "SELECT count(*) FROM executions WHERE job_id = :id"
+        if status is not None:
+            sql = f"{sql} AND status = :status"
+        return int(self._database.value(sql, id=job_id, status=status))
 
-    def active(self, most: int) -> list[Execution]:
-        """Return what runs, and then what is due soonest."""
-        sql = """
+    def in_progress(self, most: int) -> list[Execution]:
+        """Return what runs, the oldest first, and then what is due soonest."""
+        sql = f"""
             WITH shown (number, at) AS (
-                SELECT * FROM (SELECT seq, 0 FROM executions WHERE status = 'running' LIMIT :most)
+                SELECT * FROM (
+                    SELECT seq, 0 FROM executions
+                     WHERE status = 'running' ORDER BY seq LIMIT :most) AS running
                  UNION ALL
-                SELECT * FROM (SELECT seq, due_at FROM executions
-                                WHERE status = 'pending' AND due_at > 0
-                                ORDER BY due_at, seq LIMIT :most))
-            SELECT named_executions.* FROM shown JOIN named_executions ON seq = number
-             ORDER BY at, number LIMIT :most"""
-        return self._executions(sql, most=most)
+                SELECT * FROM (
+                    SELECT seq, due_at FROM executions
+                     WHERE status = 'pending' AND due_at > 0
+                     ORDER BY due_at, seq LIMIT :most) AS soonest)
+            SELECT {EXECUTION_COLUMNS}, job_name
+              FROM shown JOIN named_executions ON seq = number
+             ORDER BY at, number LIMIT :most
+            """  # noqa: S608
+        return [Execution.from_row(row) for row in self._database.run(sql, most=most)]
 
-    def active_executions(self, job_id: str, nth: int, most: int) -> list[Execution]:
-        """Return pending and running executions of a job, the oldest first, from the nth on."""
-        sql = "SELECT * FROM active WHERE job_id = :id ORDER BY seq LIMIT :most OFFSET :nth - 1"
-        return self._executions(sql, id=job_id, nth=nth, most=most)
+    # --- For the engine: what waits and runs ---
 
-    def due_executions(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
-        """Return executions that may start, the oldest due_at first, but for some targets."""
+    def running(self) -> list[Execution]:
+        """Return all that run, the oldest first."""
+        return self._select_named("named_executions WHERE status = 'running' ORDER BY seq")
+
+    def active_of(self, job_id: str, most: int | None = None) -> list[Execution]:
+        """Return what waits or runs of a job, the oldest first; ``most`` None: all of it."""
+        return self._select(
+            "active WHERE job_id = :id ORDER BY seq LIMIT :most",
+            id=job_id,
+            most=NO_LIMIT if most is None else most,
+        )
+
+    def count_active(self, job_id: str) -> int:
+        """Return how many executions of a job wait or run."""
+        return int(
+            self._database.value("SELECT count(*) FROM active WHERE job_id = :id", id=job_id)
+        )
+
+    def due(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
+        """Return executions that may start, the oldest due_at first.
+
+        ``passed_over``: targets that are to get nothing.
+        """
         if not passed_over:
-            sql = "SELECT * FROM pending WHERE due_at <= :now ORDER BY due_at, seq LIMIT :most"
-            return self._executions(sql, now=now, most=most)
-        # from target to target: 50,000 rows of a dead host cost nothing
-        sql = """
-            WITH RECURSIVE targets (target) AS (
+            return self._select(
+                "pending WHERE due_at <= :now ORDER BY due_at, seq LIMIT :most", now=now, most=most
+            )
+        # It goes from target to target, so 50,000 rows that wait for a dead host cost nothing.
+        # PostgreSQL needs another form of it: LATERAL instead of IN.
+        sql = f"""
+            WITH RECURSIVE targets (name) AS (
                 SELECT min(target) FROM pending
                  UNION ALL
-                SELECT (SELECT min(target) FROM pending WHERE target > targets.target)
-                  FROM targets WHERE targets.target IS NOT NULL
+                SELECT (SELECT min(target) FROM pending WHERE target > targets.name)
+                  FROM targets WHERE targets.name IS NOT NULL
             )
-            SELECT executions.* FROM targets JOIN executions ON executions.seq IN (
+            SELECT {EXECUTION_COLUMNS} FROM targets JOIN executions ON executions.seq IN (
                 SELECT seq FROM pending AS due
-                 WHERE due.target = targets.target AND due_at <= :now
+                 WHERE due.target = targets.name AND due_at <= :now
                  ORDER BY due_at, seq LIMIT :most)
-             WHERE targets.target NOT IN (SELECT value FROM json_each(:passed_over))
-             ORDER BY due_at, executions.seq LIMIT :most"""
-        return self._executions(sql, now=now, most=most, passed_over=json.dumps(list(passed_over)))
+             WHERE NOT targets.name IN (:list)
+             ORDER BY due_at, seq LIMIT :most
+            """  # noqa: S608
+        rows = self._database.run_with_list(sql, passed_over, now=now, most=most)
+        return [Execution.from_row(row) for row in rows]
 
-    def save_execution(self, execution: Execution, only_running: bool = False) -> bool:
-        """Write an execution, ``only_running``: where it still runs in this attempt; say if so."""
+    def add(self, execution: Execution) -> bool:
+        """Add an execution; False: there is one with this id, and nothing was done."""
+        sql = f"""
+            INSERT INTO executions ({EXECUTION_COLUMNS}) VALUES ({EXECUTION_VALUES})
+                ON CONFLICT (id) DO NOTHING
+            """  # noqa: S608
+        return self._database.change(sql, **execution._asdict()) > 0
+
+    def save(self, execution: Execution) -> None:
+        """Write how an execution stands."""
         sql = """
             UPDATE executions
                SET status = :status, due_at = :due_at, spent = :spent,
                    completed_at = :completed_at, reason = :reason, error = :error,
                    status_code = :status_code, attempt_log = :attempt_log, response = :response
              WHERE id = :id
-               AND (NOT :only_running OR (status = 'running' AND attempts = :attempts))
-            RETURNING seq"""
-        saved = bool(self._run(sql, **execution._asdict(), only_running=only_running))
-        if saved and execution.completed_at is not None:
-            self._count_end(execution)
-        return saved
+            """
+        self._database.run(sql, **execution._asdict())
 
-    def delete_execution(self, execution_id: str) -> None:
-        """Remove one execution."""
-        self._run("DELETE FROM executions WHERE id = :id", id=execution_id)
-
-    def start_executions(self, ids: list[str], now: int, node_id: str) -> None:
-        """Let executions run: each in its next attempt."""
+    def save_if_running(self, execution: Execution) -> bool:
+        """Write how an execution stands, if it still runs in this attempt; say whether it does."""
         sql = """
             UPDATE executions
-               SET status = 'running', attempts = attempts + 1, attempt_at = :now,
-                   started_at = coalesce(started_at, :now), node_id = :node_id
-             WHERE id IN (SELECT value FROM json_each(:ids))"""
-        self._run(sql, ids=json.dumps(ids), now=now, node_id=node_id)
+               SET status = :status, due_at = :due_at, spent = :spent,
+                   completed_at = :completed_at, reason = :reason, error = :error,
+                   status_code = :status_code, attempt_log = :attempt_log, response = :response
+             WHERE id = :id AND status = 'running' AND attempts = :attempts
+            """
+        return self._database.change(sql, **execution._asdict()) > 0
 
-    def release_oldest(self, job_ids: set[str], now: int) -> None:
-        """Make the oldest active execution of each job due, if it waited for older ones."""
+    def start(self, ids: list[str], now: int, node_id: str) -> None:
+        """Let pending executions run: each in its next attempt."""
+        sql = """
+            UPDATE executions
+               SET status = 'running', due_at = NULL, attempts = attempts + 1, attempt_at = :now,
+                   started_at = coalesce(started_at, :now), node_id = :node_id
+             WHERE id IN (:list)
+            """
+        self._database.run_with_list(sql, ids, now=now, node_id=node_id)
+
+    def release_oldest(self, job_ids: Iterable[str], now: int) -> None:
+        """Make the oldest of what waits or runs of each job due, if it waited for older ones."""
         sql = """
             UPDATE executions SET due_at = :now
              WHERE due_at IS NULL AND status = 'pending' AND seq IN (
-                SELECT (SELECT min(seq) FROM active WHERE job_id = job.value)
-                  FROM json_each(:job_ids) AS job)"""
-        self._run(sql, job_ids=json.dumps(list(job_ids)), now=now)
+                SELECT (SELECT min(seq) FROM active WHERE job_id = jobs.id)
+                  FROM jobs WHERE id IN (:list))
+            """
+        self._database.run_with_list(sql, job_ids, now=now)
 
-    def prune(self, job_id: str, before: int, keep: int) -> int:
-        """Remove some executions that are not to be kept; return how many.
+    def delete(self, execution_id: str) -> None:
+        """Remove one execution."""
+        self._database.run("DELETE FROM executions WHERE id = :id", id=execution_id)
 
-        All of a job that is gone. Else, of those that have ended: what ended ``before``, but for
-        the newest 10, and what is not among the newest ``keep``, but for the newest 100 failed.
+
+class History:
+    """How executions have ended, in numbers; and the removal of those that are not to be kept."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def count_ends(self, executions: Iterable[Execution]) -> None:
+        """Note in their jobs, and in the counts of the hours, how executions have ended.
+
+        They come in the order in which they ended. Those that have not ended and the alerts
+        are left out.
+        """
+        endings: list[Json] = []
+        numbers = Counter[tuple[int, str]]()  # By hour and letter.
+        for execution in executions:
+            if execution.completed_at is None or execution.job_id == ALERTS_ID:
+                continue
+            letter = execution.result_letter
+            at = execution.completed_at
+            endings.append({"job_id": execution.job_id, "letter": letter, "at": at})
+            numbers[at // HOUR, letter] += execution.missed_count or 1
+        if endings:
+            self._note_in_jobs(endings)
+            self._note_in_hours(numbers)
+
+    def _note_in_jobs(self, endings: list[Json]) -> None:
+        sql = """
+            UPDATE jobs
+               SET strip = CASE WHEN length(strip) < 30 THEN strip
+                                ELSE substr(strip, 2) END || :letter,
+                   failures = CASE WHEN :letter = 'S' THEN 0
+                                   WHEN :letter IN ('F', 'M') THEN failures + 1
+                                   ELSE failures END,
+                   failing_since = CASE WHEN :letter = 'S' THEN NULL
+                                        WHEN :letter IN ('F', 'M') THEN coalesce(failing_since, :at)
+                                        ELSE failing_since END
+             WHERE id = :job_id
+            """
+        self._database.run_many(sql, endings)
+
+    def _note_in_hours(self, numbers: Counter[tuple[int, str]]) -> None:
+        sql = """
+            INSERT INTO ends (hour, letter, number) VALUES (:hour, :letter, :number)
+                ON CONFLICT (hour, letter) DO UPDATE SET number = ends.number + excluded.number
+            """
+        rows = [
+            {"hour": hour, "letter": letter, "number": number}
+            for (hour, letter), number in numbers.items()
+        ]
+        self._database.run_many(sql, rows)
+
+    def ends_since(self, at: int) -> dict[str, int]:
+        """Return how many executions have ended since the hour of ``at``, by how they ended.
+
+        The names are those of RESULT_LETTERS, each of them there.
         """
         sql = """
-            WITH mine AS NOT MATERIALIZED (SELECT * FROM executions WHERE job_id = :id),
-            beyond (seq) AS (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET :keep),
-            spared (seq) AS (
-                SELECT seq FROM mine WHERE status = 'failed' AND seq <= (SELECT seq FROM beyond)
-                 ORDER BY seq DESC LIMIT 100),
-            oldest AS (
-                SELECT seq, completed_at, EXISTS (SELECT 1 FROM jobs WHERE id = :id) AS lives
-                  FROM mine WHERE completed_at IS NOT NULL OR NOT lives ORDER BY seq LIMIT :most)
+            SELECT letter, CAST(sum(number) AS BIGINT) AS number FROM ends
+             WHERE hour >= :hour GROUP BY letter
+            """
+        rows = self._database.run(sql, hour=at // HOUR)
+        numbers = {row["letter"]: row["number"] for row in rows}
+        return {name: numbers.get(letter, 0) for name, letter in RESULT_LETTERS.items()}
+
+    def prune(self, job_id: str, before: int, keep: int) -> int:
+        """Remove some executions of a job that are not to be kept; return how many.
+
+        All of them if the job is deleted. Else, of those that have ended: what ended
+        ``before``, but for the newest 10; and what is not among the newest ``keep``, but for
+        the newest 100 of it that failed.
+        """
+        if self._database.value("SELECT seq FROM jobs WHERE id = :id", id=job_id) is None:
+            return self._prune_deleted(job_id)
+        sql = """
             DELETE FROM executions WHERE seq IN (
+                WITH mine AS NOT MATERIALIZED (SELECT * FROM executions WHERE job_id = :id),
+                beyond_kept (seq) AS (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET :keep),
+                beyond_ten (seq) AS (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET 10),
+                spared (seq) AS (
+                    SELECT seq FROM mine
+                     WHERE status = 'failed' AND seq <= (SELECT seq FROM beyond_kept)
+                     ORDER BY seq DESC LIMIT 100),
+                oldest (seq, completed_at) AS (
+                    SELECT seq, completed_at FROM mine
+                     WHERE completed_at IS NOT NULL ORDER BY seq LIMIT :most)
                 SELECT seq FROM oldest
-                 WHERE NOT lives OR (seq <= (SELECT seq FROM beyond) AND seq NOT IN spared)
-                    OR (completed_at < :before
-                        AND seq <= (SELECT seq FROM mine ORDER BY seq DESC LIMIT 1 OFFSET 10)))
-            RETURNING seq"""
-        return len(self._run(sql, id=job_id, before=before, keep=keep, most=PRUNE_ROWS))
+                 WHERE (seq <= (SELECT seq FROM beyond_kept)
+                        AND seq NOT IN (SELECT seq FROM spared))
+                    OR (completed_at < :before AND seq <= (SELECT seq FROM beyond_ten)))
+            """
+        values = {"id": job_id, "before": before, "keep": keep, "most": PRUNE_ROWS}
+        return self._database.change(sql, **values)
+
+    def _prune_deleted(self, job_id: str) -> int:
+        """Remove some executions of a job that is deleted; return how many."""
+        sql = """
+            DELETE FROM executions WHERE seq IN (
+                SELECT seq FROM executions WHERE job_id = :id ORDER BY seq LIMIT :most)
+            """
+        return self._database.change(sql, id=job_id, most=PRUNE_ROWS)
 
     def prune_oldest(self, max_size: int) -> bool:
-        """Remove some of the oldest history if there is more than ``max_size`` bytes of data."""
+        """Remove some of the oldest history if there are more than ``max_size`` bytes of data.
+
+        Return whether there was something to remove.
+        """
+        if self._database.size() <= max_size:
+            return False
+        # The condition on seq says no more than that all are walked, from the oldest on.
         sql = """
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions
-                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT (
-                    SELECT :rows * ((page_count - freelist_count) * page_size > :max_size)
-                      FROM pragma_page_count, pragma_freelist_count, pragma_page_size))
-            RETURNING seq"""
-        return bool(self._run(sql, max_size=max_size, rows=PRUNE_ROWS))
+                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)
+            """
+        return self._database.change(sql, most=PRUNE_ROWS) > 0
 
-    def next_with_history(self, job_id: str) -> Any:
-        """Return the next job id that has executions, also of a deleted one; None: no more."""
-        return self._value("SELECT min(job_id) FROM executions WHERE job_id > :id", id=job_id)
+    def next_with_history(self, job_id: str) -> str | None:
+        """Return the next job id, in their order, that has executions, also of a deleted job.
+
+        None: there are no more.
+        """
+        sql = "SELECT min(job_id) FROM executions WHERE job_id > :id"
+        found: str | None = self._database.value(sql, id=job_id)
+        return found
+
+
+class News:
+    """Which jobs have turned bad or well: what the alerts tell of."""
+
+    def __init__(self, database: Database, jobs: JobTable) -> None:
+        self._database = database
+        self._jobs = jobs
+
+    def note_turned(self, job_ids: Iterable[str], after: int, now: int) -> None:
+        """Note which of these jobs have turned bad, by ``after`` failures in a row, or well."""
+        sql = """
+            UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
+             WHERE id IN (:list)
+               AND CASE WHEN is_bad THEN failures = 0 ELSE failures >= :after END
+            """
+        self._database.run_with_list(sql, job_ids, after=after, now=now)
+
+    def turned(self, before: int) -> list[Json]:
+        """Return all jobs that have turned, if the first of them did so by ``before``.
+
+        Each has id, name, failures and event: failed or recovered.
+        """
+        sql = """
+            SELECT id, name, failures,
+                   CASE WHEN is_bad THEN 'failed' ELSE 'recovered' END AS event
+              FROM jobs
+             WHERE news_at IS NOT NULL
+               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
+             ORDER BY news_at, seq
+            """
+        names = ("id", "name", "failures", "event")
+        rows = self._database.run(sql, before=before)
+        return [{name: row[name] for name in names} for row in rows]
+
+    def save_alert(self, config: Json, now: int) -> int:
+        """Mark all news as told, by a new version of the built-in job; return its number.
+
+        Versions that no alert needs any more are removed.
+        """
+        self._database.run("UPDATE jobs SET news_at = NULL WHERE news_at IS NOT NULL")
+        number = int(self._database.value("SELECT version + 1 FROM jobs WHERE seq = 0"))
+        job = Job(ALERTS_ID, number, False, now, now, None, config, declared=DECLARED_BY)
+        self._jobs.save(job, DECLARED_BY)
+        sql = """
+            DELETE FROM versions WHERE job_id = :id AND version < :number
+               AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)
+            """
+        self._database.run(sql, id=ALERTS_ID, number=number)
+        return number
+
+
+class Store:
+    """The tables of the database, and the statements that are about more than one of them."""
+
+    def __init__(self, path: Path, synchronous: str = "FULL") -> None:
+        """``path`` is absolute; ``synchronous`` is FULL or NORMAL: see Database."""
+        self.database = Database(path, synchronous)
+        self.jobs = JobTable(self.database)
+        self.executions = ExecutionTable(self.database)
+        self.history = History(self.database)
+        self.news = News(self.database, self.jobs)
+
+    def number(self, key: str) -> int | None:
+        """Return a number that was kept, such as last_seen; None: there is none."""
+        sql = "SELECT value FROM meta WHERE key = :key"
+        found: int | None = self.database.value(sql, key=key)
+        return found
+
+    def set_number(self, key: str, value: int) -> None:
+        """Keep a number, also for the next start."""
+        sql = """
+            INSERT INTO meta (key, value) VALUES (:key, :value)
+                ON CONFLICT (key) DO UPDATE SET value = excluded.value
+            """
+        self.database.run(sql, key=key, value=value)
+
+    def next_instants(self, now: int) -> NextInstants:
+        """Return when there is something to do next."""
+        sql = """
+            SELECT (SELECT min(next_run_at) FROM jobs WHERE next_run_at IS NOT NULL) AS next_run_at,
+                   (SELECT min(due_at) FROM pending WHERE due_at > :now) AS due_at,
+                   (SELECT min(news_at) FROM jobs WHERE news_at > :told_by) AS news_at
+            """
+        [row] = self.database.run(sql, now=now, told_by=now - ALERT_GATHER)
+        news_at = row["news_at"]
+        if news_at is not None:
+            news_at += ALERT_GATHER
+        return NextInstants(row["next_run_at"], row["due_at"], news_at)
 
     def shift_times(self, step: int, reset: bool) -> None:
-        """Move every due_at with the wall clock; ``reset``: each cursor is to be computed anew."""
+        """Move what is to happen with the wall clock, which was moved by ``step`` µs.
+
+        ``reset``: each cursor is to be computed anew.
+        """
         sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
-        self._run(sql, step=step)
-        self._run("UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL", step=step)
-        if reset:  # 0 can't be true
-            self._run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
+        self.database.run(sql, step=step)
+        sql = "UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL"
+        self.database.run(sql, step=step)
+        if reset:
+            # A cursor in 1970 is before RELEASED_AT, which tells that it is none.
+            self.database.run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs there are, and of them what; how many executions wait and run."""
+        sql = """
+            SELECT count(*) AS jobs_total,
+                   count(*) FILTER (WHERE enabled) AS enabled,
+                   count(*) FILTER (WHERE enabled AND failures > 0) AS failing,
+                   (SELECT count(*) FROM pending) AS pending,
+                   (SELECT count(*) FROM executions WHERE status = 'running') AS running
+              FROM jobs WHERE seq > 0
+            """
+        [row] = self.database.run(sql)
+        names = ("jobs_total", "enabled", "failing", "pending", "running")
+        return {name: row[name] for name in names}
 
 
-# ==== 10. Dispatch: one HTTP request, its hard limit, and the check of the address it goes to ====
+# ======================================================================================
+# 12. Logs and metrics: what the service tells about itself while it runs
+# ======================================================================================
 #
-# Sockets and the reading of answers are our own, because no timeout of requests is a limit: a
-# server that drips bytes renews them all. What ends a blocked call from another thread is
-# shutdown() on a duplicate of the socket's descriptor, made before connect(): close() leaves the
-# call blocked, and TLS detaches the socket it wraps.
+# A log event is one line, whatever names and answers of strangers are in it, and it knows
+# the ids of what it is about. A metric is declared once, in METRICS, and all its series are
+# there from the first scrape. Nothing in this section reads the database or decides anything.
 
-Key = tuple[str, bool]  # of connections that can stand in for each other: target, verify_tls
-Answer = tuple[int, str, dict[str, str], bytes]  # status, phrase, headers in lower case, body
-_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
-_CHARSET = re.compile(  # other codecs of Python take quadratic time, or let surrogates through
-    r'(?i)charset="?(utf-16(?:[lb]e)?|iso-8859-(?:1[0-13-6]|[1-9])|windows-125[0-8]|latin-?1|'
-    r"koi8-r|shift_jis|euc-(?:jp|kr)|gb(?:k|2312|18030)|big5)\b"
+# --- Logs ---
+
+
+def about(job_id: str, execution_id: str | None = None) -> dict[str, str]:
+    """Return the ``extra`` of a log call about a job or one of its executions.
+
+    JSON logs show the ids as fields, so that programs need not search the sentence. None: the
+    event is about the job as a whole.
+    """
+    ids = {"job_id": job_id}
+    if execution_id is not None:
+        ids["execution_id"] = execution_id
+    return ids
+
+
+# What could forge a line of the log or turn its text around: C0 and C1 controls, direction marks,
+# line and paragraph separators, and surrogates, which UTF-8 does not have.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_JOURNAL_PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4}  # sd-daemon(3)
+_JOURNAL_ERROR = 3  # The priority of every level above those.
+
+
+class LogFormatter(logging.Formatter):
+    """Writes one line an event: control characters of names and errors can't forge a line."""
+
+    def __init__(self, kind: str) -> None:
+        """``kind``: text, json, or journal, which has times of its own and reads <priority>."""
+        super().__init__()
+        self._kind = kind
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; as text only a traceback of our own has more than one."""
+        traceback = ""
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info)
+        if self._kind == "json":
+            return self._to_json(record, traceback)
+        line = _CONTROLS.sub(_escaped, record.getMessage())
+        if self._kind == "text":
+            line = f"{self.formatTime(record)} {record.levelname} {line}"
+        if traceback:
+            line = f"{line}\n{traceback}"
+        if self._kind == "journal":
+            line = _with_priority(line, record.levelname)
+        return line
+
+    def _to_json(self, record: logging.LogRecord, traceback: str) -> str:
+        event = {
+            "time": format_time(int(record.created * SECOND)),
+            "message": record.getMessage(),
+            "level": record.levelname.lower(),
+        }
+        if traceback:
+            event["traceback"] = traceback
+        for name in ("job_id", "execution_id"):
+            # Only records made with about() have these attributes.
+            value = getattr(record, name, None)
+            if value is not None:
+                event[name] = value
+        return json.dumps(event)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    r"""Return a character as Python's source would write it, such as \n or \u2028."""
+    return match[0].encode("unicode_escape").decode()
+
+
+def _with_priority(text: str, level: str) -> str:
+    """Put the priority before every line, because the journal makes an event of each."""
+    priority = _JOURNAL_PRIORITIES.get(level, _JOURNAL_ERROR)
+    lines = [f"<{priority}>{line}" for line in text.split("\n")]
+    return "\n".join(lines)
+
+
+def start_logging(kind: str) -> None:
+    """Log to stderr, warnings only until a level is set.
+
+    ``kind`` is logging.format: text or json. Text becomes the journal's form where stderr is
+    the journal, which says so in JOURNAL_STREAM (systemd.exec(5)).
+    """
+    if kind == "text" and _stderr_is_the_journal():
+        kind = "journal"
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(kind))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # waitress would write a line for each request that waits for a thread.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    # A stderr that somebody has closed must not end the service.
+    logging.raiseExceptions = False
+
+
+def _stderr_is_the_journal() -> bool:
+    try:
+        stderr = os.fstat(2)
+    except OSError:
+        return False  # It is closed.
+    return os.getenv("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+# --- Metrics ---
+
+# Upper bounds of the buckets of every histogram, in seconds. One without bound comes after them.
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+# What an attempt can end with. "shutdown" is not among them: such an attempt is counted by the
+# next start, which finds it interrupted.
+ATTEMPT_RESULTS = (
+    Status.SUCCESS,
+    Reason.HTTP_STATUS,
+    Reason.NO_ANSWER,
+    Reason.TIMEOUT,
+    Reason.BLOCKED,
+    Reason.INTERRUPTED,
+    Reason.CANCELLED,
+    Reason.REPLACED,
+    Reason.DELETED,
 )
-_network = functools.lru_cache(ipaddress.ip_network)
+
+
+class Metric(NamedTuple):
+    """A family of series in the words of Prometheus; its name is its key in METRICS."""
+
+    kind: str  # counter, gauge or histogram
+    meaning: str  # A sentence for people: the HELP line.
+    label: str | None = None  # What tells its series apart; None: it has only one.
+    values: tuple[str, ...] = ()  # Of the label: these series are there from the start.
+
+
+METRICS: dict[str, Metric] = {
+    # Counted by the engine, since the process began.
+    "chronos_attempts_total": Metric(
+        "counter",
+        "Requests that were made, by how they ended.",
+        "result",
+        ATTEMPT_RESULTS,
+    ),
+    "chronos_lateness_seconds": Metric(
+        "histogram",
+        "Time from a fire time to the first request of its execution.",
+    ),
+    "chronos_execution_duration_seconds": Metric(
+        "histogram",
+        "Time that executions took, with all attempts and the waits between them.",
+    ),
+    "chronos_engine_passes_total": Metric(
+        "counter",
+        "Turns of the engine.",
+    ),
+    "chronos_store_errors_total": Metric(
+        "counter",
+        "Turns of the engine that the database refused.",
+    ),
+    # Looked up when Prometheus asks.
+    "chronos_jobs": Metric(
+        "gauge",
+        "Jobs, by whether their schedule fires.",
+        "state",
+        ("enabled", "disabled"),
+    ),
+    "chronos_failing_jobs": Metric(
+        "gauge",
+        "Enabled jobs whose newest executions failed or were missed.",
+    ),
+    "chronos_executions": Metric(
+        "gauge",
+        "Executions that have not ended, by their status.",
+        "status",
+        (Status.PENDING, Status.RUNNING),
+    ),
+    "chronos_executions_ended_total": Metric(
+        "counter",
+        "Executions that have ended since the database began, by how they ended.",
+        "result",
+        tuple(RESULT_LETTERS),
+    ),
+    "chronos_last_pass_age_seconds": Metric(
+        "gauge",
+        "Time since the engine or the watchdog last went round; beyond 30 it hangs.",
+    ),
+    "chronos_is_leader": Metric(
+        "gauge",
+        "1 where this process turns fire times into executions.",
+    ),
+    "chronos_build_info": Metric(
+        "gauge",
+        "Always 1; the label has the version of Chronos.",
+        "version",
+        (__version__,),
+    ),
+    "process_start_time_seconds": Metric(
+        "gauge",
+        "When the process began, in seconds since the epoch.",
+    ),
+    "process_resident_memory_bytes": Metric(
+        "gauge",
+        "Memory that the process has in RAM.",
+    ),
+    "process_open_fds": Metric(
+        "gauge",
+        "File descriptors that the process has open.",
+    ),
+}
+
+
+class Histogram:
+    """Counts durations by their length.
+
+    attribute   written by   guarded by
+    _counts     the engine   nothing (each is of one bucket alone, so whatever moment a reader
+                             meets, the sums that samples() makes of them fit each other)
+    _sum        the engine   nothing (a reader may meet it one duration behind the counts)
+    """
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)  # The last is of what is above all bounds.
+        self._sum = 0.0  # seconds
+
+    def add(self, seconds: float) -> None:
+        """Count one duration. A bound belongs to the bucket below it."""
+        bucket = bisect_left(BUCKETS, seconds)
+        self._counts[bucket] += 1
+        self._sum += seconds
+
+    def samples(self, name: str) -> list[str]:
+        """Return the lines of the text format: each bucket has all shorter durations too."""
+        bounds = [f"{bound:g}" for bound in BUCKETS]
+        bounds.append("+Inf")
+        lines = []
+        total = 0
+        for bound, count in zip(bounds, list(self._counts), strict=True):
+            total += count
+            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
+        lines.append(f"{name}_sum {self._sum}")
+        lines.append(f"{name}_count {total}")
+        return lines
+
+
+class Metrics:
+    """The numbers that Prometheus scrapes, each zero at the start.
+
+    attribute     written by   guarded by
+    _numbers      the engine   nothing (one number changes at a time, and readers copy)
+    _histograms   the engine   nothing (see Histogram)
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, dict[str, float]] = {}  # name -> value of the label -> number
+        self._histograms: dict[str, Histogram] = {}
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":
+                self._histograms[name] = Histogram()
+            elif metric.label is None:
+                self._numbers[name] = {"": 0}
+            else:
+                self._numbers[name] = dict.fromkeys(metric.values, 0)
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter: ``count("chronos_attempts_total", result="success")``.
+
+        A value of the label that METRICS does not name begins a series of its own.
+        Raises KeyError for another name of the family or label: a bug in the caller.
+        """
+        label = METRICS[name].label
+        value = ""
+        if label is not None:
+            value = labels[label]
+        numbers = self._numbers[name]
+        numbers[value] = numbers.get(value, 0) + amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add a duration to a histogram."""
+        self._histograms[name].add(seconds)
+
+    def text(self, gauges: Mapping[str, float | Mapping[str, float]]) -> str:
+        """Return everything in Prometheus' text format, version 0.0.4.
+
+        ``gauges`` has what the caller looked up for this scrape: by name of the family the
+        number, or where the family has a label its numbers by the values of the label. What it
+        does not name is 0.
+        """
+        lines = []
+        for name, metric in METRICS.items():
+            lines.append(f"# HELP {name} {metric.meaning}")
+            lines.append(f"# TYPE {name} {metric.kind}")
+            if metric.kind == "histogram":
+                lines += self._histograms[name].samples(name)
+            else:
+                lines += self._samples(name, gauges.get(name, {}))
+        return "\n".join(lines) + "\n"
+
+    def _samples(self, name: str, looked_up: float | Mapping[str, float]) -> list[str]:
+        numbers = dict(self._numbers[name])
+        if isinstance(looked_up, Mapping):
+            numbers.update(looked_up)
+        else:
+            numbers[""] = looked_up
+        label = METRICS[name].label
+        if label is None:
+            return [f"{name} {number}" for number in numbers.values()]
+        return [f'{name}{{{label}="{value}"}} {number}' for value, number in numbers.items()]
+
+
+# ======================================================================================
+# 13. Requests: what goes over the wire for a webhook, made ready once per job version
+# ======================================================================================
+#
+# A request is prepared by requests, because its spelling of URLs and headers is what people
+# know. That costs more than anything else of an attempt, so it is done once per version of a
+# job, and an attempt only adds its own headers. Here is no socket and no database.
+
+SHORTEST_MASKED = 6  # Characters: a shorter secret would mask parts of words, and hide nothing.
+SHORTEST_BEGINNING = 3  # Characters of a secret that are taken for its beginning where text is cut.
+
+
+class ConnectionKey(NamedTuple):
+    """What two requests have in common that can go over the same connection."""
+
+    target: str  # As target_of() returns it: scheme://host:port
+    verify_tls: bool
+
+
+class Webhook:
+    """A valid ``webhook`` of a job version, made ready to be sent.
+
+    Any thread may use it. Nothing in it changes; what costs time is made by the first worker
+    that needs it, and kept.
+    """
+
+    def __init__(self, config: Json) -> None:
+        self.target = target_of(config["url"])
+        self.method: str = config["method"]
+        self.success_codes: list[int] | range = config["success_codes"] or range(200, 300)
+        self._config = config
+
+    # --- Secrets ---
+
+    @functools.cached_property
+    def secrets(self) -> list[str]:
+        """What is masked in the text that is kept of an answer, the longest first."""
+        headers: dict[str, str] = self._config["headers"]
+        auth: Json = self._config["auth"] or {}
+        found = [value for name, value in headers.items() if is_secret_header(name)]
+        found += [auth[name] for name in SECRET_AUTH_FIELDS if name in auth]
+        authorization = str(self.request.headers.get("Authorization", ""))
+        found.append(authorization.rpartition(" ")[2])  # Less the scheme, such as Bearer.
+        # A target that echoes a secret in JSON writes it with the escapes of JSON.
+        found += [json.dumps(secret)[1:-1] for secret in found]
+        long_enough = {secret for secret in found if len(secret) >= SHORTEST_MASKED}
+        return sorted(long_enough, key=len, reverse=True)
+
+    def masked(self, text: str, cut: bool = False) -> str:
+        """Return a text without the secrets.
+
+        ``cut``: the text was cut off, so that its end may be the beginning of a secret; that
+        goes as well.
+        """
+        for secret in self.secrets:
+            text = text.replace(secret, MASK)
+            if cut:
+                text = without_beginning(secret, text)
+        return text
+
+    # --- The request ---
+
+    @functools.cached_property
+    def request(self) -> requests.PreparedRequest:
+        """The prepared request, without the headers of an attempt."""
+        body: str = self._config["body"] or ""
+        # Step by step, because prepare() as a whole looks for cookies and takes three times
+        # as long.
+        prepared = requests.PreparedRequest()
+        prepared.prepare_method(self.method)
+        prepared.prepare_url(self._config["url"], None)
+        prepared.prepare_headers(self._headers(body))
+        prepared.prepare_body(body.encode(), None)
+        prepared.headers.setdefault("Host", urlsplit(prepared.url).netloc)
+        return prepared
+
+    def _headers(self, body: str) -> Mapping[str, str]:
+        """Return our headers, then the job's own, then that of ``auth``; the later one wins."""
+        headers = requests.structures.CaseInsensitiveDict[str]()
+        headers["Accept"] = "*/*"
+        headers["User-Agent"] = f"chronos/{__version__}"
+        # A packed answer could be a bomb, so none is asked for.
+        headers["Accept-Encoding"] = "identity"
+        if body:
+            headers["Content-Type"] = content_type_of(body)
+        headers.update(self._config["headers"])
+        auth = self._config["auth"]
+        if auth:
+            name, value = auth_header(auth)
+            headers[name] = value
+        return headers
+
+    @functools.cached_property
+    def connection_key(self) -> ConnectionKey:
+        """Which connections can carry the request."""
+        target = target_of(str(self.request.url))
+        return ConnectionKey(target, self._config["verify_tls"])
+
+    @functools.cached_property
+    def head(self) -> str:
+        """The request line and the headers, as far as all attempts have the same ones."""
+        lines = [f"{self.method} {self.request.path_url} HTTP/1.1\r\n"]
+        for name, value in self.request.headers.items():
+            lines.append(f"{name}: {value!s}\r\n")
+        return "".join(lines)
+
+    @functools.cached_property
+    def _body(self) -> bytes:
+        return self.request.body or b""  # type: ignore[return-value]
+
+    @functools.cached_property
+    def _has_own_key(self) -> bool:
+        return "Idempotency-Key" in self.request.headers
+
+    def to_bytes(self, execution: Execution) -> bytes:
+        """Return the request of the attempt that ``execution`` is in."""
+        head = (
+            f"{self.head}X-Chronos-Job-ID: {execution.job_id}\r\n"
+            f"X-Chronos-Execution-ID: {execution.id}\r\n"
+            f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}\r\n"
+            f"X-Chronos-Attempt: {execution.attempts}\r\n"
+        )
+        if not self._has_own_key:
+            head += f"Idempotency-Key: {execution.id}\r\n"
+        return f"{head}\r\n".encode("latin-1") + self._body
+
+
+def without_beginning(secret: str, text: str) -> str:
+    """Return ``text`` without the beginning of ``secret`` that it may end with."""
+    for length in range(len(secret) - 1, SHORTEST_BEGINNING - 1, -1):
+        if text.endswith(secret[:length]):
+            return text[:-length]
+    return text
+
+
+def content_type_of(body: str) -> str:
+    """Return the Content-Type of a body whose job names none: JSON if it parses, else text."""
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return "text/plain; charset=utf-8"
+    return "application/json"
+
+
+def auth_header(auth: Json) -> tuple[str, str]:
+    """Return name and value of the header that a valid ``webhook.auth`` stands for.
+
+    Basic is that of RFC 7617 in UTF-8, bearer that of RFC 6750.
+    """
+    if auth["type"] == "basic":
+        pair = f"{auth['username']}:{auth['password']}"
+        return "Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}"
+    if auth["type"] == "bearer":
+        return "Authorization", f"Bearer {auth['token']}"
+    return auth["header"], auth["api_key"]
+
+
+# ======================================================================================
+# 14. The wire: one HTTP request, its hard limit, and the check of the address it goes to
+# ======================================================================================
+#
+# Dispatcher.send() makes one attempt and never raises; retries are decided elsewhere, and no
+# SQL is here. Sockets and the reading of answers are our own, because no timeout of requests is
+# a limit: a server that drips bytes renews them all. What ends a blocked call from another thread
+# is shutdown() on a duplicate of the socket's descriptor, made before connect(): close() leaves
+# the call blocked, and TLS detaches the socket it wraps.
+
+RECEIVE_BYTES = 65_536  # That one call of recv() may return.
+PHRASE_LIMIT = 200  # Characters that are kept of a sentence with a target's own words in it.
+SHORTEST_TIMEOUT_S = 0.001  # A socket takes 0 for "do not block", and we mean "at once".
 
 
 class BlockedTarget(requests.RequestException):
     """The address that would be dialled is closed by the settings."""
 
 
-class Webhook:
-    """A valid ``webhook`` made ready once per job version; an attempt only adds its own headers."""
-
-    def __init__(self, config: Json) -> None:
-        self.target = target_of(config["url"])
-        self.success_codes = config["success_codes"] or range(200, 300)
-        self.method: str = config["method"]
-        self._config = config
-
-    @functools.cached_property
-    def secrets(self) -> list[str]:
-        """What is masked in the text that is kept of an answer."""
-        headers, auth = self._config["headers"], self._config["auth"] or {}
-        found = [value for name, value in headers.items() if is_secret_header(name)]
-        found += [auth.get(name, "") for name in ("password", "token", "api_key")]
-        found.append(str(self.request.headers.get("Authorization", "")).rpartition(" ")[2])
-        found += [json.dumps(secret)[1:-1] for secret in found]  # as an echo in JSON has it
-        return sorted({secret for secret in found if len(secret) >= 6}, key=len, reverse=True)
-
-    def masked(self, text: str, cut: bool = False) -> str:
-        """Return a text without the secrets; ``cut``: nor with the beginning of one at its end."""
-        for secret in self.secrets:
-            text = text.replace(secret, MASK)
-            begun = (n for n in range(len(secret) - 1, 2, -1) if text.endswith(secret[:n]))
-            text = text[: len(text) - next(begun, 0)] if cut else text
-        return text
-
-    @functools.cached_property
-    def request(self) -> requests.PreparedRequest:
-        """The prepared request: its first worker makes it, because that costs most."""
-        config, auth = self._config, self._config["auth"] or {"type": None}
-        body = config["body"] or ""
-        own = {"User-Agent": f"chronos/{__version__}", "Accept-Encoding": "identity"}
-        headers = requests.structures.CaseInsensitiveDict({"Accept": "*/*"} | own)
-        if body:
-            headers["Content-Type"] = "text/plain; charset=utf-8"
-            with contextlib.suppress(ValueError, RecursionError):
-                json.loads(body)
-                headers["Content-Type"] = "application/json"
-        headers.update(config["headers"])
-        if auth["type"] == "basic":
-            pair = f"{auth['username']}:{auth['password']}".encode()
-            headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
-        elif auth["type"] == "bearer":
-            headers["Authorization"] = f"Bearer {auth['token']}"
-        elif auth["type"] == "api_key":
-            headers[auth["header"]] = auth["api_key"]
-        prepared = requests.PreparedRequest()  # step by step: without cookies it takes a third
-        prepared.prepare_method(self.method)
-        prepared.prepare_url(config["url"], None)
-        prepared.prepare_headers(headers)
-        prepared.prepare_body(body.encode(), None)
-        prepared.headers.setdefault("Host", urlsplit(prepared.url).netloc)
-        return prepared
-
-    @functools.cached_property
-    def wired(self) -> tuple[Key, str]:
-        """Which connections can carry it; and the head, as far as all attempts have it."""
-        lines = [f"{name}: {value!s}\r\n" for name, value in self.request.headers.items()]
-        head = f"{self.method} {self.request.path_url} HTTP/1.1\r\n{''.join(lines)}"
-        return (target_of(str(self.request.url)), self._config["verify_tls"]), head
-
-    def to_bytes(self, execution: Execution) -> bytes:
-        """Return the request of the attempt that ``execution`` is in."""
-        head = (
-            f"{self.wired[1]}X-Chronos-Job-ID: {execution.job_id}\r\n"
-            f"X-Chronos-Execution-ID: {execution.id}\r\n"
-            f"X-Chronos-Scheduled-Time: {format_time(execution.scheduled_at)}\r\n"
-            f"X-Chronos-Attempt: {execution.attempts}\r\n"
-        )
-        if "Idempotency-Key" not in self.request.headers:
-            head += f"Idempotency-Key: {execution.id}\r\n"
-        return f"{head}\r\n".encode("latin-1") + (self.request.body or b"")  # type: ignore[operator]
+class AttemptAborted(requests.RequestException):
+    """The attempt was aborted; why is in its ``reason``."""
 
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """One HTTP request of an execution, and the means to end it from another thread."""
+    """One HTTP request of an execution, and the means to end it from another thread.
+
+    attribute   written by                       guarded by
+    limit       its worker, before it begins     nothing (the watchdog reads it later)
+    reason      who aborts it first              _lock; it is set once, so reading needs none
+    _cut        its worker                       _lock
+    """
 
     execution: Execution
     webhook: Webhook
-    allowed: int  # µs
-    allowed_reason: str  # timeout: the execution's time ends with it; else attempt_timeout
-    limit: int = 0  # monotonic instant when the watchdog aborts it
-    reason: str | None = None  # of the first abort; guarded by _lock, as is _cut
-    _cut: Callable[[], None] | None = None  # ends whatever the worker is blocked in
+    allowed: int  # Time for this attempt, in µs.
+    cut_reason: CutReason  # What it is aborted for at its limit: TIMEOUT or ATTEMPT_TIMEOUT.
+    limit: int = 0  # Instant of the monotonic clock when the watchdog aborts it.
+    reason: CutReason | None = None  # None: nobody has aborted it.
+    _cut: Callable[[], None] | None = None  # Ends what the worker blocks in; None: nothing.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def blocking(self, cut: Callable[[], None]) -> Iterator[None]:
-        """While the worker blocks, ``cut`` ends it; raises if it was aborted, also where late."""
+        """While the worker blocks in this context, an abort calls ``cut``, which must end that.
+
+        ``cut`` is called by other threads, under the lock: it must not block itself.
+        Raises AttemptAborted if the attempt was aborted before, or meanwhile without an error.
+        """
         with self._lock:
             if self.reason:
-                raise requests.RequestException
+                raise AttemptAborted
             self._cut = cut
         try:
             yield
         finally:
             with self._lock:
                 self._cut = None
-        if self.reason:  # what has come may look whole and is not
-            raise requests.RequestException
+        if self.reason:
+            # What was received until the cut may look like a whole answer, and is none.
+            raise AttemptAborted
 
-    def abort(self, reason: str) -> None:
-        """End the attempt now; the first reason wins. Any thread."""
+    def abort(self, reason: CutReason) -> None:
+        """End the attempt now; of several reasons the first one counts. Any thread may call it."""
         with self._lock:
-            if self.reason is None:
-                self.reason = reason
-                if self._cut:
-                    self._cut()
+            if self.reason is not None:
+                return
+            self.reason = reason
+            if self._cut:
+                self._cut()
 
 
-def check_address(host: str, blocked: list[str], allowed: list[str]) -> None:
-    """Raise BlockedTarget if this numeric address is closed: names can't deceive it."""
-    spellings: list[Any] = [ipaddress.ip_address(host.partition("%")[0])]
-    if spellings[0].version == 6:  # it may stand for an IPv4 one: mapped, 6to4, NAT64
-        inner = spellings[0].ipv4_mapped or spellings[0].sixtofour
-        if spellings[0] in _network("64:ff9b::/96"):  # RFC 6052
-            inner = ipaddress.IPv4Address(int(spellings[0]) & 0xFFFFFFFF)
-        spellings += [inner] if inner else []
-    if spellings[-1].is_unspecified:  # who connects to it reaches loopback
-        spellings.append(ipaddress.ip_address({4: "127.0.0.1", 6: "::1"}[spellings[-1].version]))
+# --- Which addresses may be dialled ---
+
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the IPv4 address is in the last 32 bits.
+
+
+@functools.lru_cache
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return a network such as 10.0.0.0/8; the settings have few, so all stay parsed."""
+    return ipaddress.ip_network(text)
+
+
+def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that is reached through this one; None: it stands for itself.
+
+    Such are the IPv4-mapped addresses (RFC 4291), 6to4 (RFC 3056) and NAT64 (RFC 6052).
+    """
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def readings_of(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return a numeric address in all its meanings; the last is the one that is reached."""
+    without_zone = host.partition("%")[0]  # fe80::1%eth0 names the interface too.
+    address = ipaddress.ip_address(without_zone)
+    readings = [address]
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = embedded_ipv4(address)
+        if inner is not None:
+            readings.append(inner)
+    reached = readings[-1]
+    if reached.is_unspecified:
+        # Linux connects to loopback where 0.0.0.0 or :: is dialled.
+        loopback = "127.0.0.1" if reached.version == 4 else "::1"
+        readings.append(ipaddress.ip_address(loopback))
+    return readings
+
+
+def check_address(host: str, blocked: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raise BlockedTarget if the settings close this numeric address.
+
+    It is the address that is dialled, so no name and no answer of DNS can deceive the check.
+    ``blocked`` and ``allowed`` are networks; ``allowed`` empty: all that is not blocked is open.
+    """
+    readings = readings_of(host)
     for network in blocked:
-        if any(address in _network(network) for address in spellings):
+        if any(address in parse_network(network) for address in readings):
             raise BlockedTarget(f"{host} is blocked: dispatcher.blocked_networks has {network}")
-    if allowed and not any(spellings[-1] in _network(network) for network in allowed):
+    reached = readings[-1]
+    if allowed and not any(reached in parse_network(network) for network in allowed):
         raise BlockedTarget(f"{host} is blocked: it is not in dispatcher.allowed_networks")
+
+
+# --- HTTP/1.1 on a connection ---
+
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_CONTENT_LENGTH = re.compile("[0-9]{1,18}")
+_CHUNK_SIZE = re.compile("[0-9A-Fa-f]{1,16}")
+
+
+class Head(NamedTuple):
+    """What precedes the body of an answer."""
+
+    minor: str  # Of the version, HTTP/1.x: a digit.
+    code: int
+    phrase: str
+    headers: dict[str, str]  # The names in lower case.
+
+
+class Answer(NamedTuple):
+    """A whole answer, but for what of its body is beyond the limit."""
+
+    head: Head
+    body: bytes
 
 
 class Connection:
     """A connection to a target, and HTTP/1.1 on it (RFC 9112): strict and bounded.
 
-    One worker uses it, others only cut(). Reading raises OSError, EOFError, or ValueError: no HTTP.
+    One worker uses it at a time, and only cut() may be called by other threads meanwhile.
+    Reading raises OSError, EOFError, or ValueError: what came is no HTTP.
     """
 
-    def __init__(self, key: Key, family: int) -> None:
+    def __init__(self, key: ConnectionKey, family: int) -> None:
+        """``family``: AF_INET or AF_INET6. The connection is not connected yet."""
         self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.idle_since, self.reusable = 0, False  # reusable: the last answer was read to its end
-        self._handle = self.socket.dup()
-        self._received = bytearray()  # and not read yet
+        self.used_at_mono = 0  # When it became idle, by the monotonic clock.
+        self.reusable = False  # The last answer was read to its end, and nothing follows it.
+        self.heard = False  # Something came after the last request.
+        self._handle = self.socket.dup()  # What cut() shuts down; see the head of the section.
+        self._received = bytearray()  # It has come and is not read yet.
+        self._peer_has_closed = False
+        self._line_bytes_left = 0  # That the lines of the answer that is read may still have.
 
     def cut(self) -> None:
         """Shut the connection down: blocked calls on it return at once."""
@@ -1767,122 +4294,419 @@ class Connection:
         """Say whether an idle connection is still open and nothing unasked has come on it."""
         try:
             self._handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # Nothing waits in the socket, but TLS may have read ahead.
+            has_read_ahead = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+            return not has_read_ahead
+        except OSError:
             return False
-        except OSError as error:
-            read_ahead = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
-            return isinstance(error, BlockingIOError) and not read_ahead
+        return False  # There are bytes, or the end of the stream.
 
     def exchange(self, request: bytes, method: str, limit: int) -> Answer:
-        """Send a request, return its answer with ``limit`` bytes of body, of more one more."""
-        self.reusable = self.heard = sent = False
-        self._line_bytes = MAX_HEAD_BYTES  # that the lines of this answer may still have
-        try:
-            with contextlib.suppress(OSError):  # it stopped reading: its answer may be there
-                self.socket.sendall(request)
-                sent = True
-            self._receive(1)
-            self.heard = True
-            status, headers = self._read_head()
-            while status[2].startswith("1"):  # 100 Continue, 103 Early Hints: not the answer yet
-                status, headers = self._read_head()
-            bare = method == "HEAD" or status[2] in ("204", "304")
-            body = b"" if bare else self._read_body(headers, limit)
-        except (OSError, EOFError, ValueError) as error:
-            did = f"closed the connection {'amid its' if self.heard else 'without an'} answer"
-            if isinstance(error, ValueError):
-                did = f"sent what is not a proper HTTP answer: {error}"
-            raise requests.ConnectionError(f"{self.key[0]} {did}") from error
-        lasts = status[1] != "0" and "close" not in headers.get("connection", "").lower()
-        clear = not {"transfer-encoding", "content-length"} <= headers.keys()  # RFC 9112, 6.1
-        self.reusable = sent and lasts and clear and len(body) <= limit and not self._received
-        return int(status[2]), status[3] or "", headers, body
+        """Send a request and return its answer.
 
-    def _read_head(self) -> tuple[re.Match[str], dict[str, str]]:
-        """Return the status line and the headers, different values of one joined by a comma."""
-        headers: dict[str, str] = {}
+        Of a body with more than ``limit`` bytes, ``limit`` + 1 are returned.
+        Raises requests.ConnectionError if no whole and proper answer comes.
+        """
+        self.reusable = False
+        self.heard = False
+        self._line_bytes_left = MAX_HEAD_BYTES
+        try:
+            was_sent = self._send(request)
+            self._wait_for(1)
+            self.heard = True
+            head = self._read_final_head()
+            body = self._read_body(head, method, limit)
+        except ValueError as error:
+            problem = f"sent what is not a proper HTTP answer: {error}"
+            raise requests.ConnectionError(f"{self.key.target} {problem}") from error
+        except (OSError, EOFError) as error:
+            when = "amid its" if self.heard else "without an"
+            problem = f"closed the connection {when} answer"
+            raise requests.ConnectionError(f"{self.key.target} {problem}") from error
+        self.reusable = was_sent and len(body) <= limit and self._may_stay_open(head)
+        return Answer(head, body)
+
+    def _send(self, request: bytes) -> bool:
+        """Say whether the whole request was taken."""
+        try:
+            self.socket.sendall(request)
+        except OSError:
+            # The target has stopped reading: its answer, say 413, may be there all the same.
+            return False
+        return True
+
+    def _may_stay_open(self, head: Head) -> bool:
+        """Say whether another request may follow on the connection (RFC 9112, 9.3)."""
+        if head.minor == "0" or "close" in head.headers.get("connection", "").lower():
+            return False
+        if "transfer-encoding" in head.headers and "content-length" in head.headers:
+            return False  # It may be an attempt at smuggling (RFC 9112, 6.1).
+        return not self._peer_has_closed and not self._received
+
+    def _read_final_head(self) -> Head:
+        """Pass over interim answers: 100 Continue, 103 Early Hints (RFC 9110, 15.2)."""
+        head = self._read_head()
+        while head.code < 200:
+            head = self._read_head()
+        return head
+
+    def _read_head(self) -> Head:
+        """Read the status line and the headers; different values of one are joined by a comma."""
         status = _STATUS_LINE.fullmatch(self._read_line())
         if not status:
             raise ValueError("a wrong status line")
-        for number, line in enumerate(iter(self._read_line, "")):
+        headers: dict[str, str] = {}
+        lines = 0
+        while (line := self._read_line()) != "":
+            lines += 1
             name, colon, value = line.partition(":")
-            if not colon or line[0] in " \t" or number == MAX_HEADERS:
+            # A line that begins with a blank goes on with the one above: obsolete, and refused.
+            if not colon or line[0] in " \t" or lines > MAX_HEADERS:
                 raise ValueError("a wrong header or too many")
-            name, value = name.strip().lower(), value.strip()
+            name = name.strip().lower()
+            value = value.strip()
             known = headers.setdefault(name, value)
-            headers[name] = value if known == value else f"{known}, {value}"
-        return status, headers
+            if known != value:
+                headers[name] = f"{known}, {value}"
+        minor, code, phrase = status.groups(default="")
+        return Head(minor, int(code), phrase, headers)
 
-    def _read_body(self, headers: dict[str, str], limit: int) -> bytes:
-        """Return the body, at most one byte more than ``limit``."""
-        if coding := headers.get("transfer-encoding"):
+    def _read_body(self, head: Head, method: str, limit: int) -> bytes:
+        """Return the body, at most one byte more than ``limit`` (RFC 9112, 6.3)."""
+        if method == "HEAD" or head.code in (204, 304):
+            return b""
+        coding = head.headers.get("transfer-encoding")
+        if coding:
             if coding.lower() != "chunked":
                 raise ValueError("a Transfer-Encoding other than chunked")
             return self._read_chunks(limit)
-        length = headers.get("content-length")
+        length = head.headers.get("content-length")
         if length is None:
-            headers["connection"] = "close"  # that is the end of the body
-            with contextlib.suppress(EOFError):
-                self._receive(limit + 1)
-            return self._read(min(len(self._received), limit + 1))
-        if not re.fullmatch("[0-9]{1,18}", length):
+            return self._read_to_the_end(limit)
+        if not _CONTENT_LENGTH.fullmatch(length):
             raise ValueError("a wrong Content-Length")
         return self._read(min(int(length), limit + 1))
 
+    def _read_to_the_end(self, limit: int) -> bytes:
+        """Return a body that ends where the target closes the connection."""
+        with contextlib.suppress(EOFError):
+            self._wait_for(limit + 1)
+        return self._read(min(len(self._received), limit + 1))
+
     def _read_chunks(self, limit: int) -> bytes:
-        body, size = bytearray(), 1
-        self._line_bytes += 8 * limit  # chunks of a single byte
-        while size and len(body) <= limit:
-            digits = self._read_line().partition(";")[0].strip()
-            if not re.fullmatch("[0-9A-Fa-f]{1,16}", digits):
-                raise ValueError("a wrong size of a chunk")
-            size = int(digits, 16)
+        """Return a chunked body (RFC 9112, 7.1), less its trailers."""
+        body = bytearray()
+        # There may be so much around it because each chunk may have a single byte.
+        self._line_bytes_left += 8 * limit
+        while len(body) <= limit:
+            size = self._read_chunk_size()
+            if size == 0:
+                self._skip_trailers()
+                break
             body += self._read(min(size, limit + 1 - len(body)))
-            while len(body) <= limit and self._read_line():
-                if size:
-                    raise ValueError("a chunk longer than its size")  # else it is a trailer
+            if len(body) <= limit and self._read_line() != "":
+                raise ValueError("a chunk longer than its size")
         return bytes(body)
 
+    def _read_chunk_size(self) -> int:
+        digits = self._read_line().partition(";")[0].strip()  # Extensions come after a semicolon.
+        if not _CHUNK_SIZE.fullmatch(digits):
+            raise ValueError("a wrong size of a chunk")
+        return int(digits, 16)
+
+    def _skip_trailers(self) -> None:
+        while self._read_line() != "":
+            pass
+
     def _read_line(self) -> str:
-        while (end := self._received.find(b"\n")) < 0:
+        """Return a line without its end, which may be a bare line feed (RFC 9112, 2.2)."""
+        end = self._received.find(b"\n")
+        while end < 0:
             if len(self._received) > MAX_LINE_BYTES:
                 raise ValueError("a line too long")
-            self._receive(len(self._received) + 1)
-        self._line_bytes -= end + 1
-        if self._line_bytes < 0:
+            self._wait_for(len(self._received) + 1)
+            end = self._received.find(b"\n")
+        self._line_bytes_left -= end + 1
+        if self._line_bytes_left < 0:
             raise ValueError("too much around its body")
-        return self._read(end + 1)[:-1].decode("latin-1").removesuffix("\r")
+        line = self._read(end + 1)[:-1]
+        return line.decode("latin-1").removesuffix("\r")
 
     def _read(self, size: int) -> bytes:
-        self._receive(size)
+        self._wait_for(size)
         data = bytes(self._received[:size])
         del self._received[:size]
         return data
 
-    def _receive(self, size: int) -> None:
-        """Wait until so many bytes have been received and not read."""
+    def _wait_for(self, size: int) -> None:
+        """Wait until so many bytes have come that are not read yet. Raises EOFError."""
         while len(self._received) < size:
-            data = self.socket.recv(65536)
+            data = self.socket.recv(RECEIVE_BYTES)
             if not data:
+                self._peer_has_closed = True
                 raise EOFError
             self._received += data
 
 
-class Dispatcher:
-    """Runs attempts and owns the connections: send() in a worker, the watchdog beside."""
+class IdleConnections:
+    """Connections that wait for their next request.
 
-    def __init__(self, clock: Clock, settings: Json) -> None:
+    attribute      written by             guarded by
+    _connections   workers, watchdog      _lock  (the one that is idle longest stands first)
+    """
+
+    def __init__(self, clock: Clock, most: int) -> None:
         self._clock = clock
-        self._max_bytes: int = settings["dispatcher.max_response_bytes"]
-        self._max_idle: int = settings["dispatcher.max_concurrent_jobs"]
-        self._connect_timeout = parse_duration(settings["dispatcher.connect_timeout"])
-        self._ca_bundle = settings["dispatcher.ca_bundle"] or requests.certs.where()  # type: ignore[attr-defined]
-        self._networks = [settings[f"dispatcher.{x}_networks"] for x in ("blocked", "allowed")]
-        self._idle: list[Connection] = []  # the oldest first
-        self._lock = threading.Lock()  # protects _idle; one at a time reads certificates
-        self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
-        self._in_flight: set[Attempt] = set()  # each worker adds and removes its own
+        self._most = most
+        self._connections: list[Connection] = []
+        self._lock = threading.Lock()
+
+    def take(self, key: ConnectionKey) -> Connection | None:
+        """Return one that is still open and belongs to the caller now; None: there is none."""
+        connection = self._pop_newest(key)
+        while connection is not None and not connection.is_quiet():
+            connection.close()
+            connection = self._pop_newest(key)
+        return connection
+
+    def _pop_newest(self, key: ConnectionKey) -> Connection | None:
+        with self._lock:
+            # From its end, because who used it last has most likely kept it open.
+            for place in reversed(range(len(self._connections))):
+                if self._connections[place].key == key:
+                    return self._connections.pop(place)
+        return None
+
+    def keep(self, connection: Connection) -> None:
+        """Take a connection that can carry another request."""
+        connection.used_at_mono = self._clock.monotonic()
+        with self._lock:
+            self._connections.append(connection)
+
+    def close(self, older_than: int) -> None:
+        """Close those that have been idle for so many µs, and the oldest where there are too many.
+
+        ``older_than`` 0 closes all.
+        """
+        limit = self._clock.monotonic() - older_than
+        with self._lock:
+            while self._connections:
+                oldest = self._connections[0]
+                if len(self._connections) <= self._most and oldest.used_at_mono > limit:
+                    break
+                self._connections.pop(0)
+                oldest.close()
+
+
+# --- From a target to a connection ---
+
+
+class Address(NamedTuple):
+    """Where a host can be dialled."""
+
+    family: int  # AF_INET or AF_INET6
+    sockaddr: tuple[Any, ...]  # What connect() takes; the numeric address stands first.
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
+    """Return the addresses of a host. Raises OSError, or UnicodeError: it can't be a name."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return [Address(family, sockaddr) for family, _kind, _protocol, _name, sockaddr in found]
+
+
+class Resolver:
+    """Looks names up without hanging: a look-up that hangs is left behind in its thread.
+
+    attribute   written by                  guarded by
+    _places     the threads of look-ups     itself  (a semaphore: MAX_LOOKUPS at once)
+    """
+
+    def __init__(self) -> None:
+        self._places = threading.BoundedSemaphore(MAX_LOOKUPS)
+
+    def resolve(self, host: str, port: int, patience_s: float, attempt: Attempt) -> list[Address]:
+        """Return the addresses of a host, after ``patience_s`` seconds at most.
+
+        Raises requests.ConnectionError if there is none, and AttemptAborted.
+        """
+        with contextlib.suppress(socket.gaierror, UnicodeError):
+            # A numeric host, in whatever spelling, needs no thread.
+            return look_up(host, port, socket.AI_NUMERICHOST)
+        found: queue.SimpleQueue[list[Address] | str] = queue.SimpleQueue()
+
+        def stop_waiting() -> None:
+            found.put("")
+
+        arguments = (host, port, found)
+        name = f"dns-{host}"
+        threading.Thread(target=self._look_up, args=arguments, name=name, daemon=True).start()
+        result: list[Address] | str = f"no address of {host} within connect_timeout"
+        with attempt.blocking(stop_waiting), contextlib.suppress(queue.Empty):
+            result = found.get(timeout=patience_s)
+        if isinstance(result, str):
+            raise requests.ConnectionError(result)
+        return result
+
+    def _look_up(self, host: str, port: int, found: queue.SimpleQueue[list[Address] | str]) -> None:
+        """Put the addresses into ``found``, or what is wrong. Runs in a thread of its own."""
+        if not self._places.acquire(timeout=LOOKUP_PATIENCE_S):
+            found.put(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
+            return
+        try:
+            found.put(look_up(host, port))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not a possible name"
+            found.put(f"the name {host} cannot be resolved: {reason}")
+        finally:
+            self._places.release()
+
+
+class Connector:
+    """Makes connections: resolves, checks, dials and, for https, shakes hands.
+
+    attribute       written by   guarded by
+    _tls_contexts   workers      _lock  (so that only one of many reads the certificates)
+    """
+
+    def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
+        self._clock = clock
+        self._timeout = settings.connect_timeout
+        self._blocked = settings.blocked_networks
+        self._allowed = settings.allowed_networks
+        self._ca_bundle = settings.ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
+        self._resolver = Resolver()
+        self._tls_contexts: dict[bool, ssl.SSLContext] = {}  # verify_tls -> context
+        self._lock = threading.Lock()
+
+    def connect(self, attempt: Attempt) -> Connection:
+        """Return a connection to the attempt's target, within dispatcher.connect_timeout.
+
+        Raises requests.ConnectionError, BlockedTarget or AttemptAborted.
+        """
+        key = attempt.webhook.connection_key
+        parts = urlsplit(key.target)
+        host = str(parts.hostname)
+        tls = None
+        if parts.scheme == "https":
+            tls = self._tls_context(key.verify_tls)
+        limit = self._clock.monotonic() + self._timeout
+        addresses = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
+        problem = ""
+        for tried, address in enumerate(addresses):
+            numeric = str(address.sockaddr[0])
+            check_address(numeric, self._blocked, self._allowed)
+            connection = Connection(key, address.family)
+            share_s = self._left_s(limit, len(addresses) - tried)
+            try:
+                with attempt.blocking(connection.cut):
+                    self._dial(connection, address, share_s)
+                    if tls is not None:
+                        self._shake_hands(connection, tls, host, limit)
+                    # From here on the watchdog is the limit.
+                    connection.socket.settimeout(None)
+                return connection
+            except AttemptAborted:
+                connection.close()
+                raise
+            except OSError as error:
+                connection.close()
+                problem = f"no connection to {key.target} at {numeric}: {why_not_connected(error)}"
+        raise requests.ConnectionError(problem)
+
+    def _left_s(self, limit: int, shared_by: int = 1) -> float:
+        """Return the seconds until ``limit``, or their share of each of several addresses."""
+        left_s = (limit - self._clock.monotonic()) / SECOND
+        return max(left_s / shared_by, SHORTEST_TIMEOUT_S)
+
+    def _dial(self, connection: Connection, address: Address, timeout_s: float) -> None:
+        connection.socket.settimeout(timeout_s)
+        connection.socket.connect(address.sockaddr)
+        # A request is written at once, and must not wait for the peer's acknowledgement.
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _shake_hands(
+        self, connection: Connection, tls: ssl.SSLContext, host: str, limit: int
+    ) -> None:
+        # ssl takes the timeout for the whole handshake, so that dripping does not renew it.
+        connection.socket.settimeout(self._left_s(limit))
+        connection.socket = tls.wrap_socket(connection.socket, server_hostname=host)
+
+    def _tls_context(self, verify: bool) -> ssl.SSLContext:
+        """Return the shared context: reading the authorities' certificates takes 40 ms."""
+        with self._lock:
+            context = self._tls_contexts.get(verify)
+            if context is None:
+                context = ssl.create_default_context(cafile=self._ca_bundle)
+                context.check_hostname = verify
+                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+                self._tls_contexts[verify] = context
+        return context
+
+
+def why_not_connected(error: OSError) -> str:
+    """Return what is known about a connection that did not come about, for people."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        code = error.reason or "no answer"  # In the form of OpenSSL: WRONG_VERSION_NUMBER
+        return f"TLS failed: {code.replace('_', ' ').lower()}"
+    if isinstance(error, TimeoutError):
+        return "it took too long"
+    return error.strerror or str(error)
+
+
+# --- Attempts ---
+
+# What the outcome of an attempt that was cut off says. Where the engine has ended the execution
+# itself, it does not look at it any more.
+REASONS_OF_CUTS = {
+    CutReason.TIMEOUT: Reason.TIMEOUT,
+    CutReason.ATTEMPT_TIMEOUT: Reason.NO_ANSWER,
+    CutReason.CANCELLED: Reason.CANCELLED,
+    CutReason.REPLACED: Reason.REPLACED,
+    CutReason.DELETED: Reason.DELETED,
+    CutReason.SHUTDOWN: Reason.INTERRUPTED,
+}
+
+# Charsets of answers that are decoded; all others are read as UTF-8. Other codecs of Python take
+# quadratic time, or let surrogates through.
+_CHARSET = re.compile(
+    r'(?i)charset="?(utf-16(?:[lb]e)?|iso-8859-(?:1[0-13-6]|[1-9])|windows-125[0-8]|latin-?1|'
+    r"koi8-r|shift_jis|euc-(?:jp|kr)|gb(?:k|2312|18030)|big5)\b"
+)
+
+
+class Verdict(NamedTuple):
+    """What the end of an attempt means; the fields are those of Outcome."""
+
+    success: bool = False
+    reason: Reason | None = None
+    error: str | None = None
+    status_code: int | None = None
+    response: str | None = None
+    retry_after: int | None = None  # µs
+
+
+class Dispatcher:
+    """Makes attempts: send() in a worker, and the watchdog beside it.
+
+    attribute    written by                       guarded by
+    _in_flight   each worker, its own attempts    nothing (the watchdog reads a copy)
+    _idle        workers, watchdog                itself
+    _connector   workers                          itself
+    _stopped     who stops it                     itself  (an event)
+    last_watch   the watchdog                     nothing (others only read it)
+    """
+
+    def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
+        self._clock = clock
+        self._max_bytes = settings.max_response_bytes
+        self._connector = Connector(clock, settings)
+        self._idle = IdleConnections(clock, settings.max_concurrent_jobs)
+        self._in_flight: set[Attempt] = set()
         self._stopped = threading.Event()
-        self.last_watch = clock.monotonic()
+        self.last_watch = clock.monotonic()  # When the watchdog last went round.
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -1895,1259 +4719,2144 @@ class Dispatcher:
         self._watchdog.join()
         self.close_idle(0)
 
+    def close_idle(self, older_than: int) -> None:
+        """Close the connections that have been idle for so many µs, or are too many."""
+        self._idle.close(older_than)
+
+    # --- The watchdog ---
+
     def _watch(self) -> None:
-        failed = False
+        has_failed = False
         while not self._stopped.wait(WATCHDOG_TICK_S):
             try:
-                now = self._clock.monotonic()
-                for attempt in tuple(self._in_flight):
-                    if attempt.limit <= now:
-                        attempt.abort(attempt.allowed_reason)
-                self.close_idle(IDLE_CONNECTION)
-                self.last_watch, failed = now, False
-            except Exception:  # no limit would hold any more
-                if not failed:  # else it was said
-                    log.exception("the watchdog goes on")
-                failed = True
+                self._look_at_limits()
+                has_failed = False
+            except Exception:
+                # It must not end, because no limit would hold any more; once is enough to log.
+                if not has_failed:
+                    log.exception("the watchdog failed, continuing")
+                has_failed = True
+
+    def _look_at_limits(self) -> None:
+        now = self._clock.monotonic()
+        for attempt in tuple(self._in_flight):
+            if attempt.limit <= now:
+                attempt.abort(attempt.cut_reason)
+        self.close_idle(IDLE_CONNECTION)
+        self.last_watch = now
+
+    # --- In a worker ---
 
     def send(self, attempt: Attempt) -> Outcome:
         """Make the request and say how it ended. Never raises."""
-        started_at, start = self._clock.now(), self._clock.monotonic()
-        attempt.limit = start + attempt.allowed
+        started_at = self._clock.now()
+        started_at_mono = self._clock.monotonic()
+        attempt.limit = started_at_mono + attempt.allowed
         self._in_flight.add(attempt)
         try:
-            result = self._judge(attempt.webhook, self._exchange(attempt))
+            answer = self._exchange(attempt)
+            verdict = self._judge(attempt.webhook, answer)
         except requests.RequestException as error:
-            reason = "blocked" if isinstance(error, BlockedTarget) else "no_answer"
-            result = {"reason": reason, "error": str(error)}
-            if attempt.reason:  # of any other abort than a timeout nobody sees the sentence
-                result["error"] = f"there was no whole answer within the {attempt.reason}"
-                result["reason"] = attempt.reason.replace("attempt_timeout", "no_answer")
-        except Exception as error:  # a bug must not end the worker
-            log.exception("execution %s goes wrong", attempt.execution.id)
-            result = {"reason": "no_answer", "error": f"unexpected error: {type(error).__name__}"}
+            verdict = verdict_without_answer(attempt, error)
+        except Exception as error:
+            # A bug must not end the worker.
+            execution = attempt.execution
+            ids = about(execution.job_id, execution.id)
+            log.exception("the attempt of execution %s hit a bug", execution.id, extra=ids)
+            sentence = f"unexpected error: {type(error).__name__}"
+            verdict = Verdict(reason=Reason.NO_ANSWER, error=sentence)
         finally:
             self._in_flight.discard(attempt)
-        ended = self._clock.monotonic()
-        return Outcome(attempt.execution, started_at, ended - start, ended, **result)
-
-    def _judge(self, webhook: Webhook, answer: Answer) -> Json:
-        """Return what an answer means, as fields of an Outcome."""
-        code, phrase, headers, body = answer
-        result = {"status_code": code, "response": self._text(headers, body, webhook)}
-        if code in webhook.success_codes:
-            return result | {"success": True}
-        error = webhook.masked(f"the server answered {code} {phrase}".strip())[:200]
-        error += ", which is not among success_codes" if 200 <= code < 300 else ""
-        wait = parse_retry_after(headers.get("retry-after"), self._clock.now())
-        return result | {"reason": "http_status", "error": error, "retry_after": wait}
-
-    def _text(self, headers: dict[str, str], body: bytes, webhook: Webhook) -> str:
-        """Return a body as text, cut with a mark at dispatcher.max_response_bytes."""
-        charset = _CHARSET.search(headers.get("content-type", ""))
-        text = str(body[: self._max_bytes], charset[1] if charset else "utf-8", "replace")
-        if len(body) <= self._max_bytes:
-            return webhook.masked(text)
-        text = webhook.masked(text.rstrip("\ufffd"), cut=True)
-        return f"{text}\n[cut off after {self._max_bytes} bytes]"
+        ended_at_mono = self._clock.monotonic()
+        return Outcome(
+            execution=attempt.execution,
+            started_at=started_at,
+            duration=ended_at_mono - started_at_mono,
+            ended_at_mono=ended_at_mono,
+            status_code=verdict.status_code,
+            response=verdict.response,
+            success=verdict.success,
+            reason=verdict.reason,
+            error=verdict.error,
+            retry_after=verdict.retry_after,
+        )
 
     def _exchange(self, attempt: Attempt) -> Answer:
         """Send the request on an idle connection, or on a new one. Raises RequestException."""
-        webhook = attempt.webhook
-        request, idle = webhook.to_bytes(attempt.execution), self._take_idle(webhook.wired[0])
-        while True:
-            connection = idle or self._connect(attempt)
+        request = attempt.webhook.to_bytes(attempt.execution)
+        idle = self._idle.take(attempt.webhook.connection_key)
+        if idle is not None:
             try:
-                with attempt.blocking(connection.cut):
-                    return connection.exchange(request, webhook.method, self._max_bytes)
+                return self._exchange_on(idle, request, attempt)
             except requests.ConnectionError:
-                if not idle or idle.heard:
+                if idle.heard:
                     raise
-                idle = None  # it died while it was idle: a new one is tried
-            finally:
-                if connection.reusable and not attempt.reason:
-                    connection.idle_since = self._clock.monotonic()
-                    with self._lock:
-                        self._idle.append(connection)
-                else:
-                    connection.close()
+                # It has died while it was idle, so that a new one is tried.
+        connection = self._connector.connect(attempt)
+        return self._exchange_on(connection, request, attempt)
 
-    def _take_idle(self, key: Key) -> Connection | None:
-        while True:
-            with self._lock:
-                connection = next((c for c in reversed(self._idle) if c.key == key), None)
-                if connection:
-                    self._idle.remove(connection)
-            if connection is None or connection.is_quiet():
-                return connection
-            connection.close()
-
-    def close_idle(self, older_than: int) -> None:
-        """Close the connections that have been idle for so many µs, or are too many."""
-        limit = self._clock.monotonic() - older_than
-        with self._lock:
-            idle = self._idle
-            while idle and (len(idle) > self._max_idle or idle[0].idle_since <= limit):
-                idle.pop(0).close()
-
-    def _connect(self, attempt: Attempt) -> Connection:
-        """Resolve, check, dial and, for https, shake hands, within dispatcher.connect_timeout."""
-        key = attempt.webhook.wired[0]
-        parts = urlsplit(key[0])
-        host = str(parts.hostname)
-        with self._lock:  # so that only one of many reads the certificates
-            tls = self._context(key[1]) if parts.scheme == "https" else None
-        limit = self._clock.monotonic() + self._connect_timeout
-
-        def left(shared_by: int = 1) -> float:
-            return max((limit - self._clock.monotonic()) / SECOND / shared_by, 0.001)
-
-        addresses = self._resolve(host, parts.port or 0, left(), attempt)
-        for tried, (family, _kind, _protocol, _name, address) in enumerate(addresses):
-            check_address(str(address[0]), *self._networks)
-            connection = Connection(key, family)
-            try:
-                with attempt.blocking(connection.cut):
-                    connection.socket.settimeout(left(len(addresses) - tried))
-                    connection.socket.connect(address)
-                    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if tls:
-                        connection.socket.settimeout(left())  # of the whole handshake
-                        connection.socket = tls.wrap_socket(connection.socket, server_hostname=host)
-                    connection.socket.settimeout(None)  # from here on the watchdog is the limit
-                return connection
-            except OSError as error:
+    def _exchange_on(self, connection: Connection, request: bytes, attempt: Attempt) -> Answer:
+        try:
+            with attempt.blocking(connection.cut):
+                return connection.exchange(request, attempt.webhook.method, self._max_bytes)
+        finally:
+            # No abort can cut the connection any more: blocking() has ended.
+            if connection.reusable and not attempt.reason:
+                self._idle.keep(connection)
+            else:
                 connection.close()
-                reason = "it took too long" if isinstance(error, TimeoutError) else error.strerror
-                if isinstance(error, ssl.SSLError):
-                    reason = (error.reason or "no answer").replace("_", " ").lower()
-                    reason = f"TLS failed: {getattr(error, 'verify_message', reason)}"
-                problem = f"no connection to {key[0]} at {address[0]}: {reason or error}"
-        raise requests.ConnectionError(problem)
 
-    @functools.lru_cache  # noqa: B019 - there is one dispatcher
-    def _context(self, verify: bool) -> ssl.SSLContext:
-        """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        context = ssl.create_default_context(cafile=self._ca_bundle)
-        context.check_hostname = verify
-        context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
-        return context
+    def _judge(self, webhook: Webhook, answer: Answer) -> Verdict:
+        """Return what an answer means for the execution."""
+        code = answer.head.code
+        headers = answer.head.headers
+        response = self._to_text(answer, webhook)
+        if code in webhook.success_codes:
+            return Verdict(success=True, status_code=code, response=response)
+        sentence = f"the server answered {code} {answer.head.phrase}".strip()
+        error = webhook.masked(sentence)[:PHRASE_LIMIT]
+        if 200 <= code < 300:
+            error += ", which is not among success_codes"
+        return Verdict(
+            reason=Reason.HTTP_STATUS,
+            error=error,
+            status_code=code,
+            response=response,
+            retry_after=parse_retry_after(headers.get("retry-after"), self._clock.now()),
+        )
 
-    def _resolve(self, host: str, port: int, left: float, attempt: Attempt) -> list[Any]:
-        """Return the addresses of a host. A look-up that hangs is left behind in its thread."""
-        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        with contextlib.suppress(socket.gaierror, UnicodeError):
-            return look_up(flags=socket.AI_NUMERICHOST)
-        found: queue.SimpleQueue[Any] = queue.SimpleQueue()  # addresses, or what is wrong
-
-        def run() -> None:
-            if not self._lookups.acquire(timeout=LOOKUP_PATIENCE_S):
-                found.put(f"DNS busy: {MAX_LOOKUPS} look-ups wait for an answer")
-                return
-            try:
-                found.put(look_up())
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is not a possible name"
-                found.put(f"the name {host} cannot be resolved: {reason}")
-            finally:
-                self._lookups.release()
-
-        threading.Thread(target=run, name=f"dns-{host}", daemon=True).start()
-        addresses: list[Any] | str = f"no address of {host} within connect_timeout"
-        with attempt.blocking(lambda: found.put("")), contextlib.suppress(queue.Empty):
-            addresses = found.get(timeout=left)
-        if isinstance(addresses, str):
-            raise requests.ConnectionError(addresses)
-        return addresses
+    def _to_text(self, answer: Answer, webhook: Webhook) -> str:
+        """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
+        named = _CHARSET.search(answer.head.headers.get("content-type", ""))
+        charset = named[1] if named else "utf-8"
+        text = str(answer.body[: self._max_bytes], charset, "replace")
+        if len(answer.body) <= self._max_bytes:
+            return webhook.masked(text)
+        whole_characters = text.rstrip("\ufffd")  # The cut may have gone through the last one.
+        text = webhook.masked(whole_characters, cut=True)
+        return f"{text}\n[cut off after {self._max_bytes} bytes]"
 
 
-# ==== 11. Engine: fire times become executions, executions become requests ============
+def verdict_without_answer(attempt: Attempt, error: requests.RequestException) -> Verdict:
+    """Return what it means that no whole answer came: it was aborted, or else ``error`` says."""
+    cut = attempt.reason
+    if cut is not None:
+        # Only of a timeout anybody sees the sentence: other aborts come with their own.
+        sentence = f"there was no whole answer within the {cut}"
+        return Verdict(reason=REASONS_OF_CUTS[cut], error=sentence)
+    if isinstance(error, BlockedTarget):
+        return Verdict(reason=Reason.BLOCKED, error=str(error))
+    return Verdict(reason=Reason.NO_ANSWER, error=str(error))
+
+
+# ======================================================================================
+# 15. Work: what the engine does in a turn, in five parts
+# ======================================================================================
 #
-# One thread is the only writer of the database. Each pass of it is one transaction, in this
-# order: outcomes of attempts, fire times, changes of the API, take what is due. What others wait
-# for happens after the commit, and only then: so whatever was told or sent is on disk.
+#     RunQueue     what may run: new executions, overlap, what is taken, how attempts ended
+#     Scheduler    what becomes due: the clock, fire times, missed ones
+#     JobChanges   what the API and the configuration change
+#     Retention    which history goes
+#     Alerts       who is told that jobs have turned bad or well
+#
+# All of it runs in the engine's thread, inside the transaction of a turn. The parts meet in the
+# turn, in the store and in each other's methods; none reads another's private attributes.
 
-
-class Version:
-    """A row of Store.versions(), parsed once; shared by engine and workers, never changed."""
-
-    def __init__(self, row: Json) -> None:
-        self.job_id, self.number, self.config = (row[n] for n in ("job_id", "version", "config"))
-        self.schedule = parse_schedule(self.config["schedule"])
-        self.timeout = parse_duration(self.config["timeout"])
-        own_limit = self.config["retry_policy"]["attempt_timeout"]
-        self.attempt_timeout = parse_duration(own_limit or self.config["timeout"])
-        self.webhook = Webhook(self.config["webhook"])
-        if not self.config["webhook"]["verify_tls"]:
-            log.warning("job %s takes any certificate: its verify_tls is false", self.job_id)
+Change = Callable[["Turn"], Any]  # What an API thread wants done; it runs inside a savepoint.
 
 
 @dataclass(slots=True)
-class Pass:
-    """What one pass has done and owes: paid after its commit, forgotten if it fails."""
+class Turn:
+    """What one turn of the engine has done and owes: paid after its commit, else forgotten."""
 
     now: int
-    made: list[tuple[Future[Any], Any]] = field(default_factory=list)  # result or exception
-    ended: dict[str, Execution] = field(default_factory=dict)  # also with their jobs deleted
-    caught_up: set[str] = field(default_factory=set)  # jobs with missed fire times
+    settings: Settings
+    stopping: bool = False  # Nothing is started any more.
+    results: list[tuple[Future[Any], Any]] = field(default_factory=list)  # Value or exception.
+    ended: dict[str, Execution] = field(default_factory=dict)  # By id; also of deleted jobs.
+    caught_up: set[str] = field(default_factory=set)  # Ids of jobs that had missed fire times.
+    to_prune: dict[str, None] = field(default_factory=dict)  # Ids of jobs with new history.
     taken: list[Attempt] = field(default_factory=list)
-    again: bool = False  # the next pass follows at once
+    follows_at_once: bool = False  # The next turn must not wait.
+
+    @property
+    def paused(self) -> bool:
+        """Whether this server starts nothing, as scheduler.paused says."""
+        return self.settings.scheduler.paused
+
+
+# --- The versions of jobs, ready to run ---
+
+
+class Version:
+    """A version of a job, parsed once; the engine and workers share it and never change it."""
+
+    def __init__(self, row: Json) -> None:
+        """``row`` is as JobTable.version() returns it."""
+        self.job_id: str = row["job_id"]
+        self.number: int = row["version"]
+        self.config: Json = row["config"]
+        self.zone: str = self.config["timezone"]
+        self.concurrency: str = self.config["concurrency"]
+        self.retry_policy: Json = self.config["retry_policy"]
+        self.schedule = parse_schedule(self.config["schedule"])
+        self.timeout = parse_duration(self.config["timeout"])
+        attempt_timeout = self.retry_policy["attempt_timeout"] or self.config["timeout"]
+        self.attempt_timeout = parse_duration(attempt_timeout)
+        self.webhook = Webhook(self.config["webhook"])
+        self.fire_ids = uuid.UUID(self.job_id)  # The namespace of its executions' ids.
+        if not self.config["webhook"]["verify_tls"]:
+            message = "job %s takes any certificate: its verify_tls is false"
+            log.warning(message, self.job_id, extra=about(self.job_id))
+
+
+class VersionCache:
+    """The versions that were used last. What a turn has rolled back may be in it: clear() it."""
+
+    def __init__(self, jobs: JobTable) -> None:
+        self._jobs = jobs
+        self._cached = functools.lru_cache(VERSION_CACHE)(self._load)
+
+    def _load(self, job_id: str, number: int) -> Version:
+        return Version(self._jobs.version(job_id, number))
+
+    def get(self, job_id: str, number: int) -> Version:
+        """Return a version of a job.
+
+        Raises NotFound where the job or the version is gone, StoreError, and LookupError,
+        TypeError or ValueError where another release of Chronos has written it.
+        """
+        return self._cached(job_id, number)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._cached.cache_clear()
+
+
+# --- What may run ---
+
+
+class WorkerPool:
+    """The threads that make requests. What they return goes to ``hand_over``, in their thread."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, size: int, hand_over: Callable[[Outcome], None]
+    ) -> None:
+        self.size = size
+        self._dispatcher = dispatcher
+        self._hand_over = hand_over
+        self._attempts = queue.SimpleQueue[Attempt | None]()
+
+    def start(self) -> None:
+        """Start all threads at once, so that none can fail to come when it is needed."""
+        for number in range(1, self.size + 1):
+            name = f"worker-{number}"
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        while attempt := self._attempts.get():
+            self._hand_over(self._dispatcher.send(attempt))
+
+    def submit(self, attempt: Attempt) -> None:
+        """Let the next free worker make this attempt."""
+        self._attempts.put(attempt)
+
+    def stop(self) -> None:
+        """Let each worker end after the attempt that it makes."""
+        for _worker in range(self.size):
+            self._attempts.put(None)
+
+
+class RunQueue:
+    """What may run: it makes executions, takes due ones, and records how attempts have ended.
+
+    attribute      written by           read by
+    _in_flight     the engine's thread  also the thread that stops (how many are left, to abort)
+    the others     the engine's thread  nobody else
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        versions: VersionCache,
+        pool: WorkerPool,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._versions = versions
+        self._pool = pool
+        self._clock = clock
+        self._node_id = settings.cluster.node_id
+        self._per_target = settings.dispatcher.max_concurrent_per_host
+        self._in_flight: dict[str, Attempt] = {}  # By the id of the execution.
+
+    # --- New executions ---
+
+    def new_execution(
+        self, turn: Turn, version: Version, trigger: Trigger, at: int, due_at: int | None
+    ) -> Execution:
+        """Return a pending execution for a fire time, with the one id that it can have.
+
+        The id follows from job and fire time, so a fire time can be enqueued only once, whatever
+        crashes or restarts. ``due_at`` None: it waits until the job's older ones have ended.
+        """
+        turn.to_prune[version.job_id] = None
+        fire_id = uuid.uuid5(version.fire_ids, str(format_time(at)))
+        return Execution(
+            id=f"exec-{fire_id}",
+            job_id=version.job_id,
+            job_version=version.number,
+            trigger=trigger,
+            status=Status.PENDING,
+            scheduled_at=at,
+            target=version.webhook.target,
+            due_at=due_at,
+            node_id=self._node_id,
+        )
+
+    def enqueue(self, turn: Turn, execution: Execution, concurrency: str) -> None:
+        """Add an execution that is not in the history yet, as the concurrency policy has it.
+
+        ``forbid`` skips it while an older one has not ended, ``replace`` ends the older ones,
+        ``allow`` lets both run, up to MAX_ACTIVE.
+        """
+        to_replace: list[Execution] = []
+        if concurrency == "replace":
+            to_replace = self._store.executions.active_of(execution.job_id, MAX_ACTIVE)
+        elif problem := self._overlap(execution.job_id, concurrency):
+            execution = ended(execution, Status.SKIPPED, Reason.OVERLAP, problem, turn.now)
+        if not self._store.executions.add(execution):
+            return  # This fire time is in the history: whatever was to happen has happened.
+        if execution.has_ended:
+            turn.ended[execution.id] = execution
+        for other in to_replace:
+            self.end(turn, other, Reason.REPLACED, f"replaced by {execution.id}")
+
+    def _overlap(self, job_id: str, concurrency: str) -> str | None:
+        """Return what is in the way of one more execution of this job; None: nothing."""
+        if concurrency == "allow":
+            if self._store.executions.count_active(job_id) < MAX_ACTIVE:
+                return None
+            return f"{MAX_ACTIVE} executions had not ended"
+        for older in self._store.executions.active_of(job_id, 1):
+            return f"{older.id} was still {older.status}"
+        return None
+
+    def end(self, turn: Turn, execution: Execution, reason: Reason, error: str) -> Execution:
+        """Fail an execution that has not ended; its request is aborted after the commit."""
+        failed = ended(execution, Status.FAILED, reason, error, turn.now)
+        self._store.executions.save(failed)
+        turn.ended[failed.id] = failed
+        return failed
+
+    # --- Changes: submit() them, from any thread ---
+
+    def trigger(self, turn: Turn, job_id: str, new_id: str, replay_of: str | None = None) -> None:
+        """Make an execution that is due now. Raises NotFound, or Conflict where we are paused.
+
+        ``replay_of`` is the id of an execution: what that one has sent is sent again.
+        """
+        if turn.paused:
+            raise Conflict("this server is paused: it starts nothing")
+        job = self._store.jobs.get(job_id)
+        if replay_of:
+            original = self._store.executions.get(job_id, replay_of)
+            version = self._versions.get(job_id, original.job_version)
+            kind = Trigger.REPLAY
+            scheduled_at = original.scheduled_at
+        else:
+            version = self._versions.get(job_id, job.version)
+            kind = Trigger.MANUAL
+            scheduled_at = turn.now
+        execution = self.new_execution(turn, version, kind, scheduled_at, turn.now)
+        execution = execution._replace(id=new_id, replay_of=replay_of)
+        self.enqueue(turn, execution, job.config["concurrency"])
+
+    def cancel(self, turn: Turn, job_id: str, execution_id: str, user: str) -> Execution:
+        """Fail an execution that has not ended, and abort its request.
+
+        Raises NotFound, or Conflict where it has ended.
+        """
+        execution = self._store.executions.get(job_id, execution_id)
+        if execution.has_ended:
+            raise Conflict(f"{execution_id} has ended: {execution.status}")
+        return self.end(turn, execution, Reason.CANCELLED, f"cancelled by {user}")
+
+    # --- What is taken, and what comes back ---
+
+    def take(self, turn: Turn) -> None:
+        """Let due executions run, as many as workers are free and their targets may hold."""
+        free = self._pool.size - len(self._in_flight)
+        running = (attempt.webhook.target for attempt in self._in_flight.values())
+        limits = TargetLimits(running, self._per_target)
+        look_again = True
+        while look_again and free > 0:
+            look_again = False
+            started: list[Attempt] = []
+            for execution in self._store.executions.due(turn.now, free, limits.full):
+                if not limits.has_room(execution.target):
+                    look_again = True  # Behind the ones that are passed over others may be due.
+                    continue
+                version = self.version_of(turn, execution)
+                if version is not None:
+                    started.append(self._next_attempt(turn, execution, version))
+                    limits.hold(execution.target)
+            if started:
+                ids = [attempt.execution.id for attempt in started]
+                self._store.executions.start(ids, turn.now, self._node_id)
+                turn.taken += started
+                free -= len(started)
+
+    def _next_attempt(self, turn: Turn, execution: Execution, version: Version) -> Attempt:
+        limit, cut_reason = attempt_limit(version.timeout, version.attempt_timeout, execution.spent)
+        running = execution._replace(  # As ExecutionTable.start() writes it.
+            status=Status.RUNNING,
+            attempts=execution.attempts + 1,
+            attempt_at=turn.now,
+            started_at=execution.started_at or turn.now,
+            node_id=self._node_id,
+        )
+        return Attempt(running, version.webhook, limit, cut_reason)
+
+    def version_of(self, turn: Turn, execution: Execution) -> Version | None:
+        """Return the version that an execution runs; None: it can't run, and is dealt with."""
+        try:
+            return self._versions.get(execution.job_id, execution.job_version)
+        except NotFound:  # Its job was deleted.
+            self._store.executions.delete(execution.id)
+        except (LookupError, TypeError, ValueError) as error:  # Another release has written it.
+            ids = about(execution.job_id, execution.id)
+            log.exception("execution %s can't go on", execution.id, extra=ids)
+            sentence = f"its configuration is not understood: {error}"
+            self.end(turn, execution, Reason.NO_ANSWER, sentence)
+            self._store.executions.release_oldest({execution.job_id}, turn.now)
+        turn.to_prune[execution.job_id] = None
+        turn.follows_at_once = True  # Others may be due behind it.
+        return None
+
+    def record(self, turn: Turn, outcome: Outcome) -> None:
+        """Write down how an attempt ended, unless its execution ended otherwise before."""
+        version = self.version_of(turn, outcome.execution)
+        if version is None:
+            return
+        ended_at = turn.now - (self._clock.monotonic() - outcome.ended_at_mono)
+        after = after_attempt(outcome, version.retry_policy, version.timeout, ended_at)
+        if self._store.executions.save_if_running(after) and after.has_ended:
+            turn.ended[after.id] = after
+
+    # --- Outside of the transaction ---
+
+    @property
+    def in_flight(self) -> int:
+        """How many attempts are with the workers."""
+        return len(self._in_flight)
+
+    def came_back(self, outcome: Outcome) -> None:
+        """Note that the worker which made this attempt is free."""
+        self._in_flight.pop(outcome.execution.id, None)
+
+    def after_commit(self, turn: Turn) -> None:
+        """Give the workers what was taken; abort the requests of what has ended otherwise."""
+        for taken in turn.taken:
+            self._in_flight[taken.execution.id] = taken
+            self._pool.submit(taken)
+        for execution in turn.ended.values():
+            attempt = self._in_flight.get(execution.id)
+            if attempt is None:
+                continue
+            if execution.reason == Reason.CANCELLED:
+                attempt.abort(CutReason.CANCELLED)
+            elif execution.reason == Reason.REPLACED:
+                attempt.abort(CutReason.REPLACED)
+            else:
+                attempt.abort(CutReason.DELETED)
+
+    def abort_all(self, reason: CutReason) -> None:
+        """Abort every request that is on its way."""
+        for attempt in list(self._in_flight.values()):
+            attempt.abort(reason)
+
+
+# --- What becomes due ---
+
+
+class Scheduler:
+    """What becomes due: it watches the clock and turns fire times into executions."""
+
+    def __init__(
+        self,
+        store: Store,
+        versions: VersionCache,
+        run_queue: RunQueue,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._versions = versions
+        self._run_queue = run_queue
+        self._clock = clock
+        self._grace = settings.scheduler.missed_run_grace
+        self._offset = clock.now() - clock.monotonic()  # A change of it is a step of the clock.
+        self._is_held = False  # The clock shows less than the release date: nothing fires.
+        self._backlog_seen_at: int | None = None  # When it was first seen; None: there is none.
+        self._fired_at = clock.monotonic()  # When due fire times were last looked for.
+
+    # --- The clock ---
+
+    def recover(self) -> None:
+        """Compare the clock with the one that the last process has seen: it may be behind."""
+        last_seen = self._store.number("last_seen") or 0
+        self._offset = max(self._offset, last_seen - self._clock.monotonic())
+
+    def clock_step(self, now: int) -> int:
+        """Return by how many µs the wall clock has moved otherwise than the monotonic one."""
+        return now - self._clock.monotonic() - self._offset
+
+    def follow_clock(self, step: int) -> None:
+        """Take the step as known: the turn that has dealt with it is on disk."""
+        self._offset += step
+
+    def look_at_clock(self, turn: Turn, step: int) -> None:
+        """Deal with a clock that was moved by ``step`` µs, or can't be right."""
+        is_held = turn.now < RELEASED_AT
+        if is_held != self._is_held:
+            self._is_held = is_held
+            shown = format_time(turn.now)
+            if is_held:
+                log.warning("the clock shows %s, which can't be right: no job fires", shown)
+            else:
+                log.warning("the clock shows %s, which is right again: jobs fire", shown)
+        if abs(step) > CLOCK_STEP:
+            log.warning("the clock was moved by %s s", step / SECOND)
+            is_far_back = step < -CLOCK_FAR_BACK
+            self._store.shift_times(step, reset=is_far_back and not is_held)
+            self._backlog_seen_at = None
+
+    # --- Fire times ---
+
+    def may_fire(self, turn: Turn) -> bool:
+        """Say whether fire times become executions now."""
+        return not (turn.paused or turn.stopping or self._is_held)
+
+    def fire_due(self, turn: Turn) -> None:
+        """Turn due fire times into executions; what would take too long stays for the next turn."""
+        start = self._clock.monotonic()
+        if start - self._fired_at > self._grace:
+            self._backlog_seen_at = None  # The process was suspended amid a backlog.
+        self._fired_at = start
+        if not self.may_fire(turn):
+            return
+        for job in self._store.jobs.due(turn.now, MAX_FIRES_PER_TURN):
+            if self._clock.monotonic() - start >= TURN_TARGET:
+                return
+            self._fire(turn, job)
+
+    def job_up_to_date(self, turn: Turn, job_id: str) -> Job:
+        """Return a job whose due fire times are in the history, so that no change erases them.
+
+        Raises NotFound, or Unavailable where the server stops: then no fire time is enqueued.
+        """
+        if turn.stopping:
+            raise Unavailable("the server is stopping")
+        job = self._store.jobs.get(job_id)
+        while self.may_fire(turn) and job.next_run_at is not None and job.next_run_at <= turn.now:
+            self._fire(turn, DueJob(job_id, job.version, job.next_run_at))
+            job = self._store.jobs.get(job_id)
+        return job
+
+    def note_cursor(self, turn: Turn, cursor: int | None) -> None:
+        """Note the earliest cursor of all jobs: if it is not due, there is no backlog."""
+        if cursor is None or cursor > turn.now:
+            self._backlog_seen_at = None
+
+    def turn_failed(self) -> None:
+        """Forget what a turn has seen that was rolled back."""
+        self._backlog_seen_at = None
+
+    def _fire(self, turn: Turn, job: DueJob) -> None:
+        """Enqueue a fire time, or deal with a whole backlog; move the job's cursor."""
+        if self._backlog_seen_at is None:
+            self._backlog_seen_at = turn.now
+        try:
+            version = self._versions.get(job.job_id, job.version)
+            if job.fire_time < RELEASED_AT:
+                # The cursor was reset, or comes from a wrong clock: decades were not missed.
+                newest = turn.now
+            elif self._backlog_seen_at - job.fire_time > self._grace:
+                newest = self._catch_up(turn, version, job.fire_time)
+            else:
+                newest = job.fire_time
+                execution = self._run_queue.new_execution(
+                    turn, version, Trigger.SCHEDULE, job.fire_time, turn.now
+                )
+                self._run_queue.enqueue(turn, execution, version.concurrency)
+            cursor = version.schedule.next_after(newest, version.zone)
+            self._store.jobs.move_cursor(job.job_id, cursor)
+        except StoreError:
+            raise
+        except Exception:  # Whatever is wrong with one job must not stop the others.
+            message = "job %s fires no more until it is enabled anew"
+            log.exception(message, job.job_id, extra=about(job.job_id))
+            self._store.jobs.move_cursor(job.job_id, None)
+
+    def _catch_up(self, turn: Turn, version: Version, first: int) -> int:
+        """Deal with missed fire times from ``first`` on as the policy says; return the newest."""
+        default = turn.settings.scheduler.missed_run_policy
+        most = catch_up_limit(version.config["missed_run_policy"] or default)
+        # One more than is made up for: the newest of those that are passed over.
+        count, newest = version.schedule.backlog(first, turn.now, version.zone, most + 1)
+        if count > most:
+            last_passed_over = newest[-most - 1]
+            self._skip_missed(turn, version, count - most, first, last_passed_over)
+        if most > 0:
+            for fire_time in newest[-most:]:
+                execution = self._run_queue.new_execution(
+                    turn, version, Trigger.CATCH_UP, fire_time, None
+                )
+                self._store.executions.add(execution)
+        turn.caught_up.add(version.job_id)
+        return newest[-1]
+
+    def _skip_missed(self, turn: Turn, version: Version, count: int, first: int, last: int) -> None:
+        """Note ``count`` fire times from ``first`` to ``last`` as missed, in one execution."""
+        period = f"from {format_time(first)} to {format_time(last)}"
+        error = f"{count} fire times {period} passed while no server was there"
+        execution = self._run_queue.new_execution(turn, version, Trigger.SCHEDULE, last, None)
+        missed = ended(execution, Status.SKIPPED, Reason.MISSED, error, turn.now)
+        missed = missed._replace(missed_count=count, missed_from=first, missed_to=last)
+        if self._store.executions.add(missed):
+            turn.ended[missed.id] = missed
+
+
+# --- Changes of jobs ---
+
+
+class JobChanges:
+    """What the API and the configuration change. Call the methods through Engine.submit()."""
+
+    def __init__(self, store: Store, versions: VersionCache, scheduler: Scheduler) -> None:
+        self._store = store
+        self._versions = versions
+        self._scheduler = scheduler
+
+    def create(self, turn: Turn, config: Json, enabled: bool, user: str) -> Job:
+        """Add a job and return it; where it is enabled, its schedule counts from now."""
+        blank = self._blank(turn, str(uuid.uuid4()))
+        wanted = blank._replace(config=config, enabled=enabled)
+        return self._save(turn, blank, wanted, user)
+
+    def declare(self, turn: Turn, declarations: Mapping[str, Declaration]) -> list[Job]:
+        """Make jobs as they are declared, by their ids; return those that have changed.
+
+        A job whose declaration is as before keeps its state, so what somebody has disabled stays
+        so. One that is not declared any more is disabled and no longer managed.
+        """
+        changed: list[Job] = []
+        known = self._store.jobs.declared_ids(list(declarations))
+        removed = sorted(known - declarations.keys())
+        for job_id in [*declarations, *removed]:
+            if job_id in known:
+                job = self._scheduler.job_up_to_date(turn, job_id)
+            else:
+                job = self._blank(turn, job_id)
+            wanted = self._as_declared(turn, job, declarations.get(job_id))
+            saved = self._save(turn, job, wanted, DECLARED_BY)
+            if saved != job:
+                changed.append(saved)
+        return changed
+
+    def _as_declared(self, turn: Turn, job: Job, declaration: Declaration | None) -> Job:
+        """Return a job as it is declared; None: it is not declared any more."""
+        if declaration is None:
+            return job._replace(declared=None, enabled=False)
+        wanted = job._replace(config=declaration.config, declared=declaration.digest)
+        if declaration.digest == job.declared:
+            return wanted
+        is_spent = wanted.next_after(turn.now) is None
+        return wanted._replace(enabled=declaration.enabled and not is_spent)
+
+    def set_enabled(self, turn: Turn, job_id: str, enabled: bool) -> Job:
+        """Enable or disable a job. A disabled one has no fire times; what is due runs on.
+
+        Raises NotFound, or Conflict where an enabled one would never fire.
+        """
+        job = self._scheduler.job_up_to_date(turn, job_id)
+        return self._save(turn, job, job._replace(enabled=enabled))
+
+    def update(self, turn: Turn, base: Job, config: Json, state: bool | None, user: str) -> Job:
+        """Replace the configuration of a job; ``state`` is whether it is enabled, None: as it is.
+
+        Raises NotFound, Conflict, or PreconditionFailed where the job is no longer as ``base``.
+        """
+        job = self._scheduler.job_up_to_date(turn, base.id)
+        if job.version != base.version:
+            raise PreconditionFailed(f"the job has version {job.version} by now")
+        enabled = job.enabled if state is None else state
+        return self._save(turn, job, job._replace(config=config, enabled=enabled), user)
+
+    def roll_back(self, turn: Turn, job_id: str, number: int, user: str) -> Job:
+        """Make a new version out of an older one; whether the job is enabled stays.
+
+        Raises NotFound or Conflict.
+        """
+        job = self._scheduler.job_up_to_date(turn, job_id)
+        config = self._store.jobs.version(job_id, number)["config"]
+        wanted = job._replace(config=config)
+        if wanted.next_after(turn.now) is None:
+            wanted = wanted._replace(enabled=False)
+        return self._save(turn, job, wanted, user, is_new_version=True)
+
+    def delete(self, turn: Turn, base: Job, only_if_unchanged: bool) -> None:
+        """Remove a job and abort what runs of it; its history goes later, in batches.
+
+        Raises NotFound, Conflict, or PreconditionFailed where it is no longer as ``base``.
+        """
+        job = self._store.jobs.get(base.id)
+        if only_if_unchanged and job.version != base.version:
+            raise PreconditionFailed("the job has another version by now")
+        if job.declared:
+            raise DeclaredElsewhere
+        self._store.jobs.delete(job.id)
+        self._versions.clear()  # A version that is not found lets nothing of the job start.
+        turn.to_prune[job.id] = None
+        for execution in self._store.executions.active_of(job.id):
+            turn.ended[execution.id] = execution
+
+    def _blank(self, turn: Turn, job_id: str) -> Job:
+        """Return a job that is not in the store yet, before its first version."""
+        return Job(
+            id=job_id,
+            version=0,
+            enabled=False,
+            created_at=turn.now,
+            updated_at=turn.now,
+            next_run_at=None,
+            config={},
+        )
+
+    def _save(
+        self, turn: Turn, job: Job, wanted: Job, user: str = "", is_new_version: bool = False
+    ) -> Job:
+        """Write a changed job and return it.
+
+        There is a new version, by ``user``, where the configuration has changed. The cursor is
+        computed anew where the schedule has changed, or the job was enabled.
+        """
+        if wanted.config != job.config or is_new_version:
+            is_new_version = True
+            wanted = wanted._replace(version=job.version + 1)
+            if job.declared and user != DECLARED_BY:
+                raise DeclaredElsewhere
+        if not wanted.enabled:
+            wanted = wanted._replace(next_run_at=None)
+        elif job.version == 0 or wanted.timing() != job.timing():
+            cursor = wanted.next_after(turn.now)
+            if cursor is None:
+                raise Conflict(f"{wanted.config['schedule']}: nothing comes any more")
+            wanted = wanted._replace(next_run_at=cursor)
+        if wanted == job:
+            return job
+        wanted = wanted._replace(updated_at=turn.now)
+        self._store.jobs.save(wanted, user if is_new_version else None)
+        return wanted
+
+
+# --- Which history goes ---
+
+
+class Retention:
+    """Removes history that is not to be kept, a batch a turn: by number, age and size."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._to_prune: dict[str, None] = {}  # Ids of jobs to look at, the longest waiting first.
+        self._prune_cursor: str | None = ""  # The last job of the walk over all; None: all seen.
+        self._walk_day = 0  # Once a day all jobs are looked at, because history grows old.
+        self._looked_at = clock.monotonic()
+
+    def work(self, turn: Turn, is_busy: bool) -> bool:
+        """Remove a batch; return whether there may be more.
+
+        ``is_busy``: there is other work, so that it waits for PRUNE_INTERVAL.
+        """
+        self._to_prune |= turn.to_prune
+        day = turn.now // DAY
+        if day != self._walk_day:
+            self._walk_day = day
+            self._prune_cursor = ""
+        has_just_looked = self._clock.monotonic() - self._looked_at < PRUNE_INTERVAL
+        if is_busy and has_just_looked:
+            return bool(self._to_prune)
+        self._looked_at = self._clock.monotonic()
+        limits = turn.settings.retention
+        if self._store.history.prune_oldest(limits.max_size):
+            return True
+        return self._prune_jobs(turn.now - limits.max_age, limits.executions_per_job)
+
+    def _prune_jobs(self, before: int, keep: int) -> bool:
+        """Look at some jobs; return whether there are more to look at."""
+        removed = 0
+        for _job in range(PRUNE_JOBS):
+            self._walk_on()
+            if not self._to_prune:
+                return False
+            job_id = next(iter(self._to_prune))
+            del self._to_prune[job_id]
+            found = self._store.history.prune(job_id, before, keep)
+            if found:
+                self._to_prune[job_id] = None  # There may be more of it: later again.
+                removed += found
+            if removed >= PRUNE_ROWS:
+                break
+        return True
+
+    def _walk_on(self) -> None:
+        """Add the next job of the walk over all that have history, also of deleted ones."""
+        if self._prune_cursor is None:
+            return
+        self._prune_cursor = self._store.history.next_with_history(self._prune_cursor)
+        if self._prune_cursor:
+            self._to_prune[self._prune_cursor] = None
+
+    def turn_failed(self) -> None:
+        """Walk over all jobs again: what a turn has noted was rolled back with it."""
+        self._prune_cursor = ""
+
+
+# --- Alerts ---
+
+
+class Alerts:
+    """Tells that jobs have turned bad or well: one request for what turns within ALERT_GATHER.
+
+    An alert is an execution of a built-in job, so that it is durable and tried again.
+    """
+
+    RETRY_POLICY: ClassVar[Json] = {  # It is tried again for about half an hour.
+        "max_attempts": 10,
+        "initial_interval": "5s",
+        "max_interval": "10m",
+        "attempt_timeout": "10s",
+    }
+
+    def __init__(self, store: Store, versions: VersionCache, run_queue: RunQueue) -> None:
+        self._store = store
+        self._versions = versions
+        self._run_queue = run_queue
+
+    def note(self, turn: Turn, job_ids: set[str]) -> None:
+        """Note which of these jobs have turned bad or well in this turn."""
+        alerts = turn.settings.alerts
+        if alerts.webhook:
+            self._store.news.note_turned(job_ids, alerts.after, turn.now)
+
+    def are_due(self, turn: Turn) -> bool:
+        """Say whether a job has turned and others have had the time to turn with it."""
+        if not turn.settings.alerts.webhook:
+            return False
+        return bool(self._store.news.turned(turn.now - ALERT_GATHER))
+
+    def send(self, turn: Turn) -> None:
+        """Enqueue one alert that tells of all jobs that have turned.
+
+        Only one is on its way at a time, so that none overtakes another. It is called as a change,
+        so that a bug in it stops nothing else.
+        """
+        webhook = turn.settings.alerts.webhook
+        turned = self._store.news.turned(turn.now - ALERT_GATHER)
+        is_on_its_way = self._store.executions.active_of(ALERTS_ID, 1)
+        if webhook is None or turn.paused or not turned or is_on_its_way:
+            return
+        body = self._body(turned, turn.settings.cluster.node_id)
+        config, _enabled = validate_job(
+            {
+                "name": "alerts",
+                "schedule": "@at 2000-01-01T00:00:00Z",
+                "timeout": "1h",
+                "webhook": webhook | {"body": json.dumps(body)},
+                "retry_policy": self.RETRY_POLICY,
+            },
+            turn.settings.scheduler.default_retry_policy,
+            now=None,
+        )
+        number = self._store.news.save_alert(config, turn.now)
+        version = self._versions.get(ALERTS_ID, number)
+        alert = self._run_queue.new_execution(turn, version, Trigger.ALERT, turn.now, turn.now)
+        self._store.executions.add(alert)
+
+    def _body(self, turned: list[Json], node_id: str) -> Json:
+        """Return what the alert's receiver gets: a text for people, and the jobs."""
+        shown = turned[:ALERT_JOBS]
+        lines = [f"Chronos on {node_id}:"]
+        for number, job in enumerate(shown):
+            last = self._store.executions.last_verdicts(job["id"], 3)
+            executions = [execution._replace(response=None).to_json() for execution in last]
+            job["executions"] = executions
+            if number < ALERT_LINES:
+                lines.append(self._line(job, last))
+        if len(turned) > ALERT_LINES:
+            lines.append(f"and {len(turned) - ALERT_LINES} more")
+        has_failed = any(job["event"] == "failed" for job in turned)
+        return {
+            "text": "\n".join(lines),
+            "event": "failed" if has_failed else "recovered",
+            "jobs_total": len(turned),
+            "jobs": shown,
+        }
+
+    def _line(self, job: Json, last: list[Execution]) -> str:
+        """Return the line of the alert's text about one job."""
+        if job["event"] == "recovered":
+            return f"{job['name']} is well again"
+        if last:
+            return f"{job['name']} fails: {last[0].error}"
+        return f"{job['name']} fails"
+
+
+# ======================================================================================
+# 16. Engine: one thread is the only writer of the database, one transaction a turn
+# ======================================================================================
+#
+# The order in a turn: outcomes of attempts, fire times, changes, take what is due, then what may
+# wait (counts, alerts, retention). What others wait for happens after the commit, and only then:
+# so whatever was told or sent is on disk. A turn that fails is rolled back as a whole; outcomes
+# are kept for the next one, and who has submitted a change is told.
+
+
+class Submission(NamedTuple):
+    """A change that an API thread has handed in, and the future that it waits for."""
+
+    future: Future[Any]
+    change: Change
+
+
+class Submissions:
+    """The changes that wait for a turn. Only the engine's thread uses it."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._waiting: deque[Submission] = deque()
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether there is a change to make."""
+        return bool(self._waiting)
+
+    def add(self, submission: Submission) -> None:
+        """Let a change wait for the turn that has time for it."""
+        self._waiting.append(submission)
+
+    def apply(self, turn: Turn) -> None:
+        """Make the changes, in their order; what would take too long stays for the next turn."""
+        start = self._clock.monotonic()
+        while self._waiting and self._clock.monotonic() - start < TURN_TARGET:
+            submission = self._waiting.popleft()
+            if not submission.future.set_running_or_notify_cancel():
+                continue  # Its thread has given up.
+            turn.results.append((submission.future, None))  # So that fail() finds the future.
+            result = self._apply(turn, submission.change)
+            turn.results[-1] = (submission.future, result)
+
+    def _apply(self, turn: Turn, change: Change) -> Any:
+        """Make one change; return what it returns or raises."""
+        ended_before = dict(turn.ended)
+        try:
+            with self._database.transaction():
+                return change(turn)
+        except Exception as error:
+            if not self._database.in_transaction:
+                raise  # A full disk rolls back the whole turn, not only the savepoint.
+            turn.ended = ended_before
+            if not isinstance(error, ApiError):
+                log.exception("a change failed")
+            return error
+
+    def answer(self, turn: Turn) -> None:
+        """Tell everybody whose change is on disk what it returned or raised."""
+        for future, result in turn.results:
+            self._answer(future, result)
+
+    def fail(self, turn: Turn, error: Exception) -> None:
+        """Tell everybody whose change was rolled back, or was not begun, why."""
+        for future, _result in turn.results:
+            self._answer(future, error)
+        self.refuse(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Tell everybody whose change was not begun why."""
+        for submission in self._waiting:
+            if submission.future.set_running_or_notify_cancel():
+                self._answer(submission.future, error)
+        self._waiting.clear()
+
+    def _answer(self, future: Future[Any], result: Any) -> None:
+        if isinstance(result, ApiError):
+            future.set_exception(result)
+        elif isinstance(result, Exception):
+            future.set_exception(InternalError("a bug: the server's log has more"))
+        else:
+            future.set_result(result)
+
+
+class Reporter:
+    """Tells the log and /metrics what has happened, after the commit of a turn."""
+
+    def __init__(self, metrics: Metrics, clock: Clock) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._failures: dict[str, int] = {}  # Kind of error -> when it was last logged.
+
+    def tell_of_attempt(self, turn: Turn, outcome: Outcome) -> None:
+        """Count an attempt; log it where its execution goes on after it."""
+        execution = outcome.execution
+        self._metrics.count("chronos_attempts_total", result=outcome.reason or "success")
+        if execution.trigger == Trigger.SCHEDULE and execution.attempts == 1:
+            late = max(0, outcome.started_at - execution.scheduled_at)
+            self._metrics.observe("chronos_lateness_seconds", late / SECOND)
+        if execution.id not in turn.ended and outcome.reason in ALARMING_REASONS:
+            log.info(
+                "job %s: %s failed in attempt %s: %s",
+                execution.job_id,
+                execution.id,
+                execution.attempts,
+                outcome.error,
+                extra=about(execution.job_id, execution.id),
+            )
+
+    def tell_of_end(self, execution: Execution) -> None:
+        """Log how an execution has ended, and count its time."""
+        if execution.attempts:
+            self._metrics.observe("chronos_execution_duration_seconds", execution.spent / SECOND)
+        is_alarming = execution.reason in ALARMING_REASONS
+        log.log(
+            logging.WARNING if is_alarming else logging.INFO,
+            "job %s: %s %s: %s",
+            execution.job_id,
+            execution.id,
+            execution.status,
+            execution.error or f"the server answered {execution.status_code}",
+            extra=about(execution.job_id, execution.id),
+        )
+
+    def tell_of_turn(self) -> None:
+        """Count a turn."""
+        self._metrics.count("chronos_engine_passes_total")
+
+    def tell_of_failure(self, error: Exception, problem: str) -> None:
+        """Log why a turn has failed, each kind of error once a minute."""
+        if isinstance(error, StoreError):
+            self._metrics.count("chronos_store_errors_total")
+        kind = type(error).__name__
+        now = self._clock.monotonic()
+        told_at = self._failures.get(kind)
+        if told_at is not None and now - told_at <= MINUTE:
+            return
+        self._failures[kind] = now
+        trace = None if isinstance(error, StoreError) else error  # A bug needs its traceback.
+        log.error("the engine failed, it tries again: %s", problem, exc_info=trace)
 
 
 class Engine:
-    """Turns fire times into executions and these into requests. run_pass() is one pass.
+    """Makes the turns. run_turn() is one; start() lets a thread make one after another.
 
-    Workers and API threads put into _inbox, API threads their own into waiters; stop() sets both
-    flags once, a reload settings; /health reads problem and last_pass. The engine owns the rest.
+    attribute     written by              guarded by
+    _inbox        workers, API threads    itself (a queue of outcomes and submissions)
+    waiters       API threads             nothing: each adds and removes an entry of its own
+    stopping      who stops               nothing: it is set once
+    _stopped      who stops               nothing: it is set once
+    settings      who reloads             nothing: it is replaced as a whole
+    problem       the engine's thread     nothing: others only read it, as last_turn and metrics
+    the others    the engine's thread     nothing: nobody else reads them
     """
 
-    def __init__(self, store: Store, dispatcher: Dispatcher, settings: Json, clock: Clock) -> None:
-        self.store, self.dispatcher, self.clock = store, dispatcher, clock
-        self.settings = settings  # a reload replaces it
-        self.paused: bool = settings["scheduler.paused"]
-        self.stopping = False  # nothing is started any more
-        self.problem: str | None = None  # why the last pass failed
-        self.counts = defaultdict[str, float](int, chronos_store_errors_total=0)  # for /metrics
-        self.last_pass = self._worked_at = clock.monotonic()
-        self._grace = parse_duration(settings["scheduler.missed_run_grace"])
-        self._workers: int = settings["dispatcher.max_concurrent_jobs"]
-        self._per_target: int = settings["dispatcher.max_concurrent_per_host"]
-        self._attempts = queue.SimpleQueue[Attempt | None]()
-        self._version = functools.lru_cache(VERSION_CACHE)(
-            lambda job_id, number: Version(store.versions(job_id, number)[0])
-        )
-        self._inbox = queue.SimpleQueue[Outcome | tuple[Future[Any], Change] | None]()
-        self._outcomes: list[Outcome] = []  # kept until a pass has written them
-        self._changes: deque[tuple[Future[Any], Change]] = deque()
-        self._in_flight: dict[str, Attempt] = {}
-        self.waiters: dict[str, threading.Event] = {}  # execution -> set when it has ended
-        self._offset = clock.now() - clock.monotonic()  # a change of it is a step of the clock
-        self._wake_at = 0  # nothing is due before this instant
-        self._seen_at: int | None = None  # when the backlog was first seen, while there is one
-        self._saved_at = 0  # last heartbeat
-        self._held = False  # the clock is before the release date: nothing fires
-        self._untidy: dict[str, None] = {}  # jobs whose history may be more than is kept
-        self._walk: str | None = ""  # how far all jobs were looked at for that; None: to the end
-        self._tidied_at = clock.monotonic()
-        self._reported: dict[str, int] = {}  # kind of error -> when it was logged
+    def __init__(
+        self, store: Store, dispatcher: Dispatcher, settings: Settings, clock: Clock
+    ) -> None:
+        self.store = store
+        self.dispatcher = dispatcher
+        self.clock = clock
+        self.settings = settings
+        self.metrics = Metrics()
+        self.stopping = False  # Nothing is started any more.
+        self.problem: str | None = None  # Why the last turn failed.
+        self.last_turn = clock.monotonic()
+        self.waiters: dict[str, threading.Event] = {}  # By execution id; set when it has ended.
+        self.pool = WorkerPool(dispatcher, settings.dispatcher.max_concurrent_jobs, self._hand_over)
+        self.versions = VersionCache(store.jobs)
+        self.run_queue = RunQueue(store, self.versions, self.pool, settings, clock)
+        self.scheduler = Scheduler(store, self.versions, self.run_queue, settings, clock)
+        self.job_changes = JobChanges(store, self.versions, self.scheduler)
+        self.retention = Retention(store, clock)
+        self.alerts = Alerts(store, self.versions, self.run_queue)
+        self._inbox = queue.SimpleQueue[Outcome | Submission | None]()
+        self._outcomes: list[Outcome] = []  # They are kept until a turn has written them.
+        self._submissions = Submissions(store.database, clock)
+        self._reporter = Reporter(self.metrics, clock)
+        self._wake_at = 0  # Nothing is due before this instant.
+        self._heartbeat_at = 0  # When last_seen was last written.
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
-    # --------------------------------------------------------------- called by other threads
+    # --- Called by other threads ---
+
+    @property
+    def paused(self) -> bool:
+        """Whether this server starts nothing, as scheduler.paused says."""
+        return self.settings.scheduler.paused
+
     def start(self) -> None:
-        """Take up what the last process left, and begin with the passes."""
+        """Take up what the last process has left, and begin with the turns."""
         self.recover()
         self.dispatcher.start()
-        for n in range(self._workers):  # all at once: none can fail to come when it is needed
-            threading.Thread(target=self._worker, name=f"worker-{n + 1}", daemon=True).start()
+        self.pool.start()
         self._thread.start()
-
-    def _worker(self) -> None:
-        while attempt := self._attempts.get():
-            self._inbox.put(self.dispatcher.send(attempt))
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
         if not self._thread.is_alive():
-            return  # the start did not get so far
+            return  # The start did not get so far.
         self.stopping = True
         for waiter in list(self.waiters.values()):
             waiter.set()
         with contextlib.suppress(ApiError):
-            self.make(lambda _turn: None)  # after it no pass is under way that starts something
+            self.submit(lambda _turn: None)  # After it no turn is under way that starts something.
         deadline = self.clock.monotonic() + grace
-        while self._in_flight and self.clock.monotonic() < deadline:
+        while self.run_queue.in_flight and self.clock.monotonic() < deadline:
             time.sleep(0.02)
         self._stopped = True
         self._inbox.put(None)
         self._thread.join()
-        for attempt in list(self._in_flight.values()):
-            attempt.abort("shutdown")
-        for _worker in range(self._workers):
-            self._attempts.put(None)
+        self.run_queue.abort_all(CutReason.SHUTDOWN)
+        self.pool.stop()
         self.dispatcher.stop()
 
-    def hand_in(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Give the engine a change to make in its next pass, inside a savepoint of its own."""
+    def use_settings(self, settings: Settings) -> None:
+        """Let the turns that come use these settings."""
+        self.settings = settings
+
+    def enqueue(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Hand in a change for the next turn, which calls it with itself and the arguments.
+
+        It is made inside a savepoint of its own: if it raises, nothing of it stays.
+        """
         future: Future[Result] = Future()
         if self._stopped:
-            future.set_exception(ApiError("UNAVAILABLE", "the server is stopping"))
+            future.set_exception(Unavailable("the server is stopping"))
         else:
-            self._inbox.put((future, lambda turn: change(turn, *arguments)))
+            self._inbox.put(Submission(future, lambda turn: change(turn, *arguments)))
         return future
 
-    def make(self, change: Callable[..., Result], *arguments: Any) -> Result:
-        """Return what a change returned, once on disk; where this raises, nothing has changed."""
-        future = self.hand_in(change, *arguments)
+    def submit(self, change: Callable[..., Result], *arguments: Any) -> Result:
+        """Make a change and return what it returned, once it is on disk.
+
+        Where this raises, nothing has changed: ApiError of the change's own, or StoreError, also
+        where the engine has not begun it within WRITE_PATIENCE_S.
+        """
+        future = self.enqueue(change, *arguments)
         try:
             return future.result(WRITE_PATIENCE_S)
         except TimeoutError:
             if future.cancel():
                 raise StoreError(f"nothing was changed within {WRITE_PATIENCE_S:g} s") from None
-            return future.result()
+            return future.result()  # It is being made: its result is near.
 
     def silence(self) -> int:
         """Return how long ago the engine or the watchdog last went round, in µs."""
-        return self.clock.monotonic() - min(self.last_pass, self.dispatcher.last_watch)
+        return self.clock.monotonic() - min(self.last_turn, self.dispatcher.last_watch)
 
-    # ---------------------------------------------- changes: call them through make(), any thread
-    def create_job(self, turn: Pass, config: Json, enabled: bool, user: str) -> Job:
-        """Add a job; where enabled, its schedule counts from now."""
-        new = Job(str(uuid.uuid4()), 0, False, turn.now, turn.now, None, {})
-        return self._update(turn, new, new._replace(config=config, enabled=enabled), user)
+    def _hand_over(self, outcome: Outcome) -> None:
+        self._inbox.put(outcome)
 
-    def declare_jobs(self, turn: Pass, declared: dict[str, tuple[Json, bool, str]]) -> list[Job]:
-        """Make jobs as declared; return those changed. A declaration as before keeps the state."""
-        changed: list[Job] = []
-        known = self.store.declared_jobs(list(declared))
-        for job_id in dict.fromkeys([*declared, *sorted(known)]):
-            new = Job(job_id, 0, False, turn.now, turn.now, None, {})
-            job = self._settled_job(turn, job_id) if job_id in known else new
-            config, enabled, digest = declared.get(job_id, (job.config, False, None))
-            wanted = job._replace(config=config, declared=digest)
-            if digest != job.declared:
-                spent = enabled and wanted.next_after(turn.now) is None
-                wanted = wanted._replace(enabled=enabled and not spent)
-            if (made := self._update(turn, job, wanted, DECLARED_BY)) != job:
-                changed.append(made)
-        return changed
+    # --- The turns ---
 
-    def set_enabled(self, turn: Pass, job_id: str, enabled: bool) -> Job:
-        """Enable or disable a job. A disabled one has no fire times; what is due runs on."""
-        job = self._settled_job(turn, job_id)
-        return self._update(turn, job, job._replace(enabled=enabled))
-
-    def update_job(self, turn: Pass, base: Job, config: Json, state: bool | None, user: str) -> Job:
-        """Replace the configuration of a job that is still as ``base``; None leaves its state."""
-        job = self._settled_job(turn, base.id)
-        if job.version != base.version:
-            raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
-        state = job.enabled if state is None else state
-        return self._update(turn, job, job._replace(config=config, enabled=state), user)
-
-    def roll_back(self, turn: Pass, job_id: str, number: int, user: str) -> Job:
-        """Make a new version out of an older one; whether the job is enabled stays."""
-        job = self._settled_job(turn, job_id)
-        changed = job._replace(config=self.store.versions(job_id, number)[0]["config"])
-        if changed.next_after(turn.now) is None:
-            changed = changed._replace(enabled=False)
-        return self._update(turn, job, changed, user, is_new=True)
-
-    def _update(
-        self, turn: Pass, job: Job, changed: Job, user: str = "", is_new: bool = False
-    ) -> Job:
-        """Write a changed job, a new version where its configuration is new, or ``is_new``."""
-        is_new |= changed.config != job.config
-        if is_new:
-            changed = changed._replace(version=job.version + 1)
-            if job.declared and user != DECLARED_BY:
-                raise ApiError("CONFLICT", NOT_HERE)
-        when = [(j.enabled, *map(j.config.get, ("schedule", "timezone"))) for j in (job, changed)]
-        if not changed.enabled:
-            changed = changed._replace(next_run_at=None)
-        elif when[0] != when[1]:
-            changed = changed._replace(next_run_at=changed.next_after(turn.now))
-            if changed.next_run_at is None:
-                raise ApiError("CONFLICT", f"{when[1][1]}: nothing comes any more")
-        if changed != job:
-            changed = changed._replace(updated_at=turn.now)
-            self.store.save_job(changed, user if is_new else None)
-        return changed
-
-    def delete_job(self, turn: Pass, base: Job, unchanged: bool) -> None:
-        """Remove a job, ``unchanged``: only one still as ``base``. Its history goes in batches."""
-        job = self.store.job(base.id)
-        if job.version != base.version and unchanged:
-            raise ApiError("PRECONDITION_FAILED", "the job has another version by now")
-        if job.declared:
-            raise ApiError("CONFLICT", NOT_HERE)
-        self.store.delete_job(job.id)
-        self._version.cache_clear()  # a version that is not found: nothing of it is started
-        self._untidy[job.id] = None
-        active = self.store.active_executions(job.id, 1, sys.maxsize)
-        turn.ended |= {execution.id: execution._replace(reason="deleted") for execution in active}
-
-    def trigger(self, turn: Pass, job_id: str, new_id: str, replay_of: str | None = None) -> None:
-        """Make an execution that is due now; ``replay_of``: that sends again what this one sent."""
-        if self.paused:
-            raise ApiError("CONFLICT", "this server is paused: it starts nothing")
-        job = self.store.job(job_id)
-        number, kind, at = job.version, "manual", turn.now
-        if replay_of:
-            original = self.store.execution_of(job_id, replay_of)
-            number, kind, at = original.job_version, "replay", original.scheduled_at
-        new = self._new(self._version(job_id, number), kind, at, turn.now)
-        self._enqueue(turn, new._replace(id=new_id, replay_of=replay_of), job.config["concurrency"])
-
-    def cancel(self, turn: Pass, job_id: str, execution_id: str, user: str) -> Execution:
-        """Fail an execution that has not ended, and abort its request."""
-        execution = self.store.execution_of(job_id, execution_id)
-        if execution.completed_at is not None:
-            raise ApiError("CONFLICT", f"{execution_id} has ended: {execution.status}")
-        return self._end(turn, execution, "cancelled", f"cancelled by {user}")
-
-    # ----------------------------------------------------------------------------- the passes
     def recover(self) -> None:
-        """Take up what the last process left running: its attempt counts as interrupted."""
-        now, mono = self.clock.now(), self.clock.monotonic()
-        self._offset = max(self._offset, (self.store.number("last_seen") or 0) - mono)
-        lost = "the server ended during the attempt: its outcome is unknown"
-        for execution in self.store.executions(None, -1, status="running")[::-1]:
-            at = execution.attempt_at or now
-            self._outcomes.append(Outcome(execution, at, 0, mono, reason="interrupted", error=lost))
+        """Take up what the last process has left running: its attempt counts as interrupted."""
+        self.scheduler.recover()
+        for execution in self.store.executions.running():
+            interrupted = Outcome(
+                execution=execution,
+                started_at=execution.attempt_at or self.clock.now(),
+                duration=0,
+                ended_at_mono=self.clock.monotonic(),
+                reason=Reason.INTERRUPTED,
+                error="the server ended during the attempt: its outcome is unknown",
+            )
+            self._outcomes.append(interrupted)
 
     def _loop(self) -> None:
         wait = 0
         while not self._stopped:
             try:
-                wait = self.run_pass(wait)
-            except Exception as error:  # a bug must not end the thread
-                self._fail(Pass(self.clock.now()), error)
+                wait = self.run_turn(wait)
+            except Exception as error:  # A bug must not end the thread.
+                self._fail(Turn(self.clock.now(), self.settings), error)
                 wait = SECOND
-        self.run_pass()  # what came in meanwhile is written; nothing is started
-        self._fail(Pass(0), ApiError("UNAVAILABLE", "the server is stopping"))
+        self.run_turn()  # What came in meanwhile is written; nothing is started.
+        self._submissions.refuse(Unavailable("the server is stopping"))
 
-    def run_pass(self, wait: int = 0) -> int:
+    def run_turn(self, wait: int = 0) -> int:
         """Wait up to ``wait`` µs for news, do what is due; return the µs until something is."""
+        self._collect(wait)
+        turn = Turn(self.clock.now(), self.settings, self.stopping)
+        try:
+            step = self.scheduler.clock_step(turn.now)
+            is_due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
+            if is_due or self._outcomes or self._submissions.are_waiting:
+                with self.store.database.transaction():
+                    turn.now = self.clock.now()  # It may have waited for a lock.
+                    self._work(turn, step)
+                if self.problem:
+                    log.warning("the engine works again")
+                self.problem = None
+        except Exception as error:
+            self._fail(turn, error)
+        else:
+            self.scheduler.follow_clock(step)
+            self._after_commit(turn)
+        self._reporter.tell_of_turn()
+        self.last_turn = self.clock.monotonic()
+        if self._submissions.are_waiting:
+            return 0
+        return max(0, min(self._wake_at - self.clock.now(), SECOND))
+
+    def _collect(self, wait: int) -> None:
+        """Take everything out of the inbox; wait up to ``wait`` µs for the first of it."""
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get(wait > 0, wait / SECOND)
                 wait = 0
                 if isinstance(item, Outcome):
-                    self._in_flight.pop(item.execution.id, None)
+                    self.run_queue.came_back(item)
                     self._outcomes.append(item)
-                elif item:
-                    self._changes.append(item)
-        turn = Pass(self.clock.now())
-        try:
-            step = turn.now - self.clock.monotonic() - self._offset
-            due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
-            if due or self._outcomes or self._changes:
-                with self.store.transaction():
-                    turn.now = self.clock.now()  # it may have waited for a lock
-                    self._work(turn, step)
-                if self.problem:
-                    log.warning("the engine goes on")
-                self.problem = None
-        except Exception as error:
-            self._fail(turn, error)
-        else:
-            self._offset += step
-            self._settle(turn)
-        self.counts["chronos_engine_passes_total"] += 1
-        self.last_pass = self.clock.monotonic()
-        return 0 if self._changes else max(0, min(self._wake_at - self.clock.now(), SECOND))
+                elif item is not None:
+                    self._submissions.add(item)
 
-    def _work(self, turn: Pass, step: int) -> None:
-        """The whole of a pass, inside its transaction."""
-        self.store.check_file()
-        self._look_at_clock(turn, step)
+    def _work(self, turn: Turn, step: int) -> None:
+        """Do everything of a turn that is inside its transaction."""
+        self.store.database.check_file()
+        self._beat(turn)
+        self.scheduler.look_at_clock(turn, step)
         for outcome in self._outcomes:
-            self._record(turn, outcome)
-        start = self.clock.monotonic()
-        if start - self._worked_at > self._grace:
-            self._seen_at = None  # the process was suspended amid a backlog
-        self._worked_at = start
-        due = self.store.due_jobs(turn.now, MAX_FIRES_PER_PASS) if self._fires() else []
-        for job_id, number, fire_time in due:
-            if self.clock.monotonic() - start < PASS_TARGET:  # else the next pass goes on
-                self._fire(turn, job_id, number, fire_time)
-        if self.settings["alerts.webhook"] and self.store.news(turn.now - ALERT_GATHER):
-            self._changes.append((Future(), self._alert))  # so that a bug in it stops nothing else
-        self._make_changes(turn)
+            self.run_queue.record(turn, outcome)
+        self.scheduler.fire_due(turn)
+        if self.alerts.are_due(turn):
+            self._submissions.add(Submission(Future(), self.alerts.send))
+        self._submissions.apply(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
-        self.store.release_oldest(freed, turn.now)
-        if self.settings["alerts.webhook"]:
-            self.store.note_news(freed, self.settings["alerts.after"], turn.now)
-        if not (self.stopping or self.paused):
-            self._take(turn)
-        cursor, *others = self.store.next_instants(turn.now)
-        instants = (self._saved_at + HEARTBEAT, cursor if self._fires() else None, *others)
-        self._wake_at = min(instant for instant in instants if instant is not None)
-        if cursor is None or cursor > turn.now:
-            self._seen_at = None
-        tidied_now = self.clock.monotonic() - self._tidied_at < PRUNE_INTERVAL
-        busy = tidied_now and (turn.taken or self._outcomes)
-        if (self._untidy if busy else self._tidy(turn)) or turn.again:
+        self.store.executions.release_oldest(freed, turn.now)
+        if not (turn.stopping or turn.paused):
+            self.run_queue.take(turn)
+        self.store.history.count_ends(turn.ended.values())
+        self.alerts.note(turn, freed)
+        self._set_wake_at(turn)
+        is_busy = bool(turn.taken or self._outcomes)
+        is_untidy = self.retention.work(turn, is_busy)
+        if is_untidy or turn.follows_at_once:
             self._wake_at = turn.now
 
-    def _fires(self) -> bool:
-        return not (self.paused or self._held or self.stopping)
-
-    def _tidy(self, turn: Pass) -> bool:
-        """Remove a batch of history that is not to be kept; return whether there may be more."""
-        self._tidied_at = self.clock.monotonic()
-        if self.store.prune_oldest(self.settings["retention.max_size"]):
-            return True
-        before, rows = turn.now - parse_duration(self.settings["retention.max_age"]), 0
-        keep = self.settings["retention.executions_per_job"]
-        for _look in range(PRUNE_JOBS):
-            if self._walk is not None:
-                self._walk = self.store.next_with_history(self._walk)
-                self._untidy |= {self._walk: None} if self._walk else {}
-            if not self._untidy:
-                return False
-            job_id = next(iter(self._untidy))  # the one that waits longest
-            del self._untidy[job_id]
-            if found := self.store.prune(job_id, before, keep):
-                self._untidy[job_id] = None
-                rows += found
-            if rows >= PRUNE_ROWS:
-                break
-        return True
-
-    def _settle(self, turn: Pass) -> None:
-        """After the commit: tell everybody, abort what ended otherwise, start what was taken."""
-        for outcome in self._outcomes:
-            self._count_attempt(outcome)
-            tried = outcome.execution
-            if tried.id not in turn.ended and outcome.reason in LOUD_REASONS:  # it is tried again
-                what = (tried.job_id, tried.id, tried.attempts, outcome.error)
-                log.info("job %s: %s failed in attempt %s: %s", *what)
-        self._outcomes.clear()
-        for taken in turn.taken:
-            self._in_flight[taken.execution.id] = taken
-            self._attempts.put(taken)
-        for future, result in turn.made:
-            self._answer(future, result)
-        for execution in turn.ended.values():
-            if waiter := self.waiters.get(execution.id):
-                waiter.set()
-            if attempt := self._in_flight.get(execution.id):
-                attempt.abort(str(execution.reason))
-            if execution.completed_at is not None:  # else its job was deleted
-                if execution.attempts:
-                    self._observe("chronos_execution_duration_seconds", execution.spent)
-                level = logging.WARNING if execution.reason in LOUD_REASONS else logging.INFO
-                why = execution.error or f"the server answered {execution.status_code}"
-                about = (execution.job_id, execution.id, execution.status, why)
-                log.log(level, "job %s: %s %s: %s", *about)
-
-    def _count_attempt(self, outcome: Outcome) -> None:
-        execution = outcome.execution
-        self.counts[f'chronos_attempts_total{{result="{outcome.reason or "success"}"}}'] += 1
-        if execution.trigger == "schedule" and execution.attempts == 1:
-            late = max(0, outcome.started_at - execution.scheduled_at)
-            self._observe("chronos_lateness_seconds", late)
-
-    def _observe(self, name: str, us: int) -> None:
-        for bound, bucket in BUCKETS.items():
-            self.counts[name + bucket] += us <= bound * SECOND
-        self.counts[f"{name}_sum"] += us / SECOND
-        self.counts[f"{name}_count"] += 1
-
-    def _answer(self, future: Future[Any], result: Any) -> None:
-        """Tell a writer what its change returned or raised; of a bug the log has more."""
-        if isinstance(result, Exception) and not isinstance(result, ApiError):
-            result = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
-        tell = future.set_exception if isinstance(result, ApiError) else future.set_result
-        tell(result)
-
-    def _fail(self, turn: Pass, error: Exception) -> None:
-        """The pass was rolled back: say why, once a minute; outcomes wait for the next pass."""
-        kind, now = type(error).__name__, self.clock.monotonic()
-        self.problem = str(error) or repr(error)
-        self.counts["chronos_store_errors_total"] += isinstance(error, StoreError)
-        if kind != "ApiError" and now - self._reported.get(kind, now - HOUR) > MINUTE:
-            self._reported[kind] = now
-            trace = None if isinstance(error, StoreError) else error
-            log.error("the engine can't go on and tries again: %s", self.problem, exc_info=trace)
-        waiting = [made for made in self._changes if made[0].set_running_or_notify_cancel()]
-        for future, _change in turn.made + waiting:
-            self._answer(future, error)
-        self._changes.clear()
-        self._version.cache_clear()  # what was rolled back may be in it
-        self._wake_at = turn.now + SECOND
-        self._saved_at, self._seen_at = 0, None  # what the pass has written or seen is void
-        self._walk = ""
-
-    # ------------------------------------------------------------------- the steps of a pass
-    def _look_at_clock(self, turn: Pass, step: int) -> None:
-        if not 0 <= turn.now - self._saved_at < HEARTBEAT:
+    def _beat(self, turn: Turn) -> None:
+        """Note once a minute that we live: a start compares its clock with that."""
+        since = turn.now - self._heartbeat_at
+        if not 0 <= since < HEARTBEAT:  # Below 0: the clock went back.
             self.store.set_number("last_seen", turn.now)
-            if turn.now // DAY != self._saved_at // DAY:
-                self._walk = ""
-            self._saved_at = turn.now
-        held = turn.now < RELEASED_AT
-        if held != self._held:
-            self._held = held
-            state = "can't be right: no job fires" if held else "is right again: jobs fire"
-            log.warning("the clock shows %s, which %s", format_time(turn.now), state)
-        if abs(step) > CLOCK_STEP:
-            log.warning("the clock was moved by %s s", step / SECOND)
-            self.store.shift_times(step, reset=step < -CLOCK_FAR_BACK and not held)
-            self._seen_at = None
+            self._heartbeat_at = turn.now
 
-    def _record(self, turn: Pass, outcome: Outcome) -> None:
-        """Write down how an attempt ended, unless its execution ended otherwise before."""
-        version = self._version_of(turn, outcome.execution)
-        if version is None:
-            return
-        ended_at = turn.now - (self.clock.monotonic() - outcome.ended)
-        after = after_attempt(outcome, version.config["retry_policy"], version.timeout, ended_at)
-        if self.store.save_execution(after, only_running=True) and after.completed_at:
-            turn.ended[after.id] = after
+    def _set_wake_at(self, turn: Turn) -> None:
+        """Find out when the next turn has something to do."""
+        following = self.store.next_instants(turn.now)
+        self.scheduler.note_cursor(turn, following.cursor)
+        instants = [self._heartbeat_at + HEARTBEAT, following.due_at, following.news_at]
+        if self.scheduler.may_fire(turn):
+            instants.append(following.cursor)
+        self._wake_at = min(instant for instant in instants if instant is not None)
 
-    def _fire(self, turn: Pass, job_id: str, number: int, fire_time: int) -> None:
-        """Enqueue a fire time, or deal with a whole backlog; move the cursor."""
-        self._seen_at = self._seen_at or turn.now
-        try:
-            version = self._version(job_id, number)
-            newest = fire_time
-            if fire_time < RELEASED_AT:  # reset, or of a wrong clock: decades were not missed
-                newest = turn.now
-            elif self._seen_at - fire_time > self._grace:
-                newest = self._catch_up(turn, version, fire_time)
-            else:
-                execution = self._new(version, "schedule", fire_time, turn.now)
-                self._enqueue(turn, execution, version.config["concurrency"])
-            cursor = version.schedule.next_after(newest, version.config["timezone"])
-            self.store.move_cursor(job_id, cursor)
-        except StoreError:
-            raise
-        except Exception:
-            log.exception("job %s fires no more until it is enabled anew", job_id)
-            self.store.move_cursor(job_id, None)
+    # --- After a turn ---
 
-    def _settled_job(self, turn: Pass, job_id: str) -> Job:
-        """Return a job with its due fire times in the ledger, so that no change erases them."""
-        if self.stopping:  # no fire time is enqueued any more
-            raise ApiError("UNAVAILABLE", "the server is stopping")
-        job = self.store.job(job_id)
-        while self._fires() and job.next_run_at is not None and job.next_run_at <= turn.now:
-            self._fire(turn, job_id, job.version, job.next_run_at)
-            job = self.store.job(job_id)
-        return job
+    def _after_commit(self, turn: Turn) -> None:
+        """Tell everybody, abort what ended otherwise, start what was taken."""
+        for outcome in self._outcomes:
+            self._reporter.tell_of_attempt(turn, outcome)
+        self._outcomes.clear()
+        self.run_queue.after_commit(turn)
+        self._submissions.answer(turn)
+        for execution in turn.ended.values():
+            waiter = self.waiters.get(execution.id)
+            if waiter:
+                waiter.set()
+            if execution.has_ended:  # Else its job was deleted.
+                self._reporter.tell_of_end(execution)
 
-    def _catch_up(self, turn: Pass, version: Version, first: int) -> int:
-        """Deal with missed fire times as the policy says; return the newest of them."""
-        policy = version.config["missed_run_policy"] or self.settings["scheduler.missed_run_policy"]
-        most = {"ignore": 0, "execute_one": 1, "execute_all": MAX_CATCH_UP}[policy]
-        zone = version.config["timezone"]
-        count, newest = version.schedule.backlog(first, turn.now, zone, most + 1)
-        if count > most:
-            last, count = newest[-most - 1], count - most
-            period = f"from {format_time(first)} to {format_time(last)}"
-            reason = f"{count} fire times {period} passed while no server was there"
-            new = self._new(version, "schedule", last, None)
-            new = new._replace(missed_count=count, missed_from=first, missed_to=last)
-            missed = ended(new, "skipped", "missed", reason, turn.now)
-            if self.store.add_execution(missed):
-                turn.ended[missed.id] = missed
-        for fire_time in newest[-most:] if most else ():
-            self.store.add_execution(self._new(version, "catch_up", fire_time, None))
-        turn.caught_up.add(version.job_id)
-        return newest[-1]
-
-    def _make_changes(self, turn: Pass) -> None:
-        """Make what API threads have handed in; what would take too long stays for later."""
-        start = self.clock.monotonic()
-        while self._changes and self.clock.monotonic() - start < PASS_TARGET:
-            future, change = self._changes.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue  # its thread has given up
-            turn.made.append((future, None))  # so _fail() finds it
-            ended_before = dict(turn.ended)
-            try:
-                with self.store.transaction():
-                    result = change(turn)
-            except Exception as error:
-                if not self.store.in_transaction:
-                    raise
-                turn.ended = ended_before
-                if not isinstance(error, ApiError):
-                    log.exception("a change failed")
-                result = error
-            turn.made[-1] = (future, result)
-
-    def _alert(self, turn: Pass) -> None:
-        """Tell of all jobs that have turned: one alert at a time, so that none is overtaken."""
-        news = self.store.news(turn.now - ALERT_GATHER)
-        if self.paused or not news or self.store.active_executions(ALERTS_ID, 1, 1):
-            return
-        lines = [f"Chronos on {self.settings['cluster.node_id']}:"]
-        for job in news[:ALERT_JOBS]:
-            last = self.store.executions(job["id"], 3, status="verdict")
-            job["executions"] = [e._replace(response=None).to_json() for e in last]
-            fails = f"fails: {last[0].error}" if last else "fails"
-            lines.append(f"{job['name']} {fails if job['event'] == 'failed' else 'is well again'}")
-        lines[11:] = [f"and {len(news) - 10} more"] if len(news) > 10 else []
-        body = {"text": "\n".join(lines), "event": min(job["event"] for job in news)}
-        body |= {"jobs_total": len(news), "jobs": news[:ALERT_JOBS]}
-        config, _enabled = validate_job({
-            "name": "alerts", "schedule": "@at 2000-01-01T00:00:00Z", "timeout": "1h",
-            "webhook": self.settings["alerts.webhook"] | {"body": json.dumps(body)},
-            "retry_policy": {"max_attempts": 10, "initial_interval": "5s", "max_interval": "10m",
-                             "attempt_timeout": "10s"},
-        }, self.settings["scheduler.default_retry_policy"], now=0)  # fmt: skip
-        version = self._version(ALERTS_ID, self.store.save_alert(config, turn.now))
-        self.store.add_execution(self._new(version, "alert", turn.now, turn.now))
-
-    def _take(self, turn: Pass) -> None:
-        """Start due executions, as many as workers are free and their targets may hold."""
-        room = self._workers - len(self._in_flight)
-        busy = Counter(attempt.webhook.target for attempt in self._in_flight.values())
-        full = {target for target, count in busy.items() if count >= self._per_target}
-        more = True
-        while more and room > 0:
-            more, started = False, []
-            for execution in self.store.due_executions(turn.now, room, full):
-                if busy[execution.target] >= self._per_target:
-                    full.add(execution.target)
-                    more = True  # look behind the ones that are passed over
-                elif version := self._version_of(turn, execution):
-                    started.append(self._attempt(turn, execution, version))
-                    busy[execution.target] += 1
-            if started:
-                ids = [attempt.execution.id for attempt in started]
-                self.store.start_executions(ids, turn.now, self.settings["cluster.node_id"])
-                turn.taken += started
-                room -= len(started)
-
-    def _version_of(self, turn: Pass, execution: Execution) -> Version | None:
-        """Return the version that an execution runs; None: it can't run any more, nor stays."""
-        try:
-            return self._version(execution.job_id, execution.job_version)
-        except StoreError:
-            raise
-        except ApiError:
-            self.store.delete_execution(execution.id)
-        except (LookupError, TypeError, ValueError) as error:  # another release took it
-            log.exception("execution %s can't go on", execution.id)
-            self._end(turn, execution, "no_answer", f"its configuration is not understood: {error}")
-            self.store.release_oldest({execution.job_id}, turn.now)
-        self._untidy[execution.job_id] = None
-        turn.again = True  # others may be due behind it
-        return None
-
-    def _attempt(self, turn: Pass, execution: Execution, version: Version) -> Attempt:
-        started = execution._replace(
-            status="running", attempts=execution.attempts + 1, attempt_at=turn.now,
-            started_at=execution.started_at or turn.now, node_id=self.settings["cluster.node_id"],
-        )  # fmt: skip
-        limit = (version.timeout - execution.spent, "timeout")
-        if version.attempt_timeout < limit[0]:
-            limit = (version.attempt_timeout, "attempt_timeout")
-        return Attempt(started, version.webhook, *limit)
-
-    def _new(self, version: Version, trigger: str, at: int, due_at: int | None) -> Execution:
-        """Return a pending execution for a fire time, with the one id that it can have."""
-        self._untidy[version.job_id] = None
-        fire_id = f"exec-{uuid.uuid5(uuid.UUID(version.job_id), str(format_time(at)))}"
-        target = version.webhook.target
-        head = (fire_id, version.job_id, version.number, trigger, "pending", at, target, due_at)
-        return Execution(*head, node_id=self.settings["cluster.node_id"])
-
-    def _enqueue(self, turn: Pass, execution: Execution, concurrency: str) -> None:
-        """Add an execution that is not in the ledger: pending, or skipped as the policy has it."""
-        least = MAX_ACTIVE if concurrency == "allow" else 1
-        most = MAX_ACTIVE if concurrency == "replace" else 1
-        others = self.store.active_executions(execution.job_id, least, most)
-        if others and concurrency != "replace":
-            error = f"{others[0].id} was still {others[0].status}"
-            error = f"{MAX_ACTIVE} executions had not ended" if concurrency == "allow" else error
-            execution, others = ended(execution, "skipped", "overlap", error, turn.now), []
-        if self.store.add_execution(execution):
-            turn.ended |= {execution.id: execution} if execution.completed_at is not None else {}
-            for other in others:
-                self._end(turn, other, "replaced", f"replaced by {execution.id}")
-
-    def _end(self, turn: Pass, execution: Execution, reason: str, error: str) -> Execution:
-        """Fail an execution that has not ended, and abort its request after the commit."""
-        execution = ended(execution, "failed", reason, error, turn.now)
-        self.store.save_execution(execution)
-        turn.ended[execution.id] = execution
-        return execution
+    def _fail(self, turn: Turn, error: Exception) -> None:
+        """The turn was rolled back: say why; the outcomes wait for the next turn."""
+        self.problem = str(error) or repr(error)
+        self._reporter.tell_of_failure(error, self.problem)
+        self._submissions.fail(turn, error)
+        self.versions.clear()  # What was rolled back may be in it.
+        self.scheduler.turn_failed()
+        self.retention.turn_failed()
+        self._heartbeat_at = 0
+        self._wake_at = turn.now + SECOND
 
 
-# ==== 12. API: a table of routes; each handler parses, calls and answers ==============
+# ======================================================================================
+# 17. API: a table of routes; each handler parses, calls and answers
+# ======================================================================================
 #
-# Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}.
+# Every answer is JSON in one envelope: {"success": …, "data": …, "error": …}; only the page and
+# the metrics are not. Handlers run in waitress's threads: they read the store themselves and hand
+# each change to the engine. There is no rule about jobs here, and no SQL.
+
+# --- Bodies and queries ---
+
+
+class Reply(NamedTuple):
+    """What a handler returns where the status is not 200."""
+
+    status: int
+    data: Any
 
 
 def envelope(data: Any, error: ApiError | None = None) -> bytes:
-    """Return the body of an answer."""
-    details = {"details": error.details} if error and error.details else {}
-    told = error and {"code": error.code, "message": str(error), **details}
-    answer = {"success": not error, "data": data, "error": told}
+    """Return the body of an answer: JSON in UTF-8, and a line end.
+
+    ``error`` is why the request failed; None: it did not.
+    """
+    shown: Json | None = None
+    if error is not None:
+        shown = {"code": error.code, "message": str(error)}
+        if error.details:
+            shown["details"] = error.details
+    answer = {"success": error is None, "data": data, "error": shown}
     return json.dumps(answer, allow_nan=False).encode() + b"\n"
 
 
 def read_json() -> Any:
-    """Return the body of the request as JSON (RFC 8259). Raises ApiError."""
-    body = bottle.request.environ["wsgi.input"].read()  # waitress has bounded it
+    """Return the body of the request as JSON (RFC 8259). Raises InvalidJson."""
+    # RequestParser and waitress have bounded it to MAX_BODY_BYTES.
+    body = bottle.request.environ["wsgi.input"].read()
     try:
-        return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        text = body.decode()
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=no_constant)
     except ValueError as error:
-        raise ApiError("INVALID_JSON", f"the body is not JSON: {error}") from error
+        raise InvalidJson(f"the body is not JSON: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    if len(dict(pairs)) < len(pairs):
-        name = Counter(name for name, _value in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {name!r} is there twice")
-    return dict(pairs)
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
+    """Return an object of JSON. Raises ValueError where a name is repeated (RFC 7493, 2.3)."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = Counter(name for name, _value in pairs)
+        [(repeated, _count)] = names.most_common(1)
+        raise ValueError(f"the name {repeated!r} is there twice")
+    return members
+
+
+def read_query(table: dict[str, Field]) -> Json:
+    """Return what the query of the URL says, with the defaults of ``table``.
+
+    Names that are not in the table are ignored. Raises InvalidFields.
+    """
+    query = bottle.request.query.decode()
+    return validate(table, dict(query), ignored=frozenset(query))
+
+
+def _true_or_false(word: str) -> bool:
+    """A truth value, written out as in JSON."""
+    known = one_of("true", "false")
+    return bool(known(word) == "true")
 
 
 # fmt: off
 EXECUTIONS_QUERY = {
-    "limit":    Field(query_number(1, 100),                         20),
-    "before":   Field(text(100),                                    None),
-    "status":   Field(one_of(*EXECUTION_STATUSES),                  None),
+    # name        check                            default
+    "limit":    Field(query_number(1, 100),           20),
+    "before":   Field(a_text(100),                    None),
+    "status":   Field(one_of(*Status),                None),
 }
 JOBS_QUERY = {
-    "limit":    Field(query_number(1, 1_000_000),                   -1),
-    "offset":   Field(query_number(0, 1_000_000_000),               0),
-    "enabled":  Field(lambda word: one_of("true", "false")(word) == "true", None),
-    "q":        Field(text(200),                                    None),
-    "status":   Field(one_of(*EXECUTION_STATUSES),                  None),
+    "limit":    Field(query_number(1, 1_000_000),     None),
+    "offset":   Field(query_number(0, 1_000_000_000), 0),
+    "enabled":  Field(_true_or_false,                 None),
+    "q":        Field(a_text(200),                    None),
+    "status":   Field(one_of(*Status),                None),
 }
 PREVIEW_QUERY = {
-    "schedule": Field(_schedule),
-    "timezone": Field(_timezone,                                    "UTC"),
-    "count":    Field(query_number(1, 100),                         5),
-    "from":     Field(parse_time,                                   None),
+    "schedule": Field(a_schedule),
+    "timezone": Field(a_timezone,                     "UTC"),
+    "count":    Field(query_number(1, 100),           5),
+    "from":     Field(parse_time,                     None),
+}
+TRIGGER_QUERY = {
+    "wait":     Field(parse_duration,                 None),
+}
+UPCOMING_QUERY = {
+    "hours":    Field(query_number(1, 168),           24),
 }
 # fmt: on
 
+# --- Sign-in ---
+
+SIGN_IN_FAILURES = 10  # After so many in a minute an address has to wait.
+SIGN_IN_PATIENCE_S = 0.1  # A request waits so long for the hash of another one.
+NO_SUCH_USER = f"scrypt:{'00' * 16}:"  # Has a salt to hash with, but is the hash of nothing.
+
 
 class SignIn:
-    """HTTP Basic authentication (RFC 7617); unknown users cost as much as known ones."""
+    """HTTP Basic authentication (RFC 7617) of the names in auth.users.
 
-    def __init__(self, settings: Json, clock: Clock) -> None:
-        self._users, self.viewers = settings["auth.users"], settings["auth.viewers"]
+    Unknown users cost as much time as known ones, so that it can't be seen who is one. Who was
+    right is remembered, and costs no hash again; who was wrong is not.
+
+    attribute    written by     guarded by
+    _failures    API threads    _lock  (the last 1,000: address, and the µs of the monotonic clock)
+    _verified    API threads    itself (a cache: header of the request -> name)
+    """
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._users = settings.auth.users
+        self._viewers = settings.auth.viewers
         self._clock = clock
-        self._failures: deque[tuple[str, int]] = deque(maxlen=1000)  # addresses, and when
-        self._lock = threading.Lock()  # for _failures; and one hash at a time: 50 ms and 16 MB
-        self._verified = functools.lru_cache(1000)(self._verify)  # it keeps who was right
+        self._failures = deque[tuple[str, int]](maxlen=1000)
+        self._lock = threading.Lock()  # One hash at a time: it takes 50 ms and 16 MB.
+        self._verified = functools.lru_cache(maxsize=1000)(self._verify)
 
     def user(self, header: str, reads: bool) -> str:
-        """Return who sends these credentials. Raises ApiError: 401, 403 or 429."""
+        """Return who sends these credentials.
+
+        ``header`` is the Authorization of a request, empty where there is none; ``reads`` says
+        that the request changes nothing. Raises Unauthorized, TooManyRequests, or Forbidden where
+        a viewer wants to change something.
+        """
         name = self._verified(header)
-        if name in self.viewers and not reads:
-            raise ApiError("FORBIDDEN", f"{name} may only read: see auth.viewers")
+        if not reads and not self.may_write(name):
+            raise Forbidden(f"{name} may only read: see auth.viewers")
         return name
 
+    def may_write(self, name: str) -> bool:
+        """Return whether this user may change anything."""
+        return name not in self._viewers
+
     def _verify(self, header: str) -> str:
-        name, password = bottle.parse_auth(header) or ("", None)
-        known = self._users.get(name, f"scrypt:{'00' * 16}:")
-        if password is not None:
-            if not self._lock.acquire(timeout=0.1):
-                raise self._too_many(SECOND)
+        """Return the name if the password is right. Raises Unauthorized or TooManyRequests."""
+        credentials = bottle.parse_auth(header)
+        if credentials is not None:
+            name, password = credentials
+            if self._is_right(name, password):
+                return str(name)
+        scheme = "Basic"
+        if "X-Chronos-UI" in bottle.request.headers:
+            # A browser does not know this one, so it shows no dialog of its own above the page.
+            scheme = "xBasic"
+        challenge = f'{scheme} realm="Chronos", charset="UTF-8"'
+        bottle.response.set_header("WWW-Authenticate", challenge)
+        raise Unauthorized("user name and password are missing or wrong")
+
+    def _is_right(self, name: str, password: str) -> bool:
+        """Return whether this is the user's password; note a failure. Raises TooManyRequests."""
+        known_hash = self._users.get(name, NO_SUCH_USER)
+        _kind, salt, _key = known_hash.split(":")
+        if not self._lock.acquire(timeout=SIGN_IN_PATIENCE_S):
+            raise self._too_many(wait=SECOND)
+        try:
+            now = self._clock.monotonic()
+            address = bottle.request.environ.get("REMOTE_ADDR")
+            self._check_failures(address, now)
+            its_hash = hash_password(password.encode(), bytes.fromhex(salt))
+            if hmac.compare_digest(its_hash, known_hash):
+                return True
+            self._failures.append((address, now))
+            log.warning("somebody at %s could not sign in as %s", address, name[:100])
+            return False
+        finally:
+            self._lock.release()
+
+    def _check_failures(self, address: str, now: int) -> None:
+        """Raise TooManyRequests if the address has failed too often within the last minute."""
+        failed = [at for who, at in self._failures if who == address]
+        if len(failed) >= SIGN_IN_FAILURES:
+            wait = failed[-SIGN_IN_FAILURES] + MINUTE - now
+            if wait > 0:
+                raise self._too_many(wait)
+
+    def _too_many(self, wait: int) -> TooManyRequests:
+        """Return the error that asks to come again in ``wait`` µs."""
+        seconds = wait // SECOND + 1
+        bottle.response.set_header("Retry-After", str(seconds))
+        return TooManyRequests("too many sign-ins at once, or wrong ones in a minute")
+
+
+# --- What handlers share ---
+
+
+def current_user() -> str:
+    """Return who has signed in for this request; without sign-in everybody is anonymous."""
+    return str(bottle.request.environ.get("chronos.user", "anonymous"))
+
+
+def current_user_may_write() -> bool:
+    """Return whether this user may change anything; without sign-in everybody may."""
+    return bool(bottle.request.environ.get("chronos.may_write", True))
+
+
+def etag_of(job: Job) -> str:
+    """Return the entity tag of a job (RFC 9110, 8.8.3): its version, in quotes."""
+    return f'"{job.version}"'
+
+
+def has_if_match() -> bool:
+    """Return whether the request is only about certain versions of a job."""
+    return "If-Match" in bottle.request.headers
+
+
+def check_if_match(job: Job) -> None:
+    """Raise PreconditionFailed if If-Match names other versions (RFC 9110, 13.1.1)."""
+    wanted = bottle.request.headers.get("If-Match", "*")
+    if wanted == "*":
+        return
+    tags = [tag.strip() for tag in wanted.split(",")]
+    if etag_of(job) not in tags:
+        raise PreconditionFailed(f"the job has version {job.version} by now")
+
+
+def is_not_modified(state: str) -> bool:
+    """Give the answer an entity tag for this state; say if the client has that already.
+
+    The status is 304 then, and the answer has no body (RFC 9110, 13.1.2).
+    """
+    digest = hashlib.sha256(state.encode()).hexdigest()
+    etag = f'"{digest[:16]}"'
+    bottle.response.set_header("ETag", etag)
+    is_known = etag in bottle.request.headers.get("If-None-Match", "")
+    if is_known:
+        bottle.response.status = 304
+    return is_known
+
+
+class Handlers:
+    """The base of all handlers: the engine takes changes, the store answers reads."""
+
+    def __init__(self, engine: Engine, store: Store, clock: Clock) -> None:
+        self.engine = engine
+        self.store = store
+        self.clock = clock
+
+    def jobs_json(self, jobs: list[Job], has_ended: bool = False) -> list[Json]:
+        """Return jobs as the API shows them, each with its newest execution.
+
+        ``has_ended``: with the newest one that has ended.
+        """
+        last = self.store.executions.last_of([job.id for job in jobs], has_ended)
+        return [job.to_json(last.get(job.id)) for job in jobs]
+
+
+# --- Jobs and their versions ---
+
+
+class JobHandlers(Handlers):
+    """Jobs: list, create, change, delete, enable and disable; their versions."""
+
+    def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
+        super().__init__(engine, store, clock)
+        self._retry_policy = settings.scheduler.default_retry_policy
+
+    def list_all(self) -> Json:
+        """Return the jobs that match, in the order of their creation."""
+        filters = read_query(JOBS_QUERY)
+        limit = filters.pop("limit")
+        offset = filters.pop("offset")
+        filters["tags"] = []
+        for tag in bottle.request.query.decode().getall("tag"):
+            name, _colon, value = tag.partition(":")
+            filters["tags"].append((name, value))
+        jobs, total = self.store.jobs.page(filters, limit, offset)
+        return {"jobs": self.jobs_json(jobs), "total": total}
+
+    def create(self) -> Reply:
+        """Create a job."""
+        config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
+        user = current_user()
+        job = self.engine.submit(self.engine.job_changes.create, config, enabled, user)
+        log.info("job %s (%s) was created by %s", job.id, config["name"], user, extra=about(job.id))
+        bottle.response.set_header("ETag", etag_of(job))
+        return Reply(201, job.to_json(None))  # It has no execution yet.
+
+    def get(self, job_id: str) -> Json:
+        """Return one job."""
+        return self._show(self.store.jobs.get(job_id))
+
+    def change(self, job_id: str) -> Json:
+        """Replace a configuration (PUT) or what the body names of it (PATCH: RFC 7396)."""
+        body = read_json()
+        user = current_user()
+        while True:  # Until no other change comes between.
+            base = self.store.jobs.get(job_id)
+            check_if_match(base)
+            config, enabled = self._wanted(base, body)
             try:
-                now, address = self._clock.monotonic(), bottle.request.environ.get("REMOTE_ADDR")
-                waits = [at + MINUTE - now for who, at in self._failures if who == address]
-                if len(waits) >= 10 and waits[-10] > 0:
-                    raise self._too_many(waits[-10])
-                hashed = hash_password(password.encode(), bytes.fromhex(known.split(":")[1]))
-                if hmac.compare_digest(hashed, known):
-                    return str(name)
-                self._failures.append((address, now))
-                log.warning("somebody at %s could not sign in as %s", address, name[:100])
-            finally:
-                self._lock.release()
-        asks = "xBasic" if "X-Chronos-UI" in bottle.request.headers else "Basic"  # no dialog
-        bottle.response.set_header("WWW-Authenticate", f'{asks} realm="Chronos", charset="UTF-8"')
-        raise ApiError("UNAUTHORIZED", "user name and password are missing or wrong")
+                job = self.engine.submit(
+                    self.engine.job_changes.update, base, config, enabled, user
+                )
+                break
+            except PreconditionFailed:
+                if has_if_match():
+                    raise
+        note = ""
+        if base.enabled and not job.enabled:
+            note = ", which disabled it"
+        log.info("job %s was changed by %s%s", job_id, user, note, extra=about(job_id))
+        return self._show(job)
 
-    def _too_many(self, wait: int) -> ApiError:
-        bottle.response.set_header("Retry-After", str(wait // SECOND + 1))
-        return ApiError("TOO_MANY_REQUESTS", "too many sign-ins at once, or wrong ones in a minute")
+    def _wanted(self, base: Job, body: Any) -> tuple[Json, bool | None]:
+        """Return what a PUT or PATCH makes of a job: its configuration, and whether it is enabled.
+
+        None: that stays as it is. Raises InvalidFields.
+        """
+        patches = bottle.request.method == "PATCH"
+        data = body
+        if patches:
+            shown = masked_config(base.config)
+            data = patched_config(shown | {"enabled": base.enabled}, body)
+        now = self.clock.now()
+        config, enabled = validate_job(data, self._retry_policy, now, base.config)
+        if patches and "enabled" not in body:
+            return config, None
+        return config, enabled
+
+    def delete(self, job_id: str) -> Json:
+        """Delete a job and its history."""
+        job = self.store.jobs.get(job_id)
+        check_if_match(job)
+        self.engine.submit(self.engine.job_changes.delete, job, has_if_match())
+        log.info("job %s was deleted by %s", job_id, current_user(), extra=about(job_id))
+        return {"id": job_id}
+
+    def enable(self, job_id: str) -> Json:
+        """Let the job's schedule fire, from now on."""
+        job = self.engine.submit(self.engine.job_changes.set_enabled, job_id, True)
+        log.info("job %s was enabled by %s", job_id, current_user(), extra=about(job_id))
+        return self._show(job)
+
+    def disable(self, job_id: str) -> Json:
+        """Stop the job's fire times; what is pending or running goes on."""
+        job = self.engine.submit(self.engine.job_changes.set_enabled, job_id, False)
+        log.info("job %s was disabled by %s", job_id, current_user(), extra=about(job_id))
+        return self._show(job)
+
+    def _show(self, job: Job) -> Json:
+        """Return a job as the API shows it, and give the answer its entity tag."""
+        bottle.response.set_header("ETag", etag_of(job))
+        [shown] = self.jobs_json([job])
+        return shown
+
+    def list_versions(self, job_id: str) -> list[Json]:
+        """Return the versions of a job, the newest first."""
+        self.store.jobs.get(job_id)  # Raises NotFound.
+        return [self._show_version(version) for version in self.store.jobs.versions(job_id)]
+
+    def get_version(self, job_id: str, number: str) -> Json:
+        """Return one version of a job."""
+        self.store.jobs.get(job_id)  # Raises NotFound, which names the job.
+        return self._show_version(self.store.jobs.version(job_id, int(number)))
+
+    def _show_version(self, version: Json) -> Json:
+        """Return a version as the API shows it: secrets masked."""
+        config = masked_config(version["config"])
+        created_at = format_time(version["created_at"])
+        return version | {"config": config, "created_at": created_at}
+
+    def roll_back(self, job_id: str, number: str) -> Json:
+        """Make a new version out of an older one."""
+        user = current_user()
+        job = self.engine.submit(self.engine.job_changes.roll_back, job_id, int(number), user)
+        message = "job %s was rolled back to version %s by %s"
+        log.info(message, job_id, number, user, extra=about(job_id))
+        return {
+            "job": self._show(job),
+            "rolled_back_from": int(number),
+            "new_version": job.version,
+        }
 
 
-HEADERS = {
-    "Content-Type": "application/json", "Cache-Control": "no-store", "X-Frame-Options": "DENY",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}  # fmt: skip
+# --- Executions ---
+
+
+class ExecutionHandlers(Handlers):
+    """Executions: list, trigger, replay and cancel."""
+
+    def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
+        super().__init__(engine, store, clock)
+        # Whoever waits for an end holds a thread, and four of them stay free for all other calls.
+        self._may_wait = threading.BoundedSemaphore(settings.server.http.threads - 4)
+
+    def trigger(self, job_id: str) -> Reply:
+        """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
+        wait = read_query(TRIGGER_QUERY)["wait"]
+        execution_id = f"exec-{uuid.uuid4()}"
+        has_ended = threading.Event()
+        # It is there before the execution is, so that no end can be missed.
+        self.engine.waiters[execution_id] = has_ended
+        try:
+            self.engine.submit(self.engine.run_queue.trigger, job_id, execution_id)
+            message = "job %s was triggered by %s: %s"
+            ids = about(job_id, execution_id)
+            log.info(message, job_id, current_user(), execution_id, extra=ids)
+            self._wait_for(has_ended, wait)
+        finally:
+            del self.engine.waiters[execution_id]
+        return self._show_triggered(job_id, execution_id)
+
+    def _wait_for(self, has_ended: threading.Event, wait: int | None) -> None:
+        """Wait at most ``wait`` µs (None: however long), but not if that would hold up others."""
+        if self.engine.stopping or not self._may_wait.acquire(blocking=False):
+            return
+        try:
+            seconds = None
+            if wait is not None:
+                seconds = min(wait, DAY) / SECOND  # An Event can't wait for centuries.
+            has_ended.wait(seconds)
+        finally:
+            self._may_wait.release()
+
+    def _show_triggered(self, job_id: str, execution_id: str) -> Reply:
+        """Answer a trigger with how its execution stands. Raises ExecutionError: no answer came."""
+        execution = self.store.executions.get(job_id, execution_id)
+        unanswered = execution.reason in (Reason.NO_ANSWER, Reason.TIMEOUT, Reason.BLOCKED)
+        if unanswered and execution.status_code is None:
+            raise ExecutionError(f"{execution_id} failed: {execution.error}")
+        status = 200 if execution.has_ended else 202
+        return Reply(status, execution.to_json())
+
+    def of_job(self, job_id: str) -> Json:
+        """Return the newest executions of a job, and how many match in all."""
+        query = read_query(EXECUTIONS_QUERY)
+        self.store.jobs.get(job_id)  # Raises NotFound.
+        found = self._newest(job_id, query, query["limit"])
+        return {
+            "executions": [execution.to_json() for execution in found],
+            "total": self.store.executions.count(job_id, query["status"]),
+        }
+
+    def list_all(self) -> Json:
+        """Return the newest executions over all jobs, without what was answered."""
+        query = read_query(EXECUTIONS_QUERY)
+        limit = query["limit"]
+        found = self._newest(None, query, limit + 1)  # One more tells whether there are more.
+        shown = [execution.to_json() for execution in found[:limit]]
+        for execution in shown:
+            del execution["response"]  # It may be large.
+        return {"executions": shown, "has_more": len(found) > limit}
+
+    def _newest(self, job_id: str | None, query: Json, most: int) -> list[Execution]:
+        """Return the newest executions that match. Raises NotFound if ``before`` names none."""
+        before = query["before"]
+        if before:
+            self.store.executions.get(job_id, before)
+        return self.store.executions.newest(job_id, most, before, query["status"])
+
+    def get(self, job_id: str, exec_id: str) -> Json:
+        """Return one execution with its attempts and what it sends, secrets masked."""
+        execution = self.store.executions.get(job_id, exec_id)
+        version = self.store.jobs.version(job_id, execution.job_version)
+        config = masked_config(version["config"])["webhook"]
+        headers = {}
+        for name, value in Webhook(config).request.headers.items():
+            headers[name] = MASK if is_secret_header(name) else value
+        shown = execution.to_json()
+        shown["attempt_log"] = json.loads(execution.attempt_log)
+        shown["request"] = {
+            "method": config["method"],
+            "url": config["url"],
+            "body": config["body"],
+            "headers": headers,
+        }
+        return shown
+
+    def replay(self, job_id: str, exec_id: str) -> Reply:
+        """Send again what an execution sent."""
+        replay_id = f"exec-{uuid.uuid4()}"
+        self.engine.submit(self.engine.run_queue.trigger, job_id, replay_id, exec_id)
+        message = "job %s: %s replays %s for %s"
+        ids = about(job_id, replay_id)
+        log.info(message, job_id, replay_id, exec_id, current_user(), extra=ids)
+        answer = {
+            "replay_execution_id": replay_id,
+            "original_execution_id": exec_id,
+            "message": "Execution replay triggered",
+        }
+        return Reply(202, answer)
+
+    def cancel(self, job_id: str, exec_id: str) -> Json:
+        """End an execution that is pending or running."""
+        change = self.engine.run_queue.cancel
+        execution = self.engine.submit(change, job_id, exec_id, current_user())
+        return execution.to_json()
+
+
+# --- The server: is it well, what does it do, what comes next ---
+
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; "
-    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
 
+@functools.cache
+def page_policy() -> str:
+    """Return the Content-Security-Policy of the page: only its own style and script count."""
+    digests = {}
+    for tag, content in re.findall(r"(?s)<(style|script)>(.*?)</\1>", DASHBOARD_HTML):
+        digest = hashlib.sha256(content.encode()).digest()
+        digests[tag] = base64.b64encode(digest).decode()
+    return PAGE_POLICY.format(**digests)
+
+
+class ServerHandlers(Handlers):
+    """What people and monitors ask about the service as a whole."""
+
+    def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
+        super().__init__(engine, store, clock)
+        self._node_id = settings.cluster.node_id
+        self._started_at_mono = clock.monotonic()
+
+    def health(self) -> Json:
+        """Say whether the engine makes its turns and the store can write. Raises Unavailable."""
+        problem = self._problem()
+        if problem:
+            raise Unavailable(problem)
+        whole_second = self.clock.now() // SECOND * SECOND
+        return {"status": "healthy", "timestamp": format_time(whole_second)}
+
+    def _problem(self) -> str | None:
+        """Return a sentence on why the service does not work as it should; None: it does."""
+        if self.engine.problem:
+            return self.engine.problem
+        silence = self.engine.silence()
+        if silence > SILENCE_LIMIT:
+            return f"a thread has been silent for {silence // SECOND} s"
+        return None
+
+    def metrics(self) -> bytes:
+        """Return what Prometheus scrapes, in its text format."""
+        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return self.engine.metrics.text(self._looked_up()).encode()
+
+    def _looked_up(self) -> dict[str, float | Mapping[str, float]]:
+        """Return the metrics that nobody counts: what is true now, and what the store knows."""
+        counts = self.store.counts()
+        began_at = self.clock.now() - (self.clock.monotonic() - self._started_at_mono)
+        # The second number is that of the pages in RAM: proc(5).
+        memory_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "chronos_build_info": {__version__: 1},
+            "chronos_is_leader": 1,
+            "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
+            "chronos_jobs": {
+                "enabled": counts["enabled"],
+                "disabled": counts["jobs_total"] - counts["enabled"],
+            },
+            "chronos_failing_jobs": counts["failing"],
+            "chronos_executions": {
+                Status.PENDING: counts["pending"],
+                Status.RUNNING: counts["running"],
+            },
+            "chronos_executions_ended_total": self.store.history.ends_since(0),
+            "process_start_time_seconds": began_at // SECOND,
+            "process_resident_memory_bytes": memory_pages * resource.getpagesize(),
+            "process_open_fds": len(os.listdir("/proc/self/fd")),
+        }
+
+    def status(self) -> Json:
+        """Return what the whole of Chronos is doing: this one node."""
+        next_runs = []
+        for due in self.store.jobs.soonest(10):
+            next_runs.append({"job_id": due.job_id, "next_run": format_time(due.fire_time)})
+        uptime = self.clock.monotonic() - self._started_at_mono
+        return {
+            "is_leader": True,
+            "node_id": self._node_id,
+            "version": __version__,
+            "uptime": uptime // SECOND,
+            **self.store.counts(),
+            "next_runs": next_runs,
+        }
+
+    def preview(self) -> Json:
+        """Return the next fire times of a schedule that no job needs to have."""
+        query = read_query(PREVIEW_QUERY)
+        schedule = parse_schedule(query["schedule"])
+        after = query["from"]
+        if after is None:
+            after = self.clock.now()
+        runs = preview(schedule, after, query["timezone"], query["count"])
+        return {"next_runs": list(runs), "warnings": schedule.warnings}
+
+    def upcoming(self) -> Json:
+        """Return the next fire times of the 100 jobs that fire soonest, at most 50 of each."""
+        hours = read_query(UPCOMING_QUERY)["hours"]
+        until = self.clock.now() + hours * HOUR
+        found = []
+        for due in self.store.jobs.due(until, 100):
+            try:
+                job = self.store.jobs.get(due.job_id)
+            except NotFound:
+                continue  # It was deleted meanwhile.
+            found.append(self._upcoming_of(job, due.fire_time, until))
+        return {"upcoming": found, "until": format_time(until)}
+
+    def _upcoming_of(self, job: Job, first: int, until: int) -> Json:
+        """Return the fire times of a job from ``first`` on, which is one of them."""
+        schedule = parse_schedule(job.config["schedule"])
+        later = schedule.fire_times(first, job.config["timezone"], until)
+        fire_times = [first, *islice(later, 50)]  # One more than is shown.
+        return {
+            "job_id": job.id,
+            "job_name": job.config["name"],
+            "fire_times": [format_time(at) for at in fire_times[:50]],
+            "has_more": len(fire_times) > 50,
+        }
+
+    def stats(self) -> bytes | Json:
+        """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
+        # What is committed after this look makes another entity tag, so nothing is missed.
+        changes = self.store.database.changes
+        problem = self._problem()
+        user = current_user()
+        if is_not_modified(f"{self._started_at_mono}-{changes}-{problem}-{user}"):
+            return b""
+        page, _total = self.store.jobs.page({}, 1000, 0)
+        jobs = self.jobs_json(page, has_ended=True)
+        for job in jobs:
+            del job["webhook"]  # It may be large.
+        active = [execution.to_json() for execution in self.store.executions.in_progress(50)]
+        now = self.clock.now()
+        return {
+            **self.status(),
+            "now": format_time(now),
+            "user": user,
+            "may_write": current_user_may_write(),
+            "paused": self.engine.paused,
+            "problem": problem,
+            "active": active,
+            "jobs": jobs,
+            "last_24h": self.store.history.ends_since(now - DAY),
+        }
+
+    def page(self) -> bytes:
+        """Return the dashboard; it holds no data."""
+        policy = page_policy()
+        headers = {
+            "Cache-Control": "no-cache",  # It is asked for each time, with its entity tag.
+            "Content-Security-Policy": policy,
+            "Content-Type": "text/html; charset=utf-8",
+        }
+        bottle.response.headers.update(headers)
+        if is_not_modified(policy):
+            return b""
+        return DASHBOARD_HTML.encode()
+
+
+# --- The application ---
+
+# Of every answer; a handler may set others.
+HEADERS = {
+    "Content-Type": "application/json",
+    "Cache-Control": "no-store",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+BOTTLE_ERRORS: dict[int, type[ApiError]] = {
+    400: ValidationError,
+    404: NotFound,
+    405: MethodNotAllowed,
+}
+
+
 class Api:
-    """The HTTP interface, as a WSGI application. Its methods run in waitress's threads."""
+    """The HTTP interface, as a WSGI application. Its methods run in waitress's threads.
+
+    attribute    written by    guarded by
+    sign_in      main          nothing (a reload replaces it; a request takes it once)
+    """
 
     # fmt: off
     ROUTES = (
-        ("GET",    "/",                                                 "page"),
-        ("GET",    "/health",                                           "health"),
-        ("GET",    "/metrics",                                          "metrics"),
-        ("GET",    "/api/v1/jobs",                                      "list_jobs"),
-        ("POST",   "/api/v1/jobs",                                      "create_job"),
-        ("GET",    "/api/v1/jobs/<job_id>",                             "get_job"),
-        ("PUT",    "/api/v1/jobs/<job_id>",                             "change_job"),
-        ("PATCH",  "/api/v1/jobs/<job_id>",                             "change_job"),
-        ("DELETE", "/api/v1/jobs/<job_id>",                             "delete_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/enable",                      "enable_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/disable",                     "disable_job"),
-        ("POST",   "/api/v1/jobs/<job_id>/trigger",                     "trigger_job"),
-        ("GET",    "/api/v1/jobs/<job_id>/executions",                  "list_executions"),
-        ("GET",    "/api/v1/jobs/<job_id>/executions/<exec_id>",        "get_execution"),
-        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/replay", "replay_execution"),
-        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/cancel", "cancel_execution"),
-        ("GET",    "/api/v1/jobs/<job_id>/versions",                    "list_versions"),
-        ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "list_versions"),
-        ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "roll_back_job"),
-        ("GET",    "/api/v1/executions",                                "list_executions"),
-        ("GET",    "/api/v1/schedules/preview",                         "preview_schedule"),
-        ("GET",    "/api/v1/schedules/upcoming",                        "upcoming"),
-        ("GET",    "/api/v1/cluster/status",                            "cluster_status"),
-        ("GET",    "/api/v1/stats",                                     "stats"),
+        ("GET",    "/",                                                     "server.page"),
+        ("GET",    "/health",                                               "server.health"),
+        ("GET",    "/metrics",                                              "server.metrics"),
+        ("GET",    "/api/v1/jobs",                                          "jobs.list_all"),
+        ("POST",   "/api/v1/jobs",                                          "jobs.create"),
+        ("GET",    "/api/v1/jobs/<job_id>",                                 "jobs.get"),
+        ("PUT",    "/api/v1/jobs/<job_id>",                                 "jobs.change"),
+        ("PATCH",  "/api/v1/jobs/<job_id>",                                 "jobs.change"),
+        ("DELETE", "/api/v1/jobs/<job_id>",                                 "jobs.delete"),
+        ("POST",   "/api/v1/jobs/<job_id>/enable",                          "jobs.enable"),
+        ("POST",   "/api/v1/jobs/<job_id>/disable",                         "jobs.disable"),
+        ("POST",   "/api/v1/jobs/<job_id>/trigger",                         "executions.trigger"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions",                      "executions.of_job"),
+        ("GET",    "/api/v1/jobs/<job_id>/executions/<exec_id>",            "executions.get"),
+        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/replay",     "executions.replay"),
+        ("POST",   "/api/v1/jobs/<job_id>/executions/<exec_id>/cancel",     "executions.cancel"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions",                        "jobs.list_versions"),
+        ("GET",    "/api/v1/jobs/<job_id>/versions/<number:re:[0-9]{1,9}>", "jobs.get_version"),
+        ("POST",   "/api/v1/jobs/<job_id>/rollback/<number:re:[0-9]{1,9}>", "jobs.roll_back"),
+        ("GET",    "/api/v1/executions",                                    "executions.list_all"),
+        ("GET",    "/api/v1/schedules/preview",                             "server.preview"),
+        ("GET",    "/api/v1/schedules/upcoming",                            "server.upcoming"),
+        ("GET",    "/api/v1/cluster/status",                                "server.status"),
+        ("GET",    "/api/v1/stats",                                         "server.stats"),
     )
     # fmt: on
 
-    def __init__(self, engine: Engine, store: Store, settings: Json, clock: Clock) -> None:
-        self.engine, self.store, self.clock = engine, store, clock
-        self._retry_policy: Json = settings["scheduler.default_retry_policy"]
-        self._node_id, self._started = settings["cluster.node_id"], clock.monotonic()
-        self.sign_in: SignIn | None = None
-        own = ("", "localhost", platform.node(), *settings["server.allowed_hosts"])
-        self._hosts = {name.lower() for name in own}
-        self._may_wait = threading.BoundedSemaphore(settings["server.http.threads"] - 4)
+    def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
+        self.engine = engine
+        self.jobs = JobHandlers(engine, store, settings, clock)
+        self.executions = ExecutionHandlers(engine, store, settings, clock)
+        self.server = ServerHandlers(engine, store, settings, clock)
+        self.sign_in: SignIn | None = None  # None: everybody may come in.
+        own_names = ["", "localhost", platform.node(), *settings.server.allowed_hosts]
+        self._hosts = {name.lower() for name in own_names}
         self.app = bottle.Bottle()
-        for method, path, name in self.ROUTES:
-            self.app.route(path, method, functools.partial(self._handle, getattr(self, name)))
         self.app.default_error_handler = self._bottle_error
+        for method, path, name in self.ROUTES:
+            group, handler = name.split(".")
+            call = getattr(getattr(self, group), handler)
+            self.app.route(path, method, functools.partial(self._handle, name, call))
 
-    def _log_request(self) -> None:
-        request, status = bottle.request, bottle.response.status_code
-        who = f"{self._user()} at {request.environ.get('REMOTE_ADDR')}"
-        log.debug("%s %s: %s for %s", request.method, request.path, status, who)
+    def _handle(self, name: str, call: Callable[..., Any], **path: str) -> bytes:
+        """Call a handler; put what it returns, or raises, into the envelope.
 
-    def _handle(self, handler: Callable[..., Any], **path: str) -> bytes:
-        """Call a handler and put what it returns, or raises, into the envelope."""
-        environ = bottle.request.environ
+        ``name`` is the handler's in ROUTES, ``path`` has the parts of the URL that are free.
+        """
         bottle.response.headers.update(HEADERS)
         try:
-            raw_path = environ["bottle.raw_path"]
-            raw_path.encode("latin-1").decode()  # Bottle drops what is not UTF-8
-            if raw_path.endswith("\n"):  # Bottle's routes let that pass
-                raise ApiError("NOT_FOUND", "there is nothing")
-            if handler != self.health:
-                self._check_sender(environ, handler)
-            result = handler(**path)
-            if isinstance(result, bytes):  # not in the envelope
-                return result
-            status, data = result if isinstance(result, tuple) else (200, result)
-            return self._answer(data, status=status)
+            self._check_path()
+            self._check_sender(name)
+            return self._answer(call(**path))
         except ApiError as error:
-            return self._answer(None, error)
+            return self._refuse(error)
         except UnicodeDecodeError:
-            return self._answer(None, ApiError("VALIDATION_ERROR", "the URL is not UTF-8"))
+            return self._refuse(ValidationError("the URL is not UTF-8"))
         except RecursionError:
-            return self._answer(None, ApiError("INVALID_JSON", "the body is nested too deep"))
+            return self._refuse(InvalidJson("the body is nested too deep"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
-            bug = ApiError("INTERNAL_ERROR", "a bug: the server's log has more")
-            return self._answer(None, bug)
+            return self._refuse(InternalError("a bug: the server's log has more"))
         finally:
-            self._log_request()
+            self._log_request(path)
 
-    def _check_sender(self, environ: Json, handler: Callable[..., Any]) -> None:
-        """Refuse foreign hosts, foreign pages and unknown users. Raises ApiError."""
-        is_public = handler == self.metrics and self.engine.settings["metrics.public"]
-        reads = bottle.request.method in ("GET", "HEAD", "OPTIONS")  # safe: RFC 9110, 9.2.1
-        host = environ.get("HTTP_HOST", "").lower()
-        name = re.sub(":[0-9]*$", "", host)
-        is_own = name in self._hosts or re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
-        sign_in = None if is_public else self.sign_in  # a reload may replace it
-        if not sign_in and not is_own:  # a page may have rebound its name
-            raise ApiError("FORBIDDEN", f"the name {host} is not among server.allowed_hosts")
-        if not reads:
-            name = re.sub(":(80|443)$", "", host)
-            own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
-            origin = environ.get("HTTP_ORIGIN", own[0]).lower()
-            site = environ.get("HTTP_SEC_FETCH_SITE", "none")
-            if origin not in own or site not in ("none", "same-origin"):
-                message = "a page of another site must not change anything here"
-                raise ApiError("FORBIDDEN", f"{message} (behind a proxy: server.trusted_proxy)")
-        if sign_in:
-            environ["chronos.user"] = sign_in.user(environ.get("HTTP_AUTHORIZATION", ""), reads)
+    def _check_path(self) -> None:
+        """Raise UnicodeDecodeError or NotFound for paths that Bottle takes for others."""
+        path = bottle.request.environ["bottle.raw_path"]
+        path.encode("latin-1").decode()  # Bottle drops what is not UTF-8.
+        if path.endswith("\n"):  # The patterns of Bottle's routes let that pass.
+            raise NotFound("there is nothing")
+
+    def _answer(self, result: Any) -> bytes:
+        """Return the body for what a handler has returned; bytes are not in the envelope."""
+        if isinstance(result, bytes):
+            return result
+        if isinstance(result, Reply):
+            bottle.response.status = result.status
+            return envelope(result.data)
+        return envelope(result)
+
+    def _refuse(self, error: ApiError) -> bytes:
+        """Return the body for a request that has failed."""
+        bottle.response.status = error.status
+        return envelope(None, error)
 
     def _bottle_error(self, error: Any) -> bytes:
         """Answer what never reached a handler: unknown paths and wrong methods."""
         bottle.response.headers.update(HEADERS)
         place = f"{bottle.request.method} {bottle.request.path}"
-        codes = {400: "VALIDATION_ERROR", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
-        code = codes.get(error.status_code, "INTERNAL_ERROR")
-        if code == "INTERNAL_ERROR":
+        kind = BOTTLE_ERRORS.get(error.status_code, InternalError)
+        if kind is InternalError:
             log.error("%s failed", place, exc_info=error.exception)
-        answer = self._answer(None, ApiError(code, f"{place}: {error.body}"))
-        self._log_request()
-        return answer
+        body = self._refuse(kind(f"{place}: {error.body}"))
+        self._log_request({})
+        return body
 
-    def _answer(self, data: Any, error: ApiError | None = None, status: int = 200) -> bytes:
-        bottle.response.status = STATUS[error.code] if error else status
-        return envelope(data, error)
+    def _log_request(self, path: dict[str, str]) -> None:
+        """Log who asked for what, without the query: it may hold secrets."""
+        ids = {}
+        if "job_id" in path:
+            ids = about(path["job_id"], path.get("exec_id"))
+        request = bottle.request
+        status = bottle.response.status_code
+        address = request.environ.get("REMOTE_ADDR")
+        message = "%s %s: %s for %s at %s"
+        user = current_user()
+        log.debug(message, request.method, request.path, status, user, address, extra=ids)
 
-    def _user(self) -> str:
-        return str(bottle.request.environ.get("chronos.user", "anonymous"))
+    # --- Who may ask for what ---
 
-    def health(self) -> Json:
-        """Say whether the engine passes and the store can write."""
-        if problem := self._problem():
-            raise ApiError("UNAVAILABLE", problem)
-        return {"status": "healthy", "timestamp": format_time(self.clock.now() // SECOND * SECOND)}
+    def _check_sender(self, name: str) -> None:
+        """Refuse foreign hosts, foreign pages and unknown users; /health is open to everybody.
 
-    def _problem(self) -> str | None:
-        silent = self.engine.silence()
-        hung = f"a thread has been silent for {silent // SECOND} s"
-        return self.engine.problem or (hung if silent > SILENCE_LIMIT else None)
+        Raises Forbidden, Unauthorized or TooManyRequests.
+        """
+        if name == "server.health":
+            return
+        sign_in = self.sign_in
+        if name == "server.metrics" and self.engine.settings.metrics.public:
+            sign_in = None
+        # RFC 9110, 9.2.1, calls these safe: they change nothing.
+        reads = bottle.request.method in ("GET", "HEAD", "OPTIONS")
+        host = bottle.request.environ.get("HTTP_HOST", "").lower()
+        if sign_in is None:
+            self._check_host(host)
+        if not reads:
+            self._check_origin(host)
+        if sign_in is not None:
+            self._check_user(sign_in, reads)
 
-    def metrics(self) -> bytes:
-        """Return what Prometheus scrapes, in its text format."""
-        began = self.clock.now() - self.clock.monotonic() + self._started
-        counts, pages = self.store.counts(), int(Path("/proc/self/statm").read_text().split()[1])
-        samples = self.engine.counts | {
-            f'chronos_build_info{{version="{__version__}"}}': 1,
-            "chronos_is_leader": 1,
-            "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
-            'chronos_jobs{state="enabled"}': counts["enabled"],
-            'chronos_jobs{state="disabled"}': counts["jobs_total"] - counts["enabled"],
-            "chronos_failing_jobs": counts["failing"],
-            'chronos_executions{status="pending"}': counts["pending"],
-            'chronos_executions{status="running"}': counts["running"],
-            "process_start_time_seconds": began // SECOND,
-            "process_resident_memory_bytes": pages * resource.getpagesize(),
-            "process_open_fds": len(os.listdir("/proc/self/fd")),
-        }
-        for result, number in self.store.ends_since(0).items():
-            samples[f'chronos_executions_ended_total{{result="{result}"}}'] = number
-        families: dict[str, str] = {}
-        for series, value in samples.items():
-            name = re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", series)
-            families[name] = f"{families.get(name, '')}{series} {value}\n"
-        bottle.response.content_type, text = "text/plain; version=0.0.4; charset=utf-8", ""
-        for name, lines in families.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            kind = "histogram" if "_bucket" in lines else kind
-            text += f"# HELP {name} See the README of Chronos.\n# TYPE {name} {kind}\n{lines}"
-        return text.encode()
+    def _check_host(self, host: str) -> None:
+        """Refuse a name that is not ours: a page elsewhere may have bound it to this address."""
+        name = re.sub(":[0-9]*$", "", host)
+        is_address = re.fullmatch(r"[0-9.]+|\[[0-9a-f:.]+\]", name)
+        if name not in self._hosts and not is_address:
+            raise Forbidden(f"the name {host} is not among server.allowed_hosts")
 
-    def list_jobs(self) -> Json:
-        """Return the jobs that match, in the order of their creation."""
-        query = self._query(JOBS_QUERY)
-        limit, offset = query.pop("limit"), query.pop("offset")
-        query["tags"] = [t.partition(":")[::2] for t in bottle.request.query.decode().getall("tag")]
-        jobs, total = self.store.jobs(query, limit, offset)
-        return {"jobs": self._jobs_json(jobs), "total": total}
+    def _check_origin(self, host: str) -> None:
+        """Refuse what a page of another site sends, by Origin (RFC 6454) and Sec-Fetch-Site."""
+        environ = bottle.request.environ
+        name = re.sub(":(80|443)$", "", host)  # A scheme's own port may be left out.
+        own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
+        origin = environ.get("HTTP_ORIGIN", f"http://{name}").lower()
+        site = environ.get("HTTP_SEC_FETCH_SITE", "none")
+        if origin not in own or site not in ("none", "same-origin"):
+            message = "a page of another site must not change anything here"
+            raise Forbidden(f"{message} (behind a proxy: server.trusted_proxy)")
 
-    def create_job(self) -> tuple[int, Json]:
-        """Create a job."""
-        config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
-        job = self.engine.make(self.engine.create_job, config, enabled, self._user())
-        log.info("job %s (%s) was created by %s", job.id, config["name"], self._user())
-        return 201, self._show_job(job, is_new=True)
-
-    def get_job(self, job_id: str) -> Json:
-        """Return one job."""
-        return self._show_job(self.store.job(job_id))
-
-    def change_job(self, job_id: str) -> Json:
-        """Replace a configuration (PUT) or what the body names of it (PATCH: a merge patch)."""
-        body, patches = read_json(), bottle.request.method == "PATCH"
-        while True:  # until no other change comes between
-            base = self.store.job(job_id)
-            self._check_match(base)
-            shown = masked_config(base.config) | {"enabled": base.enabled}
-            data = merge_patch(shown, body) if patches else body
-            now = self.clock.now()
-            config, enabled = validate_job(data, self._retry_policy, now, base.config)
-            state = None if patches and "enabled" not in body else enabled
-            try:
-                job = self.engine.make(self.engine.update_job, base, config, state, self._user())
-                break
-            except ApiError as error:
-                if error.code != "PRECONDITION_FAILED" or "If-Match" in bottle.request.headers:
-                    raise
-        note = ", which disabled it" if base.enabled and not job.enabled else ""
-        log.info("job %s was changed by %s%s", job_id, self._user(), note)
-        return self._show_job(job)
-
-    def _check_match(self, job: Job) -> None:
-        """Raise PRECONDITION_FAILED if If-Match names other versions (RFC 9110, 13.1.1)."""
-        wanted = bottle.request.headers.get("If-Match", "*")
-        if wanted != "*" and f'"{job.version}"' not in map(str.strip, wanted.split(",")):
-            raise ApiError("PRECONDITION_FAILED", f"the job has version {job.version} by now")
-
-    def delete_job(self, job_id: str) -> Json:
-        """Delete a job and its history."""
-        job = self.store.job(job_id)
-        self._check_match(job)
-        self.engine.make(self.engine.delete_job, job, "If-Match" in bottle.request.headers)
-        log.info("job %s was deleted by %s", job_id, self._user())
-        return {"id": job_id}
-
-    def enable_job(self, job_id: str, enabled: bool = True) -> Json:
-        """Let the job's schedule fire, from now on; or stop its fire times."""
-        job = self.engine.make(self.engine.set_enabled, job_id, enabled)
-        log.info("job %s was %s by %s", job_id, "enabled" if enabled else "disabled", self._user())
-        return self._show_job(job)
-
-    disable_job = functools.partialmethod(enable_job, enabled=False)
-
-    def _jobs_json(self, jobs: list[Job], has_ended: bool = False) -> list[Json]:
-        last = self.store.last_executions(jobs, has_ended)
-        return [job.to_json(last.get(job.id)) for job in jobs]
-
-    def _show_job(self, job: Job, is_new: bool = False) -> Json:
-        bottle.response.set_header("ETag", f'"{job.version}"')
-        return job.to_json(None) if is_new else self._jobs_json([job])[0]
-
-    def list_versions(self, job_id: str, number: str | None = None) -> list[Json] | Json:
-        """Return the versions of a job, the newest first, or one."""
-        self.store.job(job_id)
-        versions = self.store.versions(job_id, int(number) if number else None)
-        for version in versions:
-            version["config"] = masked_config(version["config"])
-            version["created_at"] = format_time(version["created_at"])
-        return versions[0] if number else versions
-
-    def roll_back_job(self, job_id: str, number: str) -> Json:
-        """Make a new version out of an older one."""
-        job = self.engine.make(self.engine.roll_back, job_id, int(number), self._user())
-        log.info("job %s was rolled back to version %s by %s", job_id, number, self._user())
-        shown = self._show_job(job)
-        return {"job": shown, "rolled_back_from": int(number), "new_version": job.version}
-
-    def trigger_job(self, job_id: str) -> tuple[int, Json]:
-        """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
-        wait = self._query({"wait": Field(parse_duration, None)})["wait"]
-        engine, execution_id = self.engine, f"exec-{uuid.uuid4()}"
-        ended = engine.waiters[execution_id] = threading.Event()  # from before the commit on
-        try:
-            engine.make(engine.trigger, job_id, execution_id)
-            log.info("job %s was triggered by %s: %s", job_id, self._user(), execution_id)
-            if not engine.stopping and self._may_wait.acquire(blocking=False):
-                try:
-                    ended.wait(None if wait is None else min(wait, DAY) / SECOND)
-                finally:
-                    self._may_wait.release()
-        finally:
-            del engine.waiters[execution_id]
-        execution = self.store.execution_of(job_id, execution_id)
-        unanswered = execution.reason in ("no_answer", "timeout", "blocked")
-        if unanswered and execution.status_code is None:
-            raise ApiError("EXECUTION_ERROR", f"{execution_id} failed: {execution.error}")
-        return (200 if execution.completed_at else 202), execution.to_json()
-
-    def list_executions(self, job_id: str | None = None) -> Json:
-        """Return the newest executions of a job, or over all jobs without what was answered."""
-        limit, before, status = self._query(EXECUTIONS_QUERY).values()
-        if job_id:
-            self.store.job(job_id)
-        if before:
-            self.store.execution_of(job_id, before)
-        found = self.store.executions(job_id, limit + 1, before, status)
-        shown = [execution.to_json() for execution in found[:limit]]
-        if job_id:
-            return {"executions": shown, "total": self.store.count_executions(job_id, status)}
-        for execution in shown:
-            del execution["response"]
-        return {"executions": shown, "has_more": len(found) > limit}
-
-    def get_execution(self, job_id: str, exec_id: str) -> Json:
-        """Return one execution with its attempts and what it sends."""
-        execution = self.store.execution_of(job_id, exec_id)
-        [version] = self.store.versions(job_id, execution.job_version)
-        config = masked_config(version["config"])["webhook"]
-        headers = Webhook(config).request.headers.items()
-        request = {name: config[name] for name in ("method", "url", "body")}
-        request["headers"] = {n: MASK if is_secret_header(n) else v for n, v in headers}
-        more = {"attempt_log": json.loads(execution.attempt_log), "request": request}
-        return execution.to_json() | more
-
-    def replay_execution(self, job_id: str, exec_id: str) -> tuple[int, Json]:
-        """Send again what an execution sent."""
-        replay_id = f"exec-{uuid.uuid4()}"
-        self.engine.make(self.engine.trigger, job_id, replay_id, exec_id)
-        log.info("job %s: %s replays %s for %s", job_id, replay_id, exec_id, self._user())
-        ids = {"replay_execution_id": replay_id, "original_execution_id": exec_id}
-        return 202, ids | {"message": "Execution replay triggered"}
-
-    def cancel_execution(self, job_id: str, exec_id: str) -> Json:
-        """End an execution that is pending or running."""
-        return self.engine.make(self.engine.cancel, job_id, exec_id, self._user()).to_json()
-
-    def preview_schedule(self) -> Json:
-        """Return the next fire times of a schedule that no job needs to have."""
-        query = self._query(PREVIEW_QUERY)
-        schedule = parse_schedule(query["schedule"])
-        after = self.clock.now() if query["from"] is None else query["from"]
-        runs = preview(schedule, after, query["timezone"], query["count"])
-        return {"next_runs": list(runs), "warnings": schedule.warnings}
-
-    def cluster_status(self) -> Json:
-        """Return what the whole of Chronos is doing: this one node."""
-        soonest = self.store.due_jobs(sys.maxsize, 10)
-        next_runs = [{"job_id": job, "next_run": format_time(at)} for job, _n, at in soonest]
-        node = {"is_leader": True, "node_id": self._node_id, "version": __version__}
-        node["uptime"] = (self.clock.monotonic() - self._started) // SECOND
-        return node | self.store.counts() | {"next_runs": next_runs}
-
-    def upcoming(self) -> Json:
-        """Return the next fire times of the jobs that fire soonest."""
-        hours = self._query({"hours": Field(query_number(1, 168), 24)})["hours"]
-        until, found = self.clock.now() + hours * HOUR, []
-        for job_id, _version, first in self.store.due_jobs(until, 100):
-            try:
-                job = self.store.job(job_id)
-            except ApiError as error:
-                if error.code != "NOT_FOUND":
-                    raise
-                continue  # it was deleted meanwhile
-            schedule, zone = parse_schedule(job.config["schedule"]), job.config["timezone"]
-            later = schedule.fire_times(first, zone, until)
-            times = [format_time(at) for at in (first, *islice(later, 50))]
-            about = {"job_id": job_id, "job_name": job.config["name"]}
-            found.append({**about, "fire_times": times[:50], "has_more": len(times) > 50})
-        return {"upcoming": found, "until": format_time(until)}
-
-    def stats(self) -> bytes | Json:
-        """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
-        changes, problem, user = self.store.changes, self._problem(), self._user()
-        viewers = sign_in.viewers if (sign_in := self.sign_in) else ()
-        if self._is_known(f"{self._started}-{changes}-{problem}-{user}"):
-            return b""
-        jobs = self._jobs_json(self.store.jobs({}, 1000, 0)[0], has_ended=True)
-        for job in jobs:
-            del job["webhook"]  # it may be large
-        now, active = self.clock.now(), [e.to_json() for e in self.store.active(50)]
-        return self.cluster_status() | {
-            "now": format_time(now), "user": user, "may_write": user not in viewers,
-            "paused": self.engine.paused, "problem": problem, "active": active, "jobs": jobs,
-            "last_24h": self.store.ends_since(now - DAY),
-        }  # fmt: skip
-
-    def page(self) -> bytes:
-        """Return the dashboard; it holds no data."""
-        parts = re.findall(r"(?s)<(style|script)>(.*?)</\1>", DASHBOARD_HTML)
-        digests = [hashlib.sha256(part.encode()).digest() for _tag, part in parts]
-        policy = PAGE_POLICY.format(*(base64.b64encode(digest).decode() for digest in digests))
-        own = {"Cache-Control": "no-cache", "Content-Security-Policy": policy}
-        bottle.response.headers.update(own | {"Content-Type": "text/html; charset=utf-8"})
-        return b"" if self._is_known(policy) else DASHBOARD_HTML.encode()
-
-    def _is_known(self, state: str) -> bool:
-        """Set an ETag for this state, and 304 if the request has that (RFC 9110, 13.1.2)."""
-        etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:16]}"'
-        bottle.response.set_header("ETag", etag)
-        known = etag in bottle.request.headers.get("If-None-Match", "")
-        bottle.response.status = 304 if known else 200
-        return known
-
-    def _query(self, table: dict[str, Field]) -> Json:
-        query = bottle.request.query.decode()
-        return validate(table, dict(query), frozenset(query))
+    def _check_user(self, sign_in: SignIn, reads: bool) -> None:
+        """Note in the request who sends it. Raises what SignIn.user() raises."""
+        environ = bottle.request.environ
+        user = sign_in.user(environ.get("HTTP_AUTHORIZATION", ""), reads)
+        environ["chronos.user"] = user
+        environ["chronos.may_write"] = sign_in.may_write(user)
 
 
-# ==== 13. Service and command line ====================================================
+# ======================================================================================
+# 18. Service: store, engine and API together, in one process
+# ======================================================================================
+#
+# start() returns when requests are taken, stop() when all has ended. One data directory has one
+# process. Only this section knows waitress and systemd; it decides nothing about jobs.
+
+# --- One process for a data directory ---
 
 
 def lock_data_dir(directory: Path) -> IO[str]:
-    """Create the directory, locked for as long as the returned file is open. Raises StartError."""
+    """Create the directory, and lock it for as long as the returned file is open.
+
+    Only its owner may look into a new one. Raises StartError: another process has the lock, which
+    is named then, or the directory is unusable.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
@@ -3158,18 +6867,25 @@ def lock_data_dir(directory: Path) -> IO[str]:
         return lock
     except BlockingIOError:
         with lock:
-            message = f"already running on {directory}, process {lock.read().strip()}"
+            process = lock.read().strip()
+        message = f"already running on {directory}, process {process}"
         raise StartError(EXIT_RUNNING, message) from None
     except OSError as error:
         message = f"the data directory {directory} is unusable: {error.strerror}"
         raise StartError(EXIT_CONFIG, message) from error
 
 
+# --- What waitress does not do ---
+
+
 class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-    """waitress's parser, but a request line that urllib can't split does not end the thread."""
+    """waitress's parser, stricter where two readers of a request could disagree about it."""
 
     def received(self, data: bytes) -> int:
-        """Take what has come; ask for no body where none is to come or it is refused."""
+        """Take what has come, and return how many bytes of it belong to this request.
+
+        No body is asked for (100 Continue) where none is to come, or where it is refused.
+        """
         taken: int = super().received(data)
         if self.completed:
             self.expect_continue = False
@@ -3180,9 +6896,13 @@ class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         try:
             super().parse_header(header_plus)
         except ValueError as error:
+            # urllib can't split the URL. This would end waitress's thread.
             raise waitress.parser.ParsingError(str(error)) from error
-        both = self.chunked and "CONTENT_LENGTH" in self.headers  # RFC 9112, 6.1
-        if both or "TRANSFER_ENCODING" in self.headers:  # left there by HTTP/1.0
+        # Where two of them tell how long the body is, a proxy may have believed the other one
+        # (RFC 9112, 6.1). waitress leaves Transfer-Encoding there only with HTTP/1.0.
+        has_both = self.chunked and "CONTENT_LENGTH" in self.headers
+        is_ignored = "TRANSFER_ENCODING" in self.headers
+        if has_both or is_ignored:
             raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length or HTTP/1.0")
 
 
@@ -3192,200 +6912,287 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         """Write the answer, with the status that waitress chose."""
         error = self.request.error
-        code, message = "VALIDATION_ERROR", f"{error.reason}: {error.body}"
-        if error.code == 413:
-            code, message = "PAYLOAD_TOO_LARGE", f"the body has more than {MAX_BODY_BYTES} bytes"
-        heads = getattr(self.request, "command", "") == "HEAD"
-        body = b"" if heads else envelope(None, ApiError(code, message))
-        answer = f"{error.code} {error.reason}", [*HEADERS.items()], body
-        error.to_response = lambda *_: answer
+        body = b""
+        if getattr(self.request, "command", "") != "HEAD":
+            body = envelope(None, self._refusal(error))
+        status = f"{error.code} {error.reason}"
+        answer = (status, list(HEADERS.items()), body)
+
+        def to_response(*_arguments: Any) -> tuple[str, list[tuple[str, str]], bytes]:
+            return answer
+
+        error.to_response = to_response  # The one of waitress makes plain text.
         super().execute()
 
+    def _refusal(self, error: Any) -> ApiError:
+        """Return waitress's error as one of ours."""
+        if error.code == 413:
+            return PayloadTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes")
+        return ValidationError(f"{error.reason}: {error.body}")
 
-class Service:
-    """Everything that runs: start() returns when requests are taken, stop() when all has ended."""
 
-    def __init__(self, settings: Json, clock: Clock | None = None) -> None:
-        self.settings, clock = settings, clock or Clock()
-        self.data_dir = Path(settings["cluster.data_dir"])
-        self.store = Store(self.data_dir / "chronos.db", settings["store.synchronous"])
-        self.engine = Engine(self.store, Dispatcher(clock, settings), settings, clock)
-        self.api = Api(self.engine, self.store, settings, clock)
-        self._open = contextlib.ExitStack()  # what stop() closes last
-        self._channels: dict[int, Any] = {}  # waitress's sockets
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
+class HttpServer:
+    """waitress, set up as Chronos needs it, in a thread of its own.
+
+    attribute    written by    guarded by
+    _channels    http          waitress  (its sockets by descriptor; stop() reads a copy)
+    """
+
+    def __init__(self, app: Any, listener: socket.socket, settings: Settings) -> None:
+        """``app`` is a WSGI application, ``listener`` is bound and listens already."""
+        self._channels: dict[int, Any] = {}
+        proxy = settings.server.trusted_proxy
+        trusted_headers: tuple[str, ...] = ()
+        if proxy:
+            trusted_headers = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
+        self._server = waitress.create_server(
+            app,
+            map=self._channels,
+            sockets=[listener],
+            threads=settings.server.http.threads,
+            connection_limit=1000,
+            channel_timeout=30,  # Seconds after which an idle connection is closed.
+            cleanup_interval=5,  # Seconds between two looks for idle ones.
+            ident=None,  # No Server header: nobody needs to know what answers.
+            asyncore_use_poll=True,  # With select() the process ends at descriptor 1024.
+            max_request_body_size=MAX_BODY_BYTES + 1,  # The first size that waitress refuses.
+            trusted_proxy=proxy,
+            trusted_proxy_headers=trusted_headers,
+            clear_untrusted_proxy_headers=True,
+        )
+        parts = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
+        self._server.channel_class = type("Channel", (self._server.channel_class,), parts)
+        self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
 
     @property
     def url(self) -> str:
-        """Where the API answers."""
-        host, port = self._server.effective_host, self._server.effective_port
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        """Where it answers."""
+        host = self._server.effective_host
+        if ":" in host:
+            host = f"[{host}]"  # An IPv6 address, as RFC 3986 has it.
+        return f"http://{host}:{self._server.effective_port}"
+
+    def start(self) -> None:
+        """Take requests."""
+        self._thread.start()
+
+    def refuse_connections(self) -> None:
+        """Close the listener; who is connected is still served. The http thread does it."""
+        self._call(lambda: wasyncore.dispatcher.close(self._server))
+
+    def stop(self) -> None:
+        """Let the last answers go out, for at most 3 s, and close everything."""
+        self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
+        deadline = time.monotonic() + 1
+        for channel in list(self._channels.values()):
+            while getattr(channel, "total_outbufs_len", 0) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        with contextlib.suppress(OSError):  # The http thread may have closed all meanwhile.
+            self._call(lambda: wasyncore.close_all(self._channels))
+        self._thread.join(timeout=2)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Let the http thread call a function: waitress's sockets are its own."""
+        self._server.trigger.pull_trigger(function)
+
+
+# --- The service ---
+
+
+class Service:
+    """Everything that runs.
+
+    attribute    written by    guarded by
+    settings     main          nothing (no other thread reads it; the engine has its own)
+    """
+
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        """``clock`` is for tests; None: the real one."""
+        clock = clock or Clock()
+        self.settings = settings
+        self.data_dir = Path(settings.cluster.data_dir)
+        self.store = Store(self.data_dir / "chronos.db", settings.store.synchronous)
+        dispatcher = Dispatcher(clock, settings.dispatcher)
+        self.engine = Engine(self.store, dispatcher, settings, clock)
+        self.api = Api(self.engine, self.store, settings, clock)
+        self._open = contextlib.ExitStack()  # What stop() closes last.
+        self._http: HttpServer | None = None  # None: start() did not get so far.
+
+    @property
+    def url(self) -> str:
+        """Where the API answers; empty before start() has returned."""
+        return self._http.url if self._http else ""
 
     def start(self) -> None:
         """Lock, open, bind, run. Raises StartError or StoreError."""
         self._open.enter_context(lock_data_dir(self.data_dir))
-        self._open.callback(self.store.close)
-        self.store.open()
-        address = self.settings["server.http.address"]
-        host, port = split_address(address)
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=1024)
-        except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
-            raise StartError(EXIT_FAILED, message) from error
+        self._open.callback(self.store.database.close)
+        self.store.database.open()
+        listener = self._listen()
         self._open.enter_context(listener)
         self.engine.start()
-        self.reload(self.settings)  # nobody comes in before it is known who may
-        proxy = self.settings["server.trusted_proxy"]
-        forwarded = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto") if proxy else ()
-        self._server = waitress.create_server(
-            self.api.app, map=self._channels, sockets=[listener],
-            threads=self.settings["server.http.threads"], connection_limit=1000,
-            channel_timeout=30, cleanup_interval=5, ident=None, clear_untrusted_proxy_headers=True,
-            asyncore_use_poll=True,  # select() ends the process at descriptor 1024
-            max_request_body_size=MAX_BODY_BYTES + 1,
-            trusted_proxy=proxy, trusted_proxy_headers=forwarded,
-        )  # fmt: skip
-        answers = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
-        self._server.channel_class = type("Channel", (self._server.channel_class,), answers)
-        self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
-        self._thread.start()
+        # Before anybody can come in: it sets who may.
+        self.reload(self.settings)
+        self._http = HttpServer(self.api.app, listener, self.settings)
+        self._http.start()
 
-    def reload(self, settings: Json) -> None:
-        """Apply jobs and users anew. Raises ChronosError: nothing has changed."""
-        kept = {k: v for k, v in self.settings.items() if not k.startswith(RELOADED)}
-        applied = settings | kept
-        check_door(applied)
-        for job in self.engine.make(self.engine.declare_jobs, applied["jobs"]):
-            state = "as it declares" if job.declared else "disabled: it is not there any more"
-            log.info("%s: job %s (%s) is %s", DECLARED_BY, job.id, job.config["name"], state)
-        basic = applied["auth.type"] == "basic"
-        self.api.sign_in = SignIn(applied, self.engine.clock) if basic else None
-        self.settings = self.engine.settings = applied
-        log.setLevel(applied["logging.level"].upper())
-        if stale := [key for key in kept if settings[key] != kept[key]]:
-            log.warning("a restart is needed for %s", ", ".join(stale))
+    def _listen(self) -> socket.socket:
+        """Return a socket that listens where the settings say. Raises StartError."""
+        address = self.settings.server.http.address
+        host, port = split_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, port), family=family, backlog=1024)
+        except (OSError, UnicodeError) as error:  # UnicodeError: what is no name of a host.
+            reason = getattr(error, "strerror", None) or error
+            raise StartError(EXIT_FAILED, f"cannot listen on {address}: {reason}") from error
+
+    def reload(self, settings: Settings) -> None:
+        """Apply what needs no restart: jobs, users, alerts, the log's level.
+
+        Raises ChronosError: nothing has changed.
+        """
+        applied, needing_restart = self.settings.reloaded(settings)
+        check_access(applied)
+        changed = self.engine.submit(self.engine.job_changes.declare, applied.jobs)
+        for job in changed:
+            state = "disabled: it is not there any more"
+            if job.declared:
+                state = "as it declares"
+            message = "%s: job %s (%s) is %s"
+            log.info(message, DECLARED_BY, job.id, job.config["name"], state, extra=about(job.id))
+        sign_in = None
+        if applied.auth.type == "basic":
+            sign_in = SignIn(applied, self.engine.clock)
+        self.api.sign_in = sign_in
+        self.engine.use_settings(applied)
+        self.settings = applied
+        log.setLevel(applied.logging.level.upper())
+        if needing_restart:
+            log.warning("a restart is needed for %s", ", ".join(needing_restart))
 
     def signs_of_life(self) -> list[str]:
         """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
-        alive = ["WATCHDOG=1"] if self.engine.silence() <= SILENCE_LIMIT else []
-        return [f"STATUS={self.engine.problem or f'listens on {self.url}'}", *alive]
+        state = self.engine.problem or f"listens on {self.url}"
+        signs = [f"STATUS={state}"]
+        if self.engine.silence() <= SILENCE_LIMIT:
+            signs.append("WATCHDOG=1")
+        return signs
 
     def stop(self) -> None:
         """Refuse new connections, let running executions end within the grace, close all."""
-        if self._thread:
-            self._server.trigger.pull_trigger(lambda: wasyncore.dispatcher.close(self._server))
-        self.engine.stop(parse_duration(self.settings["server.shutdown_grace"]))
-        if self._thread:
-            self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=2)
-            deadline = time.monotonic() + 1  # for the last answers to go out
-            for channel in list(self._channels.values()):
-                while getattr(channel, "total_outbufs_len", 0) and time.monotonic() < deadline:
-                    time.sleep(0.01)
-            with contextlib.suppress(OSError):  # the http thread may have closed all meanwhile
-                self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._channels))
-            self._thread.join(timeout=2)
+        if self._http:
+            self._http.refuse_connections()
+        self.engine.stop(self.settings.server.shutdown_grace)
+        if self._http:
+            self._http.stop()
         self._open.close()
 
 
-class LogFormatter(logging.Formatter):
-    """One line an event: control characters of names and errors can't forge a line."""
-
-    _controls = r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-
-    def __init__(self, kind: str) -> None:
-        """``kind``: text, json, or journal, which has times of its own and reads <priority>."""
-        super().__init__("%(asctime)s %(levelname)s %(message)s" if kind == "text" else None)
-        self._kind = kind
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line; as text only a traceback of our own has more than one."""
-        trace, record.exc_info, record.exc_text = record.exc_info, None, None
-        line, more = super().format(record), self.formatException(trace) if trace else ""
-        if self._kind == "json":
-            event = {"time": format_time(int(record.created * SECOND)), "message": line}
-            event |= {"level": record.levelname.lower(), "traceback": more}
-            event["job_id"] = "".join(re.findall(r"\bjob ([0-9a-f-]{36})", line)[:1])
-            event["execution_id"] = "".join(re.findall(r"\bexec-[0-9a-f-]{36}", line)[:1])
-            return json.dumps({name: value for name, value in event.items() if value})
-        line = re.sub(self._controls, lambda m: m[0].encode("unicode_escape").decode(), line)
-        line = f"{line}\n{more}" if more else line
-        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # sd-daemon(3)
-        return re.sub("(?m)^", f"<{priority}>", line) if self._kind == "journal" else line
-
-
-def read_settings(asked: argparse.Namespace) -> Json:
-    """Return the settings that the command line asks for. Raises StartError."""
-    beside = Path(__file__).with_name("chronos.yaml")
-    asked.config = getattr(asked, "config", None) or (beside if beside.exists() else None)
-    settings = load_settings(asked.config, os.environ)
-    settings["scheduler.paused"] |= hasattr(asked, "paused")
-    return settings
-
-
-def start_logging(kind: str) -> None:
-    """Log to stderr as logging.format says, warnings until a level is set."""
-    handler = logging.StreamHandler()
-    with contextlib.suppress(OSError):  # stderr is closed
-        about = os.fstat(2)
-        if kind == "text" and os.getenv("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}":
-            kind = "journal"
-    handler.setFormatter(LogFormatter(kind))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
-    logging.raiseExceptions = False  # a closed stderr must not end the service
+# --- systemd ---
 
 
 def tell_systemd(*variables: str) -> None:
     """Send variables such as ``READY=1`` (sd_notify(3)); that nobody takes them is no error."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        text = "\n".join(" ".join(variable.split()) for variable in variables)
-        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with sender, contextlib.suppress(OSError):
-            sender.settimeout(1)
-            sender.sendto(text.encode(errors="replace"), re.sub("^@", "\0", address))
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]  # Linux's abstract namespace (unix(7)).
+    # One variable a line, so there can be no line end in any.
+    lines = [" ".join(variable.split()) for variable in variables]
+    message = "\n".join(lines).encode(errors="replace")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+        contextlib.suppress(OSError),
+    ):
+        sender.settimeout(1)
+        sender.sendto(message, address)
+
+
+# ======================================================================================
+# 19. Commands: what a person types
+# ======================================================================================
+#
+# A command is a function run_NAME; its docstring is its help. Wrong arguments and wrong settings
+# are told in at most three lines on stderr, never by a traceback.
+
+
+def read_settings(asked: argparse.Namespace) -> Settings:
+    """Return the settings that the command line asks for. Raises StartError.
+
+    Sets ``asked.config`` to the file that they come from; None: there is none.
+    """
+    asked.config = getattr(asked, "config", None)
+    beside = Path(__file__).with_name("chronos.yaml")
+    if asked.config is None and beside.exists():
+        asked.config = beside
+    settings = load_settings(asked.config, os.environ)
+    if hasattr(asked, "paused"):
+        settings = settings.replaced("scheduler.paused", True)
+    return settings
+
+
+# --- serve ---
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
-    start_logging(settings["logging.format"])
+    start_logging(settings.logging.format)
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread: they wait to be taken
+    # Threads inherit this, so signals wait until the main thread takes them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     service = Service(settings)
     try:
         service.start()
-        log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
-        if sys.stdout.isatty():  # somebody has started it by hand
-            url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
-            print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
-        if service.engine.paused:
-            log.warning("paused: nothing fires")
-        while True:
-            tell_systemd("READY=1", *service.signs_of_life())
-            came = signal.sigtimedwait(signals, SIGN_OF_LIFE_S)
-            if came and came.si_signo != signal.SIGHUP:
-                break
-            if came:
-                tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-                try:
-                    service.reload(read_settings(asked))
-                    log.info("the configuration was read again")
-                except ChronosError as error:
-                    log.error("nothing was changed: %s", "; ".join(str(error).splitlines()))
+        _greet(service)
+        _serve_until_stopped(service, asked)
         tell_systemd("STOPPING=1")
-        log.info("stopping: running executions get %s", settings["server.shutdown_grace"])
+        grace = format_duration(settings.server.shutdown_grace)
+        log.info("stopping: running executions get %s", grace)
     finally:
         service.stop()
     log.info("stopped")
     try:
         sys.stderr.flush()
-    except OSError:  # nobody reads it any more: Python would make that exit status 120
+    except OSError:  # Nobody reads it any more: Python would make that exit status 120.
         sys.stderr = None
+
+
+def _greet(service: Service) -> None:
+    """Say that the service runs: in the log, and to whoever has started it by hand."""
+    log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
+    if sys.stdout.isatty():
+        url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
+        print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
+    if service.engine.paused:
+        log.warning("paused: nothing fires")
+
+
+def _serve_until_stopped(service: Service, asked: argparse.Namespace) -> None:
+    """Tell systemd that the service lives, and reload when asked to, until a signal stops it."""
+    while True:
+        tell_systemd("READY=1", *service.signs_of_life())
+        came = signal.sigtimedwait(SIGNALS, SIGN_OF_LIFE_S)
+        if came is None:
+            continue
+        if came.si_signo in STOP_SIGNALS:
+            return
+        tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+        try:
+            service.reload(read_settings(asked))
+            log.info("the configuration was read again")
+        except ChronosError as error:
+            one_line = "; ".join(str(error).splitlines())
+            log.error("nothing was changed: %s", one_line)
+
+
+# --- The other commands ---
 
 
 def run_check_config(asked: argparse.Namespace) -> None:
@@ -3396,16 +7203,21 @@ def run_check_config(asked: argparse.Namespace) -> None:
 
 def run_hash_password(_asked: argparse.Namespace) -> None:
     """Print the hash for auth.users of a password: typed in, or one line of the input."""
-    password = getpass.getpass().encode() if sys.stdin.isatty() else sys.stdin.buffer.readline()
-    if not (password := password.rstrip(b"\r\n")):
+    if sys.stdin.isatty():
+        password = getpass.getpass().encode()
+    else:
+        password = sys.stdin.buffer.readline()
+    password = password.rstrip(b"\r\n")
+    if not password:
         raise ChronosError("an empty password is none")
     print(hash_password(password, os.urandom(16)))
 
 
 def run_backup(asked: argparse.Namespace) -> None:
     """Copy the database to FILE and check the copy; the server may be running."""
-    store = Store(Path(read_settings(asked)["cluster.data_dir"], "chronos.db"))
-    store.backup(asked.file.absolute())
+    settings = read_settings(asked)
+    database = Database(Path(settings.cluster.data_dir, "chronos.db"))
+    database.backup(asked.file.absolute())
     print(f"{asked.file} is a consistent copy")
 
 
@@ -3434,41 +7246,70 @@ ReadWritePaths={data}
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
-{hardening}
+CapabilityBoundingSet=
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+NoNewPrivileges=yes
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+ProcSubset=pid
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
-HARDENING = """
-    CapabilityBoundingSet= LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
-    PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProcSubset=pid ProtectClock=yes
-    ProtectControlGroups=yes ProtectHome=yes ProtectHostname=yes ProtectKernelLogs=yes
-    ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict
-    RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
-    SystemCallArchitectures=native UMask=0077"""
 
 
 def run_systemd_unit(asked: argparse.Namespace) -> None:
     """Print a unit for systemd, with the paths of this program, Python and configuration."""
     settings = read_settings(asked)
-    python, program, config, data = (  # as systemd.syntax(7) has them
-        json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
-        for path in (sys.executable, __file__, asked.config or "", settings["cluster.data_dir"])
-    )
-    command = f"{python} -I {program}" + (f" --config {config}" if asked.config else "")
-    grace = parse_duration(settings["server.shutdown_grace"]) // SECOND + 15
-    hardening = "\n".join(HARDENING.split())
-    print(UNIT.format(command=command, data=data, grace=grace, hardening=hardening), end="")
+    python = _quoted_path(sys.executable)
+    program = _quoted_path(__file__)
+    command = f"{python} -I {program}"
+    if asked.config:
+        command += f" --config {_quoted_path(asked.config)}"
+    data = _quoted_path(settings.cluster.data_dir)
+    # In seconds. After the grace there is still something to write and to close.
+    grace = settings.server.shutdown_grace // SECOND + 15
+    print(UNIT.format(command=command, data=data, grace=grace), end="")
+
+
+def _quoted_path(path: str | Path) -> str:
+    """Return the absolute path in quotes, as systemd.syntax(7) and its % signs want it."""
+    return json.dumps(os.path.abspath(path), ensure_ascii=False).replace("%", "%%")
+
+
+# --- The command line ---
+
+COMMANDS = (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as all errors are."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ChronosError; argparse itself would print the usage and exit."""
         raise ChronosError(f"{message} (see --help)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1, 75 (already running) or 78 (configuration)."""
+def command_line() -> ArgumentParser:
+    """Return the parser of the command line; it sets ``run`` to the function of the command."""
+    # Both options may stand before the command or after it. SUPPRESS: one that is not given sets
+    # nothing, so that the command's own parser does not take back what came before it.
     options = ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--config", type=Path, metavar="FILE", help="instead of ./chronos.yaml")
     options.add_argument("--paused", action="store_true", help="start without firing anything")
@@ -3476,21 +7317,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chronos {__version__}")
     parser.set_defaults(run=run_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run in (run_serve, run_check_config, run_hash_password, run_backup, run_systemd_unit):
+    for run in COMMANDS:
         name = run.__name__.removeprefix("run_").replace("_", "-")
         command = commands.add_parser(name, help=run.__doc__, parents=[options])
         command.set_defaults(run=run)
         if run is run_backup:
             command.add_argument("file", type=Path, metavar="FILE", help="must not be there yet")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 or one of the EXIT constants.
+
+    ``arguments`` are those of the command line without the program; None: the process's own.
+    """
     try:
-        asked = parser.parse_args(arguments)
+        asked = command_line().parse_args(arguments)
         asked.run(asked)
         return 0
-    except SystemExit:  # argparse has printed help or version
+    except SystemExit:  # That is how argparse ends after --help and --version.
         return 0
     except ChronosError as error:
         print(f"chronos: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", EXIT_FAILED)
+        if isinstance(error, StartError):
+            return error.exit_status
+        return EXIT_FAILED
 
 
 # ==== 14. Dashboard: the page that GET / answers with; its data come from the API =====

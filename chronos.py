@@ -219,7 +219,6 @@ RESULT_LETTERS = {
     "overlap": "K",
     "missed": "M",
 }
-FAILURE_LETTERS = ("F", "M")  # Those that count as a failure of the job; only "S" mends it.
 
 # An end for one of these reasons is a warning in the log: somebody should look.
 ALARMING_REASONS = frozenset(
@@ -7344,7 +7343,12 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-# ==== 14. Dashboard: the page that GET / answers with; its data come from the API =====
+# ======================================================================================
+# 20. Dashboard: the page that GET / answers with; all its data come from the API
+# ======================================================================================
+#
+# It stands last, so that nobody scrolls through it to find main(). It is sent as it stands: no
+# value is ever put into it here.
 
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">

@@ -2420,6 +2420,60 @@ def test_the_attempt_log_keeps_every_attempt():
     assert (two["started_at"], two["duration"]) == ("2027-03-01T12:00:02Z", 250_000_000)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "attempt_timeout", "spent", "limit", "means"),
+    [
+        (300, 10, 0, 10, "attempt_timeout"), (300, 10, 289, 10, "attempt_timeout"),
+        (300, 10, 290, 10, "timeout"), (300, 10, 295, 5, "timeout"), (300, 300, 0, 300, "timeout"),
+        (5, 10, 0, 5, "timeout"), (300, 10, 300, 0, "timeout"),
+    ],
+)  # fmt: skip
+def test_an_attempt_may_take_its_own_limit_or_what_is_left(
+    timeout, attempt_timeout, spent, limit, means
+):
+    assert chronos.attempt_limit(timeout, attempt_timeout, spent) == (limit, means)
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"), [("ignore", 0), ("execute_one", 1), ("execute_all", 100)]
+)
+def test_missed_fire_times_are_made_up_for_as_the_policy_says(policy, most):
+    assert chronos.catch_up_limit(policy) == most
+
+
+@pytest.mark.parametrize(
+    ("status_code", "reason", "may_help"),
+    [
+        (None, "no_answer", True), (200, "no_answer", True), (None, "interrupted", True),
+        (429, "http_status", True), (500, "http_status", True), (599, "http_status", True),
+        (428, "http_status", False), (430, "http_status", False), (499, "http_status", False),
+        (302, "http_status", False), (None, "blocked", False), (None, "timeout", False),
+    ],
+)  # fmt: skip
+def test_another_attempt_may_help_where_the_cause_may_pass(status_code, reason, may_help):
+    outcome = chronos.Outcome(None, NOON, 0, 0, status_code, reason=reason)
+
+    assert chronos.another_attempt_may_help(outcome) is may_help
+
+
+@pytest.mark.parametrize(
+    ("running", "asked", "started", "full"),
+    [
+        ("", "a a a b", "a a b", "a"), ("a", "a a b b", "a b b", "a"), ("a a", "a b a", "b", "a"),
+        ("a a b b b", "a b c", "c", "a b"), ("a a", "", "", "a"), ("a", "b", "b", ""),
+    ],
+)  # fmt: skip
+def test_a_target_holds_two_workers_at_most_if_that_is_the_limit(running, asked, started, full):
+    limits, took = chronos.TargetLimits(running.split(), 2), []
+
+    for target in asked.split():
+        if limits.has_room(target):
+            limits.hold(target)
+            took.append(target)
+
+    assert (took, limits.full) == (started.split(), set(full.split()))
+
+
 # ======================================================================================
 # 9. Schema and migrations
 # ======================================================================================
@@ -2506,6 +2560,493 @@ def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
     looked = [plan for plan in plans if "executions" in plan]
     partial = ("executions_due", "executions_listed (status=?)", "executions_active")
     assert looked and all(plan.endswith(partial) for plan in looked), plans
+
+
+# --- a file of 0.1.0 ------------------------------------------------------------------
+
+# Made by the program of commit 2165717, which was killed at 11:59:51, and dumped. Shortened are
+# instants (@ and the seconds since 08:00), the ids of jobs (# and a number), each configuration
+# (what differs from the first) and the log of an execution with one attempt ("one").
+SCHEMA_1 = r"""
+PRAGMA application_id = 1130918511; PRAGMA user_version = 1;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE jobs (                      -- class Job says what each column is
+    seq          INTEGER PRIMARY KEY,    -- order of creation; 0: the built-in one of the alerts
+    id           TEXT NOT NULL UNIQUE,   -- a UUID
+    version INTEGER NOT NULL, enabled INTEGER NOT NULL,
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER,
+    strip TEXT NOT NULL, failures INTEGER NOT NULL, failing_since INTEGER, declared TEXT,
+    is_bad INTEGER NOT NULL, news_at INTEGER -- for alerts: its state, and since when it is news
+);
+CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
+CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
+CREATE TABLE versions (                  -- config: JSON, in the form of the API
+    job_id TEXT NOT NULL, version INTEGER NOT NULL, config TEXT NOT NULL,
+    created_at INTEGER NOT NULL, created_by TEXT NOT NULL, PRIMARY KEY (job_id, version)
+);
+CREATE VIEW configured_jobs AS
+    SELECT jobs.*, config FROM jobs
+      JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
+CREATE TABLE executions (                -- class Execution says what each column is
+    seq INTEGER PRIMARY KEY,             -- order of creation
+    id, job_id, job_version, trigger, status, scheduled_at, target, due_at, attempts, spent,
+    started_at, attempt_at, completed_at, reason, error, status_code, node_id, replay_of,
+    missed_count, missed_from, missed_to, attempt_log, response,
+    UNIQUE (id)                          -- one per fire time, whatever crashes or restarts
+);
+CREATE VIEW named_executions AS
+    SELECT executions.*, json_extract(config, '$.name') AS job_name
+      FROM executions JOIN configured_jobs AS job ON job.id = executions.job_id;
+CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
+CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
+CREATE INDEX executions_of_job ON executions (job_id, seq);
+CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
+CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
+CREATE INDEX executions_active ON executions (job_id, seq) WHERE status IN ('pending', 'running');
+CREATE INDEX executions_listed ON executions (status, seq)
+    WHERE status = 'running' OR status = 'failed' OR status = 'skipped';
+CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'failed';
+CREATE TABLE ends (                      -- how many executions ended in an hour, and how
+    hour INTEGER, letter TEXT, number INTEGER NOT NULL, PRIMARY KEY (hour, letter)
+);
+INSERT INTO meta VALUES ('last_seen', @14390);
+INSERT INTO ends VALUES (501080, 'F', 1),(501080, 'R', 1),(501080, 'C', 1),(501080, 'S', 1),
+ (501081, 'S', 3),(501083, 'M', 3),(501083, 'S', 1),(501083, 'K', 1),(501083, 'F', 1);
+INSERT INTO jobs VALUES
+(0,'ALERTS',1,0,0,@11,NULL,'',0,NULL,'chronos.yaml',0,NULL),
+(1,'#1',2,1,@0,@1800,@14400,'SSMS',0,NULL,NULL,0,@14390),
+(2,'#2',1,1,@0,@0,@14400,'SM',1,@14390,NULL,1,@14390),
+(3,'#3',1,0,@0,@0,NULL,'S',0,NULL,NULL,0,NULL),
+(4,'#4',1,0,@0,@0,NULL,'F',1,@14390,NULL,1,@14390),
+(5,'#5',1,1,@0,@0,@26409600,'F',1,@1,NULL,1,NULL),
+(6,'#6',1,1,@0,@0,@26409600,'RC',0,NULL,NULL,0,NULL),
+(7,'#7',1,1,@0,@0,@26409600,'',0,NULL,NULL,0,NULL),
+(8,'4b673453-18eb-54c3-b773-a0f794433df5',1,1,@0,@0,@16200,'',0,NULL,
+ '4f9aa5e3a858ad383e8cf34a07543c85c90f1d0adcb7a4494dc4d700a8ac14b5',0,NULL),
+(9,'#8',1,1,@3601,@3601,@15300,'K',0,NULL,NULL,0,NULL);
+INSERT INTO versions SELECT column1, column2, json_patch(
+ '{"name":"","description":null,"schedule":"0 0 1 1 *","timezone":"UTC",
+ "webhook":{"url":"TARGET/ok","method":"POST","headers":{},"body":null,"auth":null,
+ "success_codes":null,"verify_tls":true},"retry_policy":{"max_attempts":3,"initial_interval":"1s",
+ "max_interval":"1m","multiplier":2.0,"attempt_timeout":null},"timeout":"5m",
+ "concurrency":"forbid","missed_run_policy":null,"tags":{}}',
+ column3), column4, column5 FROM (VALUES
+('#1',1,'{"name":"Invoices","description":"st\u00fcndlich; \u00c4\u00d6\u00dc",
+ "schedule":"0 * * * *","timezone":"Europe/Berlin","webhook":{"body":"{\"n\": 1}",
+ "auth":{"type":"bearer","token":"canary-in-a-coal-mine"}},"tags":{"team":"b\u00fcro",
+ "tier":"1"}}',@0,'tester'),
+('#2',1,'{"name":"every","schedule":"@every 1h","missed_run_policy":"ignore",
+ "tags":{"team":"ops"}}',@0,'tester'),
+('#3',1,'{"name":"once","schedule":"@at 2027-03-01T08:30:00Z"}',@0,'tester'),
+('#4',1,'{"name":"off","schedule":"@daily","webhook":{"url":"TARGET/status/404"},
+ "tags":{"team":"b\u00fcro"}}',@0,'tester'),
+('#5',1,'{"name":"bad","webhook":{"url":"TARGET/status/503",
+ "headers":{"X-Hook-Token":"canary-in-a-coal-mine"}},"retry_policy":{"max_attempts":2}}',@0,
+ 'tester'),
+('#6',1,'{"name":"swap","webhook":{"url":"TARGET/hang"},"concurrency":"replace"}',@0,'tester'),
+('#7',1,'{"name":"late","webhook":{"url":"TARGET/status/503"},
+ "retry_policy":{"initial_interval":"1m"}}',@0,'tester'),
+('4b673453-18eb-54c3-b773-a0f794433df5',1,'{"name":"declared","schedule":"30 12 * * *",
+ "webhook":{"url":"http://127.0.0.1:1/","auth":{"type":"basic","username":"ada",
+ "password":"canary-in-a-coal-mine"}}}',@0,'chronos.yaml'),
+('ALERTS',1,'{"name":"alerts","schedule":"@at 2000-01-01T00:00:00Z","webhook":{"url":"BELL/alerts",
+ "body":"{\"text\": \"bad fails\", \"event\": \"failed\"}"},"retry_policy":{"max_attempts":10,
+ "initial_interval":"5s","max_interval":"10m","attempt_timeout":"10s"},"timeout":"1h"}',@11,
+ 'chronos.yaml'),
+('#1',2,'{"name":"Rechnungen","description":"st\u00fcndlich; \u00c4\u00d6\u00dc, 50%",
+ "schedule":"0 * * * *","timezone":"Europe/Berlin","webhook":{"body":"{\"n\": 1}",
+ "auth":{"type":"bearer","token":"canary-in-a-coal-mine"}},"tags":{"team":"b\u00fcro",
+ "tier":"2"}}',@1800,'bob'),
+('#8',1,'{"name":"hangs","schedule":"15 * * * *","webhook":{"url":"TARGET/hang"},
+ "missed_run_policy":"execute_all"}',@3601,'tester'));
+INSERT INTO executions VALUES
+(1,'exec-1','#5',1,'manual','failed',@0,'TARGET',NULL,2,1000000,@0,@1,@1,'http_status',
+ 'the server answered 503 Service Unavailable',503,'alpha',NULL,NULL,NULL,NULL,'[{"number":1,
+ "started_at":"2027-03-01T08:00:00Z","duration":0,"status_code":503,
+ "error":"the server answered 503 Service Unavailable"},{"number":2,
+ "started_at":"2027-03-01T08:00:01Z","duration":0,"status_code":503,
+ "error":"the server answered 503 Service Unavailable"}]','OK'),
+(2,'exec-88830ab4-577d-5f50-9dfa-8973f7ca1941','ALERTS',1,'alert','success',@11,'BELL',NULL,1,0,
+ @11,@11,@11,NULL,NULL,200,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(3,'exec-2','#6',1,'manual','failed',@11,'TARGET',NULL,1,0,@11,@11,@11,'replaced',
+ 'replaced by exec-3',NULL,'alpha',NULL,NULL,NULL,NULL,'[]',NULL),
+(4,'exec-3','#6',1,'manual','failed',@11,'TARGET',NULL,1,0,@11,@11,@11,'cancelled',
+ 'cancelled by ada',NULL,'alpha',NULL,NULL,NULL,NULL,'[]',NULL),
+(5,'exec-bb173ec8-7ca5-5105-b47d-11b65957ace5','#3',1,'schedule','success',@1800,'TARGET',NULL,1,0,
+ @1800,@1800,@1800,NULL,NULL,200,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(6,'exec-9bf86355-7cfe-5319-a826-ec35571c0d98','#1',2,'schedule','success',@3600,'TARGET',NULL,1,0,
+ @3600,@3600,@3600,NULL,NULL,200,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(7,'exec-e2e26a5b-bdd7-5466-a1a7-e8de4174b115','#2',1,'schedule','success',@3600,'TARGET',NULL,1,0,
+ @3600,@3600,@3600,NULL,NULL,200,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(8,'exec-4','#1',2,'replay','success',@3600,'TARGET',NULL,1,0,@3600,@3600,@3600,NULL,NULL,200,
+ 'alpha','exec-9bf86355-7cfe-5319-a826-ec35571c0d98',NULL,NULL,NULL,'one','OK'),
+(9,'exec-c6509cb0-6be9-5bf7-aaf1-5ebbd3ab7d83','#8',1,'catch_up','running',@4500,'TARGET',@14390,1,
+ 0,@14390,@14390,NULL,NULL,NULL,NULL,'alpha',NULL,NULL,NULL,NULL,'[]',NULL),
+(10,'exec-c961f4b0-b051-5f7e-b643-b5642d3a9617','#8',1,'catch_up','pending',@8100,'TARGET',NULL,0,
+ 0,NULL,NULL,NULL,NULL,NULL,NULL,'alpha',NULL,NULL,NULL,NULL,'[]',NULL),
+(11,'exec-22bdedf5-385a-55f5-af68-eede0477eefc','#8',1,'catch_up','pending',@11700,'TARGET',NULL,0,
+ 0,NULL,NULL,NULL,NULL,NULL,NULL,'alpha',NULL,NULL,NULL,NULL,'[]',NULL),
+(12,'exec-18a9ddd5-8bc7-5f1f-adcd-fafce8d0c7f0','#1',2,'schedule','skipped',@7200,'TARGET',NULL,0,
+ 0,NULL,NULL,@14390,'missed',
+ '1 fire times from 2027-03-01T10:00:00Z to 2027-03-01T10:00:00Z passed while no server was there',
+ NULL,'alpha',NULL,1,@7200,@7200,'[]',NULL),
+(13,'exec-e6cf406d-883f-516c-a3a6-728f95e708a3','#1',2,'catch_up','success',@10800,'TARGET',NULL,1,
+ 0,@14390,@14390,@14390,NULL,NULL,200,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(14,'exec-da4b1260-6aca-5552-8a38-dbeaccf8f8cf','#2',1,'schedule','skipped',@10800,'TARGET',NULL,0,
+ 0,NULL,NULL,@14390,'missed',
+ '2 fire times from 2027-03-01T10:00:00Z to 2027-03-01T11:00:00Z passed while no server was there',
+ NULL,'alpha',NULL,2,@7200,@10800,'[]',NULL),
+(15,'exec-5','#8',1,'manual','skipped',@14390,'TARGET',NULL,0,0,NULL,NULL,@14390,'overlap',
+ 'exec-c6509cb0-6be9-5bf7-aaf1-5ebbd3ab7d83 was still running',NULL,'alpha',NULL,NULL,NULL,NULL,
+ '[]',NULL),
+(16,'exec-6','#7',1,'manual','pending',@14390,'TARGET',@14450,1,60000000,@14390,@14390,NULL,NULL,
+ 'the server answered 503 Service Unavailable',503,'alpha',NULL,NULL,NULL,NULL,'one','OK'),
+(17,'exec-7','#4',1,'manual','failed',@14390,'TARGET',NULL,1,0,@14390,@14390,@14390,'http_status',
+ 'the server answered 404 Not Found',404,'alpha',NULL,NULL,NULL,NULL,'one','OK');
+UPDATE executions SET attempt_log = json_array(json_object('number', 1, 'started_at',
+ strftime('%Y-%m-%dT%H:%M:%SZ', attempt_at / 1000000, 'unixepoch'), 'duration', 0,
+ 'status_code', status_code, 'error', error)) WHERE attempt_log = 'one';
+"""
+
+
+OLD_DECLARED = {
+    "name": "declared", "schedule": "30 12 * * *",
+    "webhook": {"url": NOBODY, "method": "POST",
+                "auth": {"type": "basic", "username": "ada", "password": CANARY}},
+}  # fmt: skip
+DECLARED_JOB = str(uuid.uuid5(chronos.DECLARED_IDS, "declared"))
+
+
+def job_id_of(number):
+    """Return the id of a job of SCHEMA_1."""
+    return f"{number:08d}-0000-4000-8000-{number:012d}"
+
+
+def write_old(path, target=NOBODY[:-1], bell=NOBODY[:-1], more=0, killed=False):
+    """Make a file of 0.1.0, with ``more`` executions of "late" that are due at 12:00:50.
+
+    Where its process was ``killed``, the log is still beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sql = re.sub("#([1-8])", lambda match: job_id_of(int(match[1])), SCHEMA_1)
+    sql = re.sub("@([0-9]+)\\b", lambda match: str(at("08:00:00") + int(match[1]) * SECOND), sql)
+    sql = sql.replace("TARGET", target).replace("BELL", bell).replace("ALERTS", chronos.ALERTS_ID)
+    made = path.with_name("made.db")
+    with contextlib.closing(sqlite3.connect(made)) as database:
+        database.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {sql} COMMIT")
+        [row] = database.execute("SELECT * FROM executions WHERE id = 'exec-6'")
+        rows = [(None, f"exec-more-{number}", *row[2:]) for number in range(more)]
+        added = f"INSERT INTO executions VALUES ({', '.join('?' * len(row))})"  # noqa: S608
+        database.executemany(added, rows)
+        database.commit()
+        if killed:
+            shutil.copy(f"{made}-wal", f"{path}-wal")
+            shutil.copy(made, path)
+    made.unlink() if killed else made.rename(path)
+    return path
+
+
+def read_rows(path):
+    """Return the rows of a file of any schema by their tables, without the due_at of what runs."""
+    found = {}
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.row_factory = sqlite3.Row
+        for table in ("meta", "ends", "jobs", "versions", "executions"):
+            rows = database.execute(f"SELECT * FROM {table} ORDER BY rowid")  # noqa: S608
+            found[table] = [dict(row) for row in rows]
+    for execution in found["executions"]:
+        execution["due_at"] = execution["due_at"] if execution["status"] == "pending" else None
+    return found
+
+
+def has_all(path, before):
+    """Say whether a file has exactly these rows; its tables may have more columns."""
+    after = read_rows(path)
+    kept = {table: [row | old for row, old in zip(after[table], rows, strict=True)]
+            for table, rows in before.items()}  # fmt: skip
+    return kept == after
+
+
+def schema_of(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return chronos.read_pragma(database, "user_version")
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Let no file become larger than so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def old(tmp_path, clock, target, bell):
+    """A file of 0.1.0 in the data directory, whose process was killed; it is 11:59:55."""
+    clock.wall = at("11:59:55")
+    return write_old(tmp_path / "data" / "chronos.db", target.url, bell.url, killed=True)
+
+
+def test_a_file_of_0_1_0_keeps_each_value_of_each_row_in_its_order(old):
+    before, store = read_rows(old), chronos.Store(old)
+
+    store.database.open()
+    store.database.close()
+
+    assert schema_of(old) == chronos.SCHEMA_VERSION
+    assert has_all(old, before)
+    named = {job["id"]: job["name"] for job in read_rows(old)["jobs"]}
+    assert len(named) == 10 and named[job_id_of(1)] == "Rechnungen"
+    assert named[chronos.ALERTS_ID] == "alerts"
+
+
+def test_an_unused_file_of_0_1_0_becomes_as_a_new_one(tmp_path):
+    path = write_old(tmp_path / "old.db")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for table in ("meta", "ends", "versions", "executions"):
+            database.execute(f"DELETE FROM {table}")  # noqa: S608
+        database.execute("DELETE FROM jobs WHERE seq > 0")
+        database.execute("UPDATE jobs SET version = 0, updated_at = 0")
+        database.commit()
+
+    dumps = []
+    for file in (path, tmp_path / "new.db"):
+        store = chronos.Store(file)
+        store.database.open()
+        store.database.close()
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            dumps.append(sorted(database.iterdump()))
+
+    assert dumps[0] == dumps[1]
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("", "Rechnungen every once off bad swap late declared hangs"),
+        ("?tag=team:büro", "Rechnungen off"), ("?tag=tier:1", ""), ("?tag=tier:2", "Rechnungen"),
+        ("?q=RECH", "Rechnungen"), ("?q=äÖü, 50%25", "Rechnungen"), ("?q=Invoices", ""),
+        ("?status=failed", "off bad swap"), ("?enabled=false", "once off"),
+    ],
+)  # fmt: skip
+def test_jobs_of_0_1_0_are_found_as_before(old, make_service, clock, query, names):
+    service = make_service(clock, scheduler__paused=True, jobs=[OLD_DECLARED])
+
+    found = service.get(f"/jobs{query}")
+
+    assert {job["name"] for job in found["jobs"]} == set(names.split())
+    assert found["total"] == len(names.split())
+
+
+def test_jobs_of_0_1_0_show_their_versions_and_history(old, make_service, clock):
+    service = make_service(clock, scheduler__paused=True, jobs=[OLD_DECLARED])
+    path = f"/jobs/{job_id_of(1)}"
+
+    versions = service.get(f"{path}/versions")
+    executions = service.get(f"{path}/executions")["executions"]
+    attempts = service.get(f"/jobs/{job_id_of(5)}/executions/exec-1")["attempt_log"]
+
+    assert [(v["version"], v["created_by"]) for v in versions] == [(2, "bob"), (1, "tester")]
+    assert [v["config"]["tags"]["tier"] for v in versions] == ["2", "1"]
+    assert versions[0]["config"]["webhook"]["auth"]["token"] == MASK
+    assert [(e["trigger"], e["status"], e["missed_count"]) for e in executions] == [
+        ("catch_up", "success", None), ("schedule", "skipped", 1),
+        ("replay", "success", None), ("schedule", "success", None),
+    ]  # fmt: skip
+    assert executions[2]["replay_of"] == executions[3]["id"]
+    assert [(a["number"], a["status_code"]) for a in attempts] == [(1, 503), (2, 503)]
+
+
+def test_all_is_counted_in_a_file_of_0_1_0_as_before(old, make_service, clock):
+    service = make_service(clock, scheduler__paused=True, jobs=[OLD_DECLARED])
+
+    stats = service.get("/stats")
+    metrics = requests.get(f"{service.url}/metrics", timeout=10).text
+
+    strips = {job["name"]: (job["strip"], job["failures"]) for job in stats["jobs"]}
+    assert strips == {
+        "Rechnungen": ("SSMS", 0), "every": ("SM", 1), "once": ("S", 0), "off": ("F", 1),
+        "bad": ("F", 1), "swap": ("RC", 0), "late": ("", 0), "declared": ("", 0), "hangs": ("K", 0),
+    }  # fmt: skip
+    assert (stats["enabled"], stats["failing"]) == (7, 2)
+    ends = dict(re.findall(r'ended_total\{result="(\w+)"\} (\d+)', metrics))
+    assert ends == {
+        "success": "5", "failed": "2", "missed": "3", "overlap": "1", "replaced": "1",
+        "cancelled": "1",
+    }  # fmt: skip
+
+
+def test_what_ran_when_0_1_0_was_killed_is_tried_again_before_what_waits_for_it(old, world, target):
+    [hangs] = [job for job in world.all_jobs() if job.config["name"] == "hangs"]
+    target.let_go.set()
+
+    world.settle()
+
+    rows = states(world, hangs, "status", "attempts", "reason")
+    assert rows[:3] == [("success", 2, None), ("success", 1, None), ("success", 1, None)]
+    first, _second = json.loads(world.executions(hangs)[0].attempt_log)
+    assert first["error"] == INTERRUPTED
+    sent = [headers["X-Chronos-Scheduled-Time"][11:16] for headers in drain(target)]
+    assert sent == ["09:15", "10:15", "11:15"]
+
+
+def test_a_retry_that_0_1_0_left_is_sent_when_it_is_due_and_not_before(old, world, target):
+    target.let_go.set()
+    late = world.store.jobs.get(job_id_of(7))
+
+    world.advance(54)
+    assert states(world, late, "status", "attempts", "spent") == [("pending", 1, 60 * SECOND)]
+    world.advance(1)
+
+    assert states(world, late, "status", "attempts", "spent") == [("pending", 2, 120 * SECOND)]
+
+
+def test_the_next_fire_times_after_0_1_0_come_once_and_when_they_are_due(old, world, target):
+    target.let_go.set()
+    jobs = {job.config["name"]: job for job in world.all_jobs()}
+
+    world.advance(5)
+    world.advance(3600)
+
+    both = [(NOON, "success"), (NOON + 3600 * SECOND, "success")]
+    for name, fired in {"Rechnungen": both, "every": both, "once": [], "off": []}.items():
+        rows = states(world, jobs[name], "scheduled_at", "status")
+        assert [row for row in rows if row[0] >= NOON] == fired
+
+
+def test_an_alert_that_0_1_0_owed_is_sent_and_what_it_had_told_is_not_told_again(
+    old, make_world, target, bell
+):
+    webhook = chronos.validate(chronos.ALERT_FIELDS, {"url": f"{bell.url}/alerts"})
+    world = make_world(alerts__webhook=webhook)
+    target.let_go.set()
+
+    world.advance(4)
+    assert bell.received.empty()
+    world.advance(1)
+    told = [alert["text"] for alert in rings(bell)]
+    world.dispatcher.close_idle(0)  # on a new connection the script holds
+    script(target, "/ok")
+    trigger(world, world.store.jobs.get(job_id_of(5)))
+    world.settle()
+    world.advance(11)
+
+    assert "off fails: the server answered 404 Not Found" in told[0]
+    assert not any("bad" in text for text in told)
+    assert any("bad is well again" in alert["text"] for alert in rings(bell))
+
+
+def test_a_job_that_0_1_0_declared_stays_managed_and_as_it_was(old, world, load):
+    before = world.store.jobs.get(DECLARED_JOB)
+
+    assert world.do(world.engine.job_changes.declare, load(declared(OLD_DECLARED)).jobs) == []
+    assert world.store.jobs.get(DECLARED_JOB) == before
+    [removed] = world.do(world.engine.job_changes.declare, {})
+
+    assert before.enabled and before.to_json(None)["managed_by"] == chronos.DECLARED_BY
+    assert (removed.id, removed.enabled, removed.declared) == (DECLARED_JOB, False, None)
+
+
+@pytest.mark.parametrize("leftover", [None, b"of a migration that was broken off"])
+def test_a_copy_from_before_a_migration_is_beside_the_file(old, leftover):
+    before, copy = read_rows(old), old.with_name("chronos.db.schema-1")
+    if leftover:
+        copy.write_bytes(leftover)
+    store = chronos.Store(old)
+
+    umask = os.umask(0)
+    try:
+        store.database.open()
+    finally:
+        os.umask(umask)
+    store.database.close()
+
+    assert (schema_of(copy), read_rows(copy)) == (1, before)
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in old.parent.iterdir()} == {old.name, copy.name}
+
+
+BROKEN = {
+    "an unknown status": ("UPDATE executions SET status = 'lost' WHERE seq = 1", "status_fits"),
+    "an end without its time": (
+        "UPDATE executions SET completed_at = NULL WHERE seq = 1", "status_fits"),
+    "half of a gap": ("UPDATE executions SET missed_to = NULL WHERE missed_count", "missed_is"),
+    "no JSON": ("UPDATE versions SET config = '{' WHERE job_id LIKE '%4'", "malformed JSON"),
+    "a job of no name": (
+        "UPDATE versions SET config = '{\"tags\": {\"a\": null}}'", "NOT NULL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_cannot_be_migrated_is_left_as_it_was(tmp_path, configure, change, words):
+    path = write_old(tmp_path / "data" / "chronos.db")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(change)
+    before = path.read_bytes()
+
+    result = run_chronos("--config", configure(""))
+
+    assert path.read_bytes() == before
+    check_refused(result, 78, str(path), words, "It is as it was", "start the Chronos that wrote")
+    assert len(result.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("size", [50_000, 150_000])
+def test_a_migration_for_which_there_is_no_room_is_made_by_the_next_start(
+    tmp_path, configure, size
+):
+    path = write_old(tmp_path / "data" / "chronos.db")
+    before, content = read_rows(path), path.read_bytes()
+
+    with largest_file(size):
+        result = run_chronos("--config", configure(""))
+
+    assert path.read_bytes() == content
+    assert not [*path.parent.glob("*.part*")]
+    check_refused(result, 78, str(path), "room of four times its size")
+    store = chronos.Store(path)
+    store.database.open()
+    store.database.close()
+    assert schema_of(path) == chronos.SCHEMA_VERSION and has_all(path, before)
+
+
+OPEN = "import chronos, sys; chronos.Store(chronos.Path(sys.argv[1])).database.open()"
+
+
+@pytest.mark.parametrize("rounds", [4, pytest.param(200, marks=pytest.mark.long)])
+def test_kill_9_amid_a_migration_leaves_the_old_file_or_the_new_and_the_next_start_goes_on(
+    make_process, tmp_path, rounds
+):
+    first, data = write_old(tmp_path / "first.db", more=4_000), tmp_path / "home" / "data"
+    path, before, left = data / "chronos.db", read_rows(first), []
+    began = [data / "chronos.db.schema-1.part", data / "chronos.db.schema-1"]
+    data.mkdir(parents=True)
+
+    for _ in range(rounds):
+        for file in data.iterdir():
+            file.unlink()
+        shutil.copy(first, path)
+        with subprocess.Popen(
+            [sys.executable, "-c", OPEN, path], stderr=subprocess.DEVNULL, cwd=CHRONOS.parent
+        ) as process:
+            wait_until(lambda: any(file.exists() for file in began))
+            time.sleep(random.uniform(0, 0.15))
+            process.kill()
+        shutil.copytree(data, tmp_path / "left", dirs_exist_ok=True)
+        left.append(schema_of(tmp_path / "left" / "chronos.db"))
+        assert has_all(tmp_path / "left" / "chronos.db", before)
+        shutil.rmtree(tmp_path / "left")
+        store = chronos.Store(path)
+        store.database.open()
+        store.database.close()
+        assert schema_of(path) == chronos.SCHEMA_VERSION and has_all(path, before)
+    process = make_process()
+
+    assert process.get(f"/jobs/{job_id_of(7)}/executions")["total"] == 4_001
+    print(f"{left.count(1)} of {rounds} were left as they were")
 
 
 # ======================================================================================

@@ -2825,11 +2825,11 @@ class Database:
                 self._file.copy_to(copy)
                 self._run_migration(version)
         except (OSError, sqlite3.Error, StoreError, StartError) as error:
+            reason = reason_of(error.__cause__ or error)
             message = (
                 f"{self.path} could not be migrated from schema {version} to {SCHEMA_VERSION}: "
-                f"{reason_of(error.__cause__ or error)}. It is as it was: put that right (free "
-                "room of four times its size is enough) and start again, or start the Chronos "
-                "that wrote it"
+                f"{reason}. It is as it was. Put that right (where the disk is full, room of five "
+                "times its size is enough) and start again, or start the Chronos that wrote it"
             )
             raise StartError(EXIT_CONFIG, message) from error
         log.warning("%s has schema %s now; a copy from before: %s", self.path, SCHEMA_VERSION, copy)

@@ -118,6 +118,7 @@ DAY = 86_400 * SECOND
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows an earlier date is wrong.
 CLOCK_STEP = SECOND  # A change of the wall clock by more than this counts as a step.
 CLOCK_FAR_BACK = 3 * HOUR  # After a step back by more than this every cursor is computed anew.
+STANDSTILL = SECOND  # A watchdog that was away for longer says that the whole process was.
 
 # --- A turn of the engine ---
 
@@ -4696,6 +4697,7 @@ class Dispatcher:
     _connector   workers                          itself
     _stopped     who stops it                     itself  (an event)
     last_watch   the watchdog                     nothing (others only read it)
+    _still       the watchdog                     nothing (others only read it)
     """
 
     def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
@@ -4706,6 +4708,7 @@ class Dispatcher:
         self._in_flight: set[Attempt] = set()
         self._stopped = threading.Event()
         self.last_watch = clock.monotonic()  # When the watchdog last went round.
+        self._still = 0  # For so many µs in all the process stood still, as the watchdog saw it.
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -4742,7 +4745,22 @@ class Dispatcher:
             if attempt.limit <= now:
                 attempt.abort(attempt.cut_reason)
         self.close_idle(IDLE_CONNECTION)
+        pause = now - self.last_watch
+        if pause > STANDSTILL:
+            self._still += pause
         self.last_watch = now
+
+    def stood_still(self) -> int:
+        """Return for how many µs in all the whole process made no step: it was stopped.
+
+        The watchdog goes round whatever the engine does, so a long turn does not count.
+        """
+        # In this order a pause may be counted twice for a moment, but never be overlooked.
+        pause = self._clock.monotonic() - self.last_watch
+        still = self._still
+        if pause > STANDSTILL:
+            still += pause
+        return still
 
     # --- In a worker ---
 
@@ -5190,16 +5208,21 @@ class Scheduler:
         run_queue: RunQueue,
         settings: Settings,
         clock: Clock,
+        stood_still: Callable[[], int],
     ) -> None:
+        """``stood_still`` is that of the Dispatcher."""
         self._store = store
         self._versions = versions
         self._run_queue = run_queue
         self._clock = clock
+        self._stood_still = stood_still
         self._grace = settings.scheduler.missed_run_grace
         self._offset = clock.now() - clock.monotonic()  # A change of it is a step of the clock.
         self._is_held = False  # The clock shows less than the release date: nothing fires.
-        self._backlog_seen_at: int | None = None  # When it was first seen; None: there is none.
-        self._fired_at = clock.monotonic()  # When due fire times were last looked for.
+        self._missed_before = 0  # An older fire time that is still due was missed,
+        self._absence = ""  # for this reason.
+        self._seen_still = 0  # What stood_still() returned when due fire times were looked for.
+        self._failing_since: int | None = None  # By the monotonic clock; None: turns work.
 
     # --- The clock ---
 
@@ -5207,6 +5230,7 @@ class Scheduler:
         """Compare the clock with the one that the last process has seen: it may be behind."""
         last_seen = self._store.number("last_seen") or 0
         self._offset = max(self._offset, last_seen - self._clock.monotonic())
+        self._note_absence(self._clock.now(), "the server was down")
 
     def clock_step(self, now: int) -> int:
         """Return by how many µs the wall clock has moved otherwise than the monotonic one."""
@@ -5230,7 +5254,7 @@ class Scheduler:
             log.warning("the clock was moved by %s s", step / SECOND)
             is_far_back = step < -CLOCK_FAR_BACK
             self._store.shift_times(step, reset=is_far_back and not is_held)
-            self._backlog_seen_at = None
+            self._note_absence(turn.now, "the clock was moved")
 
     # --- Fire times ---
 
@@ -5241,9 +5265,7 @@ class Scheduler:
     def fire_due(self, turn: Turn) -> None:
         """Turn due fire times into executions; what would take too long stays for the next turn."""
         start = self._clock.monotonic()
-        if start - self._fired_at > self._grace:
-            self._backlog_seen_at = None  # The process was suspended amid a backlog.
-        self._fired_at = start
+        self._look_for_absence(turn, start)
         if not self.may_fire(turn):
             return
         for job in self._store.jobs.due(turn.now, MAX_FIRES_PER_TURN):
@@ -5264,25 +5286,44 @@ class Scheduler:
             job = self._store.jobs.get(job_id)
         return job
 
-    def note_cursor(self, turn: Turn, cursor: int | None) -> None:
-        """Note the earliest cursor of all jobs: if it is not due, there is no backlog."""
-        if cursor is None or cursor > turn.now:
-            self._backlog_seen_at = None
+    # --- Late or missed ---
+
+    def turn_worked(self) -> None:
+        """Note that a turn is on disk, so that fire times are dealt with again."""
+        self._failing_since = None
 
     def turn_failed(self) -> None:
-        """Forget what a turn has seen that was rolled back."""
-        self._backlog_seen_at = None
+        """Note that a turn was rolled back, with the fire times that it had dealt with."""
+        if self._failing_since is None:
+            self._failing_since = self._clock.monotonic()
+
+    def _look_for_absence(self, turn: Turn, mono: int) -> None:
+        """Find out whether fire times were missed since they were last looked for.
+
+        Only if nobody could look: what the engine itself delays, by a long turn, is late.
+        """
+        still = self._stood_still()
+        if still - self._seen_still > self._grace:
+            self._note_absence(turn.now, "the server was suspended")
+        self._seen_still = still
+        if self._failing_since is not None and mono - self._failing_since > self._grace:
+            self._note_absence(turn.now, "the database failed")
+
+    def _note_absence(self, now: int, reason: str) -> None:
+        """Note that nobody could look for due fire times until ``now``."""
+        self._missed_before = now - self._grace
+        self._absence = reason
+
+    # --- What becomes of a fire time ---
 
     def _fire(self, turn: Turn, job: DueJob) -> None:
         """Enqueue a fire time, or deal with a whole backlog; move the job's cursor."""
-        if self._backlog_seen_at is None:
-            self._backlog_seen_at = turn.now
         try:
             version = self._versions.get(job.job_id, job.version)
             if job.fire_time < RELEASED_AT:
                 # The cursor was reset, or comes from a wrong clock: decades were not missed.
                 newest = turn.now
-            elif self._backlog_seen_at - job.fire_time > self._grace:
+            elif job.fire_time < self._missed_before:
                 newest = self._catch_up(turn, version, job.fire_time)
             else:
                 newest = job.fire_time
@@ -5320,7 +5361,7 @@ class Scheduler:
     def _skip_missed(self, turn: Turn, version: Version, count: int, first: int, last: int) -> None:
         """Note ``count`` fire times from ``first`` to ``last`` as missed, in one execution."""
         period = f"from {format_time(first)} to {format_time(last)}"
-        error = f"{count} fire times {period} passed while no server was there"
+        error = f"{count} fire times {period} passed while {self._absence}"
         execution = self._run_queue.new_execution(turn, version, Trigger.SCHEDULE, last, None)
         missed = ended(execution, Status.SKIPPED, Reason.MISSED, error, turn.now)
         missed = missed._replace(missed_count=count, missed_from=first, missed_to=last)
@@ -5786,7 +5827,9 @@ class Engine:
         self.pool = WorkerPool(dispatcher, settings.dispatcher.max_concurrent_jobs, self._hand_over)
         self.versions = VersionCache(store.jobs)
         self.run_queue = RunQueue(store, self.versions, self.pool, settings, clock)
-        self.scheduler = Scheduler(store, self.versions, self.run_queue, settings, clock)
+        self.scheduler = Scheduler(
+            store, self.versions, self.run_queue, settings, clock, dispatcher.stood_still
+        )
         self.job_changes = JobChanges(store, self.versions, self.scheduler)
         self.retention = Retention(store, clock)
         self.alerts = Alerts(store, self.versions, self.run_queue)
@@ -5907,6 +5950,7 @@ class Engine:
                 with self.store.database.transaction():
                     turn.now = self.clock.now()  # It may have waited for a lock.
                     self._work(turn, step)
+                self.scheduler.turn_worked()
                 if self.problem:
                     log.warning("the engine works again")
                 self.problem = None
@@ -5966,7 +6010,6 @@ class Engine:
     def _set_wake_at(self, turn: Turn) -> None:
         """Find out when the next turn has something to do."""
         following = self.store.next_instants(turn.now)
-        self.scheduler.note_cursor(turn, following.cursor)
         instants = [self._heartbeat_at + HEARTBEAT, following.due_at, following.news_at]
         if self.scheduler.may_fire(turn):
             instants.append(following.cursor)

@@ -5135,6 +5135,80 @@ def test_what_the_engine_takes_long_to_work_off_is_late_but_not_missed(world, ta
     assert [states(world, job, "trigger") for job in jobs] == [[("schedule",)]] * 600
 
 
+def take_long(world, seconds):
+    """Let a change take so long, while the rest of the process goes on."""
+
+    def change(_turn):
+        world.clock.advance(seconds)
+        world.dispatcher.last_watch = world.clock.monotonic()  # the watchdog has gone round
+
+    world.do(change)
+
+
+def test_what_a_long_turn_delays_is_late_but_not_missed(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    world.advance(50)
+    take_long(world, 30)
+    world.settle()
+
+    assert states(world, job, "trigger", "status") == [("schedule", "success")]
+
+
+def test_a_suspend_in_a_long_turn_is_missed_time(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    world.advance(50)
+    world.do(lambda _turn: world.clock.advance(30))  # the watchdog does not go round either
+    world.settle()
+
+    assert states(world, job, "reason") == [("missed",)]
+
+
+def the_server_is_down(make_world):
+    make_world().clock.advance(100)
+    return make_world()
+
+
+def the_server_is_suspended(make_world):
+    world = make_world()
+    world.clock.advance(100)
+    return world
+
+
+def the_clock_is_moved(make_world):
+    world = make_world()
+    world.clock.step(100)
+    return world
+
+
+def the_file_is_away(make_world):
+    world = make_world()
+    path = world.store.database.path
+    path.rename(path.with_suffix(".away"))
+    for _ in range(100):
+        world.advance(1)
+    path.with_suffix(".away").rename(path)
+    world.clock.advance(1)
+    return world
+
+
+@pytest.mark.parametrize(("happens", "reason"), [
+    (the_server_is_down, "the server was down"),
+    (the_server_is_suspended, "the server was suspended"),
+    (the_clock_is_moved, "the clock was moved"),
+    (the_file_is_away, "the database failed"),
+])  # fmt: skip
+def test_what_was_missed_says_why(make_world, target, happens, reason):
+    job = make_world().create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+
+    happens(make_world).settle()
+
+    [missed] = make_world().executions(job)
+    period = "from 2027-03-01T12:01:00Z to 2027-03-01T12:01:00Z"
+    assert missed.error == f"1 fire times {period} passed while {reason}"
+
+
 @pytest.mark.parametrize(("policy", "seconds", "expected"), [
     ("ignore", 11, ("schedule", "skipped", 1)),
     ("execute_one", 11, ("catch_up", "success", None)),

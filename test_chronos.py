@@ -5718,6 +5718,39 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
 
 
+def test_the_versions_of_a_deleted_job_go_in_batches_and_can_not_be_seen(world, target):
+    job = world.create(target.url)
+    job = add_versions(world, job, 300)
+
+    world.engine.enqueue(world.engine.job_changes.delete, job, False)
+    world.engine.run_turn()
+    left = [len(version_numbers(world, job))]
+    assert world.store.jobs.versions(job.id) == []
+    with pytest.raises(chronos.NotFound):
+        world.store.jobs.version(job.id, 300)
+    while left[-1]:
+        world.engine.run_turn()
+        left.append(len(version_numbers(world, job)))
+
+    assert left[0] > 200
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 100
+
+
+def test_what_is_left_of_a_deleted_job_does_not_come_back_with_its_id(world, target):
+    [job] = declare(world, job_body(target.url))
+    trigger(world, job)
+    world.settle()
+    job = add_versions(world, job, 300)
+    declare(world)
+
+    world.engine.enqueue(world.engine.job_changes.delete, world.store.jobs.get(job.id), False)
+    [again] = declare(world, job_body(target.url))
+
+    assert (again.id, again.version) == (job.id, 1)
+    assert version_numbers(world, again) == [1]
+    assert world.executions(again) == []
+
+
 def test_a_declared_job_is_made_enabled_under_the_id_that_follows_from_its_name(world, target):
     body = job_body(target.url, schedule="@every 1m", timezone="Europe/Madrid")
 
@@ -5899,6 +5932,52 @@ def test_under_load_every_job_is_looked_over_also_one_that_does_not_run(make_wor
 
     assert len(world.executions(idle)) == 1
     assert max(len(world.executions(job)) for job in busy[:20]) < 15
+
+
+def version_numbers(world, job):
+    """Return the numbers of a job's versions, the oldest first, also of a deleted job."""
+    sql = "SELECT version FROM versions WHERE job_id = ? ORDER BY version"
+    return [number for (number,) in by_hand(world, sql, job.id)]
+
+
+def add_versions(world, job, newest, size=10):
+    """Let a job have versions up to this number, each with so large a body."""
+    config = job.config | {"webhook": job.config["webhook"] | {"body": "x" * size}}
+    with world.store.database.transaction():
+        for number in range(job.version + 1, newest + 1):
+            world.store.jobs.save(job._replace(version=number, config=config), "tester")
+    return world.store.jobs.get(job.id)
+
+
+def test_of_a_job_the_newest_versions_stay_and_those_that_its_runs_have_used(make_world, target):
+    world = make_world(retention__versions_per_job=20, retention__executions_per_job=2)
+    job = world.create(target.url, enabled=False)
+    trigger(world, job)
+    job = add_versions(world, job, 60)
+    trigger(world, job)
+    world.settle()
+
+    world.do(world.engine.job_changes.update, job, job.config | {"timeout": "9s"}, None, "ada")
+    world.settle()
+    assert version_numbers(world, job) == [1, *range(42, 62)]
+
+    trigger(world, job)  # pushes the first run out, and with it the version that it used
+    world.advance(1)
+    assert version_numbers(world, job) == list(range(42, 62))
+
+
+def test_what_older_releases_have_left_of_versions_goes_too(make_world, target):
+    before = make_world()
+    idle, gone = [before.create(target.url, enabled=False) for _ in range(2)]
+    add_versions(before, idle, 150)
+    add_versions(before, gone, 150)
+    by_hand(before, "DELETE FROM jobs WHERE id = ?", gone.id)
+
+    world = make_world()
+    world.settle()
+
+    assert version_numbers(world, idle) == list(range(51, 151))
+    assert version_numbers(world, gone) == []
 
 
 def test_history_is_removed_while_there_is_other_work_too(make_world, target):

@@ -76,7 +76,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import urlsplit
@@ -118,6 +118,8 @@ DAY = 86_400 * SECOND
 RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows an earlier date is wrong.
 CLOCK_STEP = SECOND  # A change of the wall clock by more than this counts as a step.
 CLOCK_FAR_BACK = 3 * HOUR  # After a step back by more than this every cursor is computed anew.
+CLOCK_SETTLED = 2 * MINUTE  # A clock that has stood for so long (two heartbeats) is trusted.
+TAKE_BACK_ROWS = 500  # Executions that are looked at together after the clock went back.
 STANDSTILL = SECOND  # A watchdog that was away for longer says that the whole process was.
 
 # --- A turn of the engine ---
@@ -2980,6 +2982,7 @@ def reason_of(error: BaseException) -> str:
 #     Store            all of them, and the statements that are about more than one
 
 NO_LIMIT = 2**63 - 1  # As a LIMIT, and as a seq that no row reaches.
+NO_HOUR = 0  # In 1970: what ended then counts in the sum of all hours only.
 
 JOB_COLUMNS = ", ".join(Job._fields)
 EXECUTION_COLUMNS = ", ".join(name for name in Execution._fields if name != "job_name")
@@ -3402,6 +3405,42 @@ class ExecutionTable:
             """
         self._database.run_with_list(sql, job_ids, now=now)
 
+    def take_back(self, after: int, below: int, most: int) -> tuple[int, list[Execution], int]:
+        """Remove executions that were never sent, of fire times later than ``after``.
+
+        ``most`` of those with a seq ``below`` this one are looked at, the newest first. Return
+        the seq below which others are left, 0: none; the removed ones; and how many stay,
+        because they were sent. What somebody has cancelled, or a later one replaced, stays, too.
+        """
+        sql = """
+            SELECT min(seq) FROM (
+                SELECT seq FROM executions WHERE seq < :below ORDER BY seq DESC LIMIT :most)
+            """
+        first = self._database.value(sql, below=below, most=most) or 0
+        values = {"first": first, "below": below, "after": after}
+        ahead = """
+            FROM executions WHERE seq >= :first AND seq < :below AND scheduled_at > :after
+             AND (trigger = 'schedule' OR trigger = 'catch_up')
+            """
+        sent = int(self._database.value(f"SELECT count(*) {ahead} AND attempts > 0", **values))
+        sql = f"""
+            DELETE {ahead} AND attempts = 0
+               AND coalesce(reason, '') NOT IN ('cancelled', 'replaced')
+            RETURNING {EXECUTION_COLUMNS}
+            """
+        removed = [Execution.from_row(row) for row in self._database.run(sql, **values)]
+        return first, removed, sent
+
+    def fire_times(self, job_id: str, first: int, last: int) -> set[int]:
+        """Return the fire times of a job, from ``first`` to ``last``, that are in the history."""
+        sql = """
+            SELECT scheduled_at FROM executions
+             WHERE job_id = :id AND scheduled_at BETWEEN :first AND :last
+               AND (trigger = 'schedule' OR trigger = 'catch_up')
+            """
+        rows = self._database.run(sql, id=job_id, first=first, last=last)
+        return {row["scheduled_at"] for row in rows}
+
     def delete(self, execution_id: str) -> None:
         """Remove one execution."""
         self._database.run("DELETE FROM executions WHERE id = :id", id=execution_id)
@@ -3457,6 +3496,42 @@ class History:
             for (hour, letter), number in numbers.items()
         ]
         self._database.run_many(sql, rows)
+
+    def uncount(self, job: Job, executions: Iterable[Execution], now: int) -> None:
+        """Take back what count_ends() has noted of these executions of a job."""
+        strip = job.strip
+        failures = job.failures
+        numbers = Counter[tuple[int, str]]()  # By hour and letter.
+        for execution in executions:
+            if execution.completed_at is None:
+                continue
+            letter = execution.result_letter
+            before, _letter, after = strip.rpartition(letter)
+            strip = before + after
+            if letter in ("F", "M"):
+                failures = max(0, failures - 1)
+            hour = execution.completed_at // HOUR
+            if hour <= now // HOUR:  # Else forget_later_hours() has done it.
+                number = execution.missed_count or 1
+                numbers[hour, letter] -= number
+                numbers[NO_HOUR, letter] += number
+        sql = """
+            UPDATE jobs SET strip = :strip, failures = :failures,
+                   failing_since = CASE WHEN :failures > 0 THEN failing_since END
+             WHERE id = :id
+            """
+        self._database.run(sql, id=job.id, strip=strip, failures=failures)
+        self._note_in_hours(numbers)
+
+    def forget_later_hours(self, now: int) -> None:
+        """Let what has ended in hours that are still to come count in no hour."""
+        sql = """
+            SELECT letter, CAST(sum(number) AS BIGINT) AS number FROM ends
+             WHERE hour > :hour GROUP BY letter
+            """
+        rows = self._database.run(sql, hour=now // HOUR)
+        self._note_in_hours(Counter({(NO_HOUR, row["letter"]): row["number"] for row in rows}))
+        self._database.run("DELETE FROM ends WHERE hour > :hour", hour=now // HOUR)
 
     def ends_since(self, at: int) -> dict[str, int]:
         """Return how many executions have ended since the hour of ``at``, by how they ended.
@@ -3660,18 +3735,19 @@ class Store:
             news_at += ALERT_GATHER
         return NextInstants(row["next_run_at"], row["due_at"], news_at)
 
-    def shift_times(self, step: int, reset: bool) -> None:
-        """Move what is to happen with the wall clock, which was moved by ``step`` µs.
-
-        ``reset``: each cursor is to be computed anew.
-        """
+    def shift_times(self, step: int, now: int) -> None:
+        """Move what is to happen with the wall clock, which was moved by ``step`` µs to ``now``."""
         sql = "UPDATE executions SET due_at = due_at + :step WHERE status = 'pending'"
         self.database.run(sql, step=step)
         sql = "UPDATE jobs SET news_at = news_at + :step WHERE news_at IS NOT NULL"
         self.database.run(sql, step=step)
-        if reset:
-            # A cursor in 1970 is before RELEASED_AT, which tells that it is none.
-            self.database.run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at IS NOT NULL")
+        sql = "UPDATE jobs SET failing_since = failing_since + :step WHERE failing_since > :now"
+        self.database.run(sql, step=step, now=now)
+
+    def reset_cursors(self, now: int) -> None:
+        """Let each cursor that is later than ``now`` be computed anew."""
+        # A cursor in 1970 is before RELEASED_AT, which tells that it is none.
+        self.database.run("UPDATE jobs SET next_run_at = 0 WHERE next_run_at > :now", now=now)
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are, and of them what; how many executions wait and run."""
@@ -4937,6 +5013,7 @@ class Turn:
     to_prune: dict[str, None] = field(default_factory=dict)  # Ids of jobs with new history.
     taken: list[Attempt] = field(default_factory=list)
     follows_at_once: bool = False  # The next turn must not wait.
+    is_clock_settled: bool = False  # The clock has stood for a while: what is old is old.
 
     @property
     def paused(self) -> bool:
@@ -5086,7 +5163,10 @@ class RunQueue:
         elif problem := self._overlap(execution.job_id, concurrency):
             execution = ended(execution, Status.SKIPPED, Reason.OVERLAP, problem, turn.now)
         if not self._store.executions.add(execution):
-            return  # This fire time is in the history: whatever was to happen has happened.
+            # This fire time is in the history: whatever was to happen has happened.
+            ids = about(execution.job_id, execution.id)
+            log.info("job %s: %s is in the history, so nothing is sent", *ids.values(), extra=ids)
+            return
         if execution.has_ended:
             turn.ended[execution.id] = execution
         for other in to_replace:
@@ -5240,6 +5320,96 @@ class RunQueue:
 # --- What becomes due ---
 
 
+class ClockCorrection:
+    """Takes back what a clock that was ahead has left, bit by bit once it has gone back.
+
+    How far it has come is in the store, so that it outlives a crash and a turn that fails.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self.latest_at = 0  # The clock has shown this before it went back.
+        self._is_under_way = True  # False: there is nothing to take back.
+
+    def recover(self) -> None:
+        """Take up what the last process has left."""
+        self.latest_at = self._store.number("latest_at") or 0
+
+    def turn_failed(self) -> None:
+        """Look into the store again: what a turn has taken back is there again."""
+        self._is_under_way = True
+
+    def begin(self, turn: Turn, before: int) -> None:
+        """Deal with what was noted of times that are yet to come, by a clock that went back.
+
+        ``before`` is what it would show if it had not been moved. Cursors wait, unless they are
+        too far ahead: several small steps back add up.
+        """
+        ahead_until = max(before, self._store.number("ahead_until") or 0)
+        if ahead_until <= turn.now:
+            return
+        if ahead_until - turn.now > CLOCK_FAR_BACK:
+            self._store.reset_cursors(turn.now)
+            ahead_until = turn.now
+        self._store.set_number("ahead_until", ahead_until)
+        self.latest_at = max(before, self.latest_at)
+        self._store.set_number("latest_at", self.latest_at)
+        self._store.history.forget_later_hours(turn.now)
+        self._store.set_number("take_back_after", turn.now)
+        self._store.set_number("take_back_below", NO_LIMIT)
+        self._is_under_way = True
+
+    def work(self, turn: Turn) -> None:
+        """Take back some executions that were never sent and whose fire time is yet to come."""
+        if not self._is_under_way:
+            return
+        start = self._clock.monotonic()
+        after = self._store.number("take_back_after") or 0
+        below = self._store.number("take_back_below") or 0
+        self._is_under_way = below > 0
+        taken_back: dict[str, list[Execution]] = {}  # By job id.
+        sent = 0
+        while below > 0 and self._clock.monotonic() - start < TURN_TARGET:
+            rows = self._store.executions.take_back(after, below, TAKE_BACK_ROWS)
+            below, removed, sent_of_these = rows
+            sent += sent_of_these
+            for execution in removed:
+                taken_back.setdefault(execution.job_id, []).append(execution)
+        self._store.set_number("take_back_below", below)
+        if below > 0:
+            turn.follows_at_once = True
+        for job_id, executions in taken_back.items():
+            self._put_cursor_back(turn, job_id, executions)
+        if taken_back or sent:
+            message = "the clock was ahead: %s runs were taken back, %s of times to come were sent"
+            log.warning(message, sum(map(len, taken_back.values())), sent)
+
+    def _put_cursor_back(self, turn: Turn, job_id: str, executions: list[Execution]) -> None:
+        """Let a job fire again from the first of the fire times on that were taken back."""
+        try:
+            job = self._store.jobs.get(job_id)
+        except NotFound:
+            return
+        self._store.history.uncount(job, executions, turn.now)
+        turn.caught_up.add(job_id)  # What waited behind them waits no more.
+        if not (job.enabled or self._was_spent(job)):
+            return
+        cursor = min(execution.missed_from or execution.scheduled_at for execution in executions)
+        if any(execution.job_version != job.version for execution in executions):
+            cursor = 0  # It may have another schedule now: it is computed anew.
+        is_earlier = job.next_run_at is not None and RELEASED_AT <= job.next_run_at <= cursor
+        if not is_earlier:
+            self._store.jobs.move_cursor(job_id, cursor)
+
+    def _was_spent(self, job: Job) -> bool:
+        """Say whether it was the clock that has disabled a job: nothing came any more."""
+        try:
+            return job.next_after(self.latest_at) is None
+        except (LookupError, TypeError, ValueError):  # Whatever makes its schedule unusable.
+            return False
+
+
 class Scheduler:
     """What becomes due: it watches the clock and turns fire times into executions."""
 
@@ -5265,6 +5435,8 @@ class Scheduler:
         self._absence = ""  # for this reason.
         self._seen_still = 0  # What stood_still() returned when due fire times were looked for.
         self._failing_since: int | None = None  # By the monotonic clock; None: turns work.
+        self._moved_at = clock.monotonic()  # When the clock was last moved, or we started.
+        self._correction = ClockCorrection(store, clock)
 
     # --- The clock ---
 
@@ -5272,6 +5444,7 @@ class Scheduler:
         """Compare the clock with the one that the last process has seen: it may be behind."""
         last_seen = self._store.number("last_seen") or 0
         self._offset = max(self._offset, last_seen - self._clock.monotonic())
+        self._correction.recover()
         self._note_absence(self._clock.now(), "the server was down")
 
     def clock_step(self, now: int) -> int:
@@ -5294,9 +5467,15 @@ class Scheduler:
                 log.warning("the clock shows %s, which is right again: jobs fire", shown)
         if abs(step) > CLOCK_STEP:
             log.warning("the clock was moved by %s s", step / SECOND)
-            is_far_back = step < -CLOCK_FAR_BACK
-            self._store.shift_times(step, reset=is_far_back and not is_held)
-            self._note_absence(turn.now, "the clock was moved")
+            self._moved_at = self._clock.monotonic()
+            if abs(step) > self._grace:
+                self._note_absence(turn.now, "the clock was moved")
+            self._missed_before = min(self._missed_before, turn.now - self._grace)
+            self._store.shift_times(step, turn.now)
+            if not is_held:
+                self._correction.begin(turn, turn.now - step)
+        turn.is_clock_settled = self._clock.monotonic() - self._moved_at >= CLOCK_SETTLED
+        self._correction.work(turn)
 
     # --- Fire times ---
 
@@ -5336,6 +5515,7 @@ class Scheduler:
 
     def turn_failed(self) -> None:
         """Note that a turn was rolled back, with the fire times that it had dealt with."""
+        self._correction.turn_failed()
         if self._failing_since is None:
             self._failing_since = self._clock.monotonic()
 
@@ -5386,17 +5566,25 @@ class Scheduler:
         """Deal with missed fire times from ``first`` on as the policy says; return the newest."""
         default = turn.settings.scheduler.missed_run_policy
         most = catch_up_limit(version.config["missed_run_policy"] or default)
+        known: set[int] = set()
+        if first <= self._correction.latest_at:  # The clock went back: some may be in the history.
+            known = self._store.executions.fire_times(version.job_id, first, turn.now)
         # One more than is made up for: the newest of those that are passed over.
-        count, newest = version.schedule.backlog(first, turn.now, version.zone, most + 1)
-        if count > most:
-            last_passed_over = newest[-most - 1]
-            self._skip_missed(turn, version, count - most, first, last_passed_over)
-        if most > 0:
-            for fire_time in newest[-most:]:
-                execution = self._run_queue.new_execution(
-                    turn, version, Trigger.CATCH_UP, fire_time, None
-                )
-                self._store.executions.add(execution)
+        wanted = most + 1 + len(known)
+        count, newest = version.schedule.backlog(first, turn.now, version.zone, wanted)
+        begin = max(0, len(newest) - most)
+        made_up = newest[begin:]
+        passed_over = [fire_time for fire_time in newest[:begin] if fire_time not in known]
+        if passed_over:
+            count = max(len(passed_over), count - len(known.union(made_up)))
+            later = version.schedule.fire_times(first, version.zone)
+            first = next(fire_time for fire_time in chain([first], later) if fire_time not in known)
+            self._skip_missed(turn, version, count, first, passed_over[-1])
+        for fire_time in made_up:
+            execution = self._run_queue.new_execution(
+                turn, version, Trigger.CATCH_UP, fire_time, None
+            )
+            self._store.executions.add(execution)
         turn.caught_up.add(version.job_id)
         return newest[-1]
 
@@ -5573,7 +5761,7 @@ class Retention:
         """
         self._to_prune |= turn.to_prune
         day = turn.now // DAY
-        if day != self._walk_day:
+        if day != self._walk_day and turn.is_clock_settled:
             self._walk_day = day
             self._prune_cursor = ""
         has_just_looked = self._clock.monotonic() - self._looked_at < PRUNE_INTERVAL
@@ -5583,7 +5771,9 @@ class Retention:
         limits = turn.settings.retention
         if self._store.history.prune_oldest(limits.max_size):
             return True
-        return self._prune_jobs(turn.now - limits.max_age, limits)
+        # Nothing is too old by a clock that may be wrong.
+        before = turn.now - limits.max_age if turn.is_clock_settled else 0
+        return self._prune_jobs(before, limits)
 
     def _prune_jobs(self, before: int, limits: RetentionSettings) -> bool:
         """Look at some jobs; return whether there are more to look at."""

@@ -5145,11 +5145,13 @@ def take_long(world, seconds):
     world.do(change)
 
 
-def test_what_a_long_turn_delays_is_late_but_not_missed(world, target):
+@pytest.mark.parametrize("step", [0, 2, -2])
+def test_what_a_long_turn_delays_is_late_but_not_missed(world, target, step):
     job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
 
     world.advance(50)
     take_long(world, 30)
+    world.clock.step(step)
     world.settle()
 
     assert states(world, job, "trigger", "status") == [("schedule", "success")]
@@ -5324,6 +5326,229 @@ def test_a_boot_in_1970_hides_nothing_that_was_missed(make_world, target, clock,
     assert fire_times(target, job) == run
     first, *_ = states(world, job, "status", "missed_count", "missed_from")
     assert first == ("skipped", 3 - len(run), at("12:01:00"))
+
+
+def days(target):
+    """Return the days of the fire times that the target was called for since the last time."""
+    headers = [target.take()[2] for _ in range(target.received.qsize())]
+    return [h["X-Chronos-Scheduled-Time"][:10] for h in headers]
+
+
+@pytest.mark.parametrize(("policy", "ahead", "later"), [
+    ("ignore", [], ["2027-03-02", "2027-03-03", "2027-03-04"]),
+    ("execute_one", ["2027-03-03"], ["2027-03-02", "2027-03-04"]),
+    ("execute_all", ["2027-03-02", "2027-03-03"], ["2027-03-04"]),
+])  # fmt: skip
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_run(
+    make_world, target, policy, ahead, later, restart
+):
+    world = make_world()
+    world.create(target.url, schedule="0 9 * * *", missed_run_policy=policy)
+    world.clock.step(2 * 86_400)
+    world.advance(3)
+    assert days(target) == ahead
+
+    world.clock.step(-2 * 86_400)
+    world = make_world() if restart else world
+    world.settle()
+    for _ in range(73):
+        world.advance(3600)
+
+    assert days(target) == later
+
+
+def test_a_clock_that_was_ahead_for_a_moment_leaves_no_failure_and_no_number(world, target):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+    world.advance(60)
+    last_24h = world.store.history.ends_since(NOON)
+
+    for step in (400 * 86_400, 20 * 60):
+        world.clock.step(step)
+        world.advance(1)
+        assert summary(world, job)[:2] == ("SM", 1)
+        world.clock.step(-step)
+        world.settle()
+
+        assert summary(world, job) == ("S", 0, None)
+        assert states(world, job) == ["success"]
+        assert world.store.history.ends_since(NOON) == last_24h
+    assert world.store.jobs.get(job.id).next_run_at == at("12:02:00")
+    counted = world.store.history.ends_since(0)["missed"]
+    assert counted == 400 * 1440 + 20  # a counter does not go back
+
+
+def test_what_really_passed_while_the_clock_was_ahead_was_missed(world, target):
+    job = world.create(target.url, schedule="* * * * *")
+    world.clock.step(86_400)
+    for _ in range(10):
+        world.advance(60)
+    world.clock.step(-86_400)
+    world.settle()
+
+    rows = states(world, job, "missed_from", "missed_to", "scheduled_at", "trigger")
+    assert [row for row in rows if row[2] < NOON + chronos.DAY] == [
+        (at("12:01:00"), at("12:09:00"), at("12:09:00"), "schedule"),
+        (None, None, at("12:10:00"), "catch_up"),
+    ]
+
+
+def test_a_fire_time_that_was_sent_by_a_clock_ahead_is_counted_neither_twice_nor_as_missed(
+    world, target
+):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+    world.clock.step(3600)
+    world.settle()
+    for _ in range(3):
+        world.advance(60)  # 13:01, 13:02, 13:03
+    world.clock.step(-3600)
+    world.settle()
+
+    world.clock.advance(3600)  # to 13:03
+    world.settle()
+
+    missed = [row for row in states(world, job, "missed_count", "missed_to") if row[0]]
+    assert missed == [(3, at("12:03:00")), (57, at("13:00:00"))]
+
+
+@pytest.mark.parametrize("policy", ["ignore", "execute_one", "execute_all"])
+def test_a_clock_that_was_behind_for_a_moment_makes_nothing_missed(world, target, policy):
+    job = world.create(target.url, schedule="0 * * * *", missed_run_policy=policy)
+    for _ in range(30):
+        world.advance(3600)
+    before = states(world, job, "id")
+
+    world.clock.step(-86_400)
+    world.advance(3)
+    world.clock.step(86_400)
+    world.settle()
+    assert states(world, job, "id") == before
+    world.advance(3600)
+
+    assert len(fire_times(target, job)) == len(states(world, job)) == 31
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_small_steps_back_add_up(make_world, target, restart):
+    world = make_world()
+    job = world.create(target.url, schedule="0 * * * *")
+
+    for _ in range(4):
+        world.clock.step(-2 * 3600)
+        world = make_world() if restart else world
+        world.advance(60)
+        ahead = world.store.jobs.get(job.id).next_run_at - world.clock.now()
+        assert ahead <= chronos.CLOCK_FAR_BACK + chronos.HOUR
+
+
+def test_every_24_h_fires_though_the_clock_is_set_each_hour_after_it_was_ahead(world, target):
+    job = world.create(target.url, schedule="@every 24h")
+    world.clock.step(400 * 86_400)
+    world.advance(3)
+    world.clock.step(-400 * 86_400)
+    world.settle()
+    target.take()
+
+    for _ in range(26):
+        world.clock.step(-2)
+        world.advance(3600)
+
+    assert len(fire_times(target, job)) == 1
+
+
+def test_an_instant_that_was_spent_by_a_clock_ahead_is_enabled_again(world, target):
+    fields = {"schedule": "@at 2027-03-02T12:00:00Z", "missed_run_policy": "ignore"}
+    job = world.create(target.url, **fields)
+    off = world.create(target.url, schedule="0 0 * * *", missed_run_policy="ignore")
+    world.clock.step(2 * 86_400)
+    world.advance(3)
+    assert not world.store.jobs.get(job.id).enabled
+    world.do(world.engine.job_changes.set_enabled, off.id, False)
+
+    world.clock.step(-2 * 86_400)
+    world.settle()
+    assert world.store.jobs.get(job.id).next_run_at == NOON + chronos.DAY
+    world.advance(86_400)
+
+    assert states(world, job) == ["success"]
+    assert (states(world, off), world.store.jobs.get(off.id).enabled) == ([], False)
+
+
+def test_what_waits_for_a_worker_is_taken_back_with_the_clock_and_fires_in_time(make_world, target):
+    world = make_world(dispatcher__max_concurrent_jobs=1, dispatcher__max_concurrent_per_host=1)
+    hang(world, target, world.create(target.url + "/hang"))
+    job = world.create(target.url, schedule="@at 2027-03-01T12:00:10Z")
+    world.clock.advance(12)
+    world.engine.run_turn()
+    assert states(world, job) == ["pending"]
+
+    world.clock.step(-5)
+    world.engine.run_turn()
+    assert (states(world, job), world.store.jobs.get(job.id).enabled) == ([], True)
+    target.let_go.set()
+    world.settle()
+    assert states(world, job) == []
+    world.advance(3)
+
+    assert states(world, job) == ["success"]
+
+
+def test_a_large_history_is_taken_back_in_several_turns(tmp_path, target):
+    world = World(tmp_path / "data", HookedClock())
+    jobs = add_jobs(world, 3, target.url, schedule="@every 1m", missed_run_policy="ignore")
+    other = world.create(target.url, enabled=False)
+    world.clock.step(86_400)
+    world.settle()
+    add_executions(world, other, 20 * chronos.TAKE_BACK_ROWS, "success")
+
+    world.clock.hook = lambda: world.clock.advance(0.01)
+    world.clock.step(-86_400)
+    turns = 0
+    while any(states(world, job) for job in jobs):
+        world.engine.run_turn()
+        turns += 1
+    world.close()
+
+    assert 2 < turns < 20
+
+
+def test_nothing_is_too_old_until_the_clock_has_stood_for_two_heartbeats(world, target):
+    job = world.create(target.url, enabled=False)
+    add_executions(world, job, 30, "success", NOON)
+
+    world.clock.step(36 * 86_400)
+    trigger(world, job)
+    world.advance(119)
+    assert len(world.executions(job)) == 31
+    world.advance(1)
+    world.advance(60)
+
+    assert len(world.executions(job)) == 10
+
+
+@pytest.mark.parametrize("concurrency", ["allow", "forbid", "replace"])
+def test_a_running_request_is_not_in_the_way_of_its_own_fire_time(world, target, concurrency):
+    script(target, "/hang")
+    job = world.create(target.url, schedule="* * * * *", concurrency=concurrency)
+    world.clock.advance(60)
+    world.engine.run_turn()
+    assert target.hanging.acquire(timeout=10)
+
+    world.clock.step(-12)
+    world.engine.run_turn()
+    for enabled in (False, True):
+        world.do(world.engine.job_changes.set_enabled, job.id, enabled)
+    for missed in (0, 12):  # it is due anew, and due too late
+        assert world.store.jobs.get(job.id).next_run_at == at("12:01:00")
+        world.clock.advance(12 + missed)
+        world.engine.run_turn()
+        assert states(world, job, "status", "reason") == [("running", None)]
+        by_hand(world, "UPDATE jobs SET next_run_at = ? WHERE seq > 0", at("12:01:00"))
+    target.let_go.set()
+    world.settle()
+
+    assert states(world, job) == ["success"]
+    assert target.received.qsize() == 1
 
 
 # --- overlap --------------------------------------------------------------------------
@@ -5861,9 +6086,10 @@ def test_what_is_too_old_goes_but_for_the_newest_ten_and_what_has_not_ended(make
     ten = add_executions(world, idle, 300, "failed", too_old)[-10:]
     running = add_executions(world, mixed, 1, "waiting")
     add_executions(world, mixed, 300, "success", too_old)
-    young = add_executions(world, mixed, 20, "success", too_old + chronos.MINUTE + 1)
+    young = add_executions(world, mixed, 20, "success", too_old + 3 * chronos.MINUTE + 1)
 
-    tidy(world)
+    world.advance(120)  # by then the clock is trusted
+    world.advance(60)
 
     assert [e.id for e in world.executions(idle)] == ten
     assert [e.id for e in world.executions(mixed)] == running + young

@@ -2507,7 +2507,7 @@ CREATE TABLE executions (
         AND (missed_count IS NULL) = (missed_to IS NULL))
 );
 CREATE INDEX executions_of_job ON executions (job_id, seq);
-CREATE INDEX executions_due ON executions (due_at, seq) WHERE status = 'pending';
+CREATE INDEX executions_due ON executions (due_at, seq, target) WHERE status = 'pending';
 CREATE INDEX executions_of_target ON executions (target, due_at, seq) WHERE status = 'pending';
 CREATE INDEX executions_active ON executions (job_id, seq) WHERE status IN ('pending', 'running');
 CREATE INDEX executions_listed ON executions (status, seq)
@@ -2988,6 +2988,17 @@ JOB_COLUMNS = ", ".join(Job._fields)
 EXECUTION_COLUMNS = ", ".join(name for name in Execution._fields if name != "job_name")
 EXECUTION_VALUES = ", ".join(f":{name}" for name in Execution._fields if name != "job_name")
 
+FEW_TARGETS = 250  # To go from one target to the next takes 3 µs.
+
+# The targets of all that is pending, each once, and NULL at the end; more may follow inside.
+PENDING_TARGETS = """
+    WITH RECURSIVE targets (name) AS (
+        SELECT min(target) FROM pending
+         UNION ALL
+        SELECT (SELECT min(target) FROM pending WHERE target > targets.name)
+          FROM targets WHERE targets.name IS NOT NULL
+    """
+
 
 class DueJob(NamedTuple):
     """A job and the next fire time of its schedule."""
@@ -3336,21 +3347,44 @@ class ExecutionTable:
             return self._select(
                 "pending WHERE due_at <= :now ORDER BY due_at, seq LIMIT :most", now=now, most=most
             )
-        # It goes from target to target, so 50,000 rows that wait for a dead host cost nothing.
+        # Either way is quick where the other is not: 50,000 rows may wait for one dead host, or
+        # one row for each of 15,000 targets.
+        if self._few_targets_wait():
+            return self._due_by_target(now, most, passed_over)
+        return self._due_in_order(now, most, passed_over)
+
+    def _few_targets_wait(self) -> bool:
+        """Say whether what is pending has at most FEW_TARGETS targets."""
+        sql = f"""
+            {PENDING_TARGETS} LIMIT :most)
+            SELECT count(name) FROM targets
+            """  # noqa: S608
+        return int(self._database.value(sql, most=FEW_TARGETS + 1)) <= FEW_TARGETS
+
+    def _due_by_target(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
+        """Do what due() does: from target to target, so that no row of others is looked at."""
         # PostgreSQL needs another form of it: LATERAL instead of IN.
         sql = f"""
-            WITH RECURSIVE targets (name) AS (
-                SELECT min(target) FROM pending
-                 UNION ALL
-                SELECT (SELECT min(target) FROM pending WHERE target > targets.name)
-                  FROM targets WHERE targets.name IS NOT NULL
-            )
+            {PENDING_TARGETS})
             SELECT {EXECUTION_COLUMNS} FROM targets JOIN executions ON executions.seq IN (
                 SELECT seq FROM pending AS due
                  WHERE due.target = targets.name AND due_at <= :now
                  ORDER BY due_at, seq LIMIT :most)
              WHERE NOT targets.name IN (:list)
              ORDER BY due_at, seq LIMIT :most
+            """  # noqa: S608
+        rows = self._database.run_with_list(sql, passed_over, now=now, most=most)
+        return [Execution.from_row(row) for row in rows]
+
+    def _due_in_order(self, now: int, most: int, passed_over: set[str]) -> list[Execution]:
+        """Do what due() does: in the order of due_at, a step for each row that is passed over."""
+        # The steps are inside an index that has all that they need: 10,000 of them in 1 ms.
+        sql = f"""
+            SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
+                SELECT seq FROM pending
+                 WHERE due_at <= :now AND NOT target IN (:list)
+                 ORDER BY due_at, seq LIMIT :most)
+             ORDER BY due_at, seq
             """  # noqa: S608
         rows = self._database.run_with_list(sql, passed_over, now=now, most=most)
         return [Execution.from_row(row) for row in rows]
@@ -5229,8 +5263,12 @@ class RunQueue:
         free = self._pool.size - len(self._in_flight)
         running = (attempt.webhook.target for attempt in self._in_flight.values())
         limits = TargetLimits(running, self._per_target)
+        start = self._clock.monotonic()
         look_again = True
         while look_again and free > 0:
+            if self._clock.monotonic() - start >= TURN_TARGET:
+                turn.follows_at_once = True
+                return
             look_again = False
             started: list[Attempt] = []
             for execution in self._store.executions.due(turn.now, free, limits.full):

@@ -2558,7 +2558,7 @@ def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
     api.server.metrics()
 
     looked = [plan for plan in plans if "executions" in plan]
-    partial = ("executions_due", "executions_listed (status=?)", "executions_active")
+    partial = ("executions_of_target", "executions_listed (status=?)", "executions_active")
     assert looked and all(plan.endswith(partial) for plan in looked), plans
 
 
@@ -5712,6 +5712,42 @@ def test_taking_stays_quick_while_50000_executions_wait_for_a_dead_target(
 
     trigger(world, job)
     turn_until(world, lambda: states(world, job) == ["success"])
+
+
+def add_waiting(world, targets, seconds=0):
+    """Add an execution of its own job for each of these targets, due so many seconds ago."""
+    due_at = world.clock.now() - seconds * SECOND
+    with world.store.database.transaction():
+        for target in targets:
+            ids = (f"exec-{uuid.uuid4()}", str(uuid.uuid4()))
+            values = (1, "manual", "pending", due_at, target, due_at)
+            assert world.store.executions.add(chronos.Execution(*ids, *values))
+
+
+def test_taking_stays_quick_while_one_of_15000_targets_is_full(world):
+    add_waiting(world, [f"http://h{number}:80" for number in range(15_000)])
+
+    def quickest(full):
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            assert len(world.store.executions.due(world.clock.now(), 16, full)) == 16
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert quickest({"http://h0:80"}) < 10 * quickest(set())
+
+
+@pytest.mark.parametrize("few", [0, 250], ids=["in order", "by target"])
+def test_what_is_taken_are_the_oldest_of_all_targets_with_room(world, monkeypatch, few):
+    monkeypatch.setattr(chronos, "FEW_TARGETS", few)
+    for seconds in (3, 1, 2, -1):
+        add_waiting(world, ["http://a:80", "http://b:80", "http://c:80", "http://a:80"], seconds)
+
+    due = world.store.executions.due(world.clock.now(), 5, {"http://a:80", "http://x:80"})
+
+    found = [((world.clock.now() - e.due_at) // SECOND, e.target[7]) for e in due]
+    assert found == [(3, "b"), (3, "c"), (2, "b"), (2, "c"), (1, "b")]
 
 
 def test_a_run_behind_those_of_a_deleted_job_starts_at_once(make_world, target):

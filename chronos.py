@@ -34,6 +34,7 @@ The threads:
     dns-HOST    Dispatcher    looks up one name; it may hang, so nobody waits for it without limit
     http        Service       waitress: accepts connections
     waitress-N  waitress      answers one API call at a time; reads the database, submits changes
+    sign-in_0   Passwords     hashes the passwords of those who sign in, one after another
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -70,7 +72,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
@@ -1775,6 +1777,15 @@ def _an_ip_address(value: Any) -> str:
 def _a_network(value: Any) -> str:
     """A network such as 10.0.0.0/8, in the shortest form."""
     return str(ipaddress.ip_network(a_text(100)(value)))
+
+
+def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an IP address, one of IPv4 inside IPv6 (::ffff:10.0.0.5) as IPv4's own.
+
+    Raises ValueError.
+    """
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _a_readable_file(value: Any) -> str:
@@ -6435,28 +6446,144 @@ UPCOMING_QUERY = {
 # --- Sign-in ---
 
 SIGN_IN_FAILURES = 10  # After so many in a minute an address has to wait.
-SIGN_IN_PATIENCE_S = 0.1  # A request waits so long for the hash of another one.
+SIGN_IN_PATIENCE_S = 5.0  # A request waits so long for the hash of its password.
 NO_SUCH_USER = f"scrypt:{'00' * 16}:"  # Has a salt to hash with, but is the hash of nothing.
+
+
+class PendingHash(NamedTuple):
+    """A password that is being hashed, or waits for that."""
+
+    result: Future[bool]  # Whether it is right.
+    addresses: dict[str, str]  # Who asks: place_of(address) -> address.
+
+
+def place_of(address: str) -> str:
+    """Return what counts as one address: of IPv6 it is the /64, which one subscriber has."""
+    try:
+        ip = parse_ip(address)
+    except ValueError:
+        return address
+    if ip.version == 4:
+        return str(ip)
+    return str(ipaddress.ip_network((int(ip), 64), strict=False))
+
+
+class Passwords:
+    """Finds out whether passwords are right; remembers the right ones, and who was wrong.
+
+    One thread hashes: a hash takes 50 ms and 16 MB, and the allocator keeps those for every
+    thread that has ever hashed. It lives as long as the service, whatever a reload changes.
+
+    attribute    written by              guarded by
+    _verified    the hashing thread      _lock  (name -> proof of the password that was right)
+    _pending     API and hashing         _lock  (proof -> the hash that is on its way)
+    _failures    the hashing thread      _lock  (the last 1,000: place, µs of the monotonic clock)
+    """
+
+    def __init__(self, clock: Clock, most_pending: int) -> None:
+        """``most_pending`` is how many different passwords may wait for their hash."""
+        self._clock = clock
+        self._most_pending = most_pending
+        self._key = os.urandom(32)
+        self._lock = threading.Lock()
+        self._verified: dict[str, bytes] = {}
+        self._pending: dict[bytes, PendingHash] = {}
+        self._failures = deque[tuple[str, int]](maxlen=1000)
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sign-in")
+
+    def are_right(self, name: str, password: str, known_hash: str, address: str) -> bool:
+        """Return whether the password is the one of ``known_hash``, and note it if it is not.
+
+        ``address`` is who asks. Raises TooManyRequests: it has failed too often, or too many
+        others wait. What was right once takes no hash, and so is never told to come later.
+        """
+        # The hash is in the proof, so another hash for a name makes what was verified worthless.
+        credentials = f"{known_hash}:{name}:{password}".encode()
+        proof = hmac.digest(self._key, credentials, "sha256")
+        if self._is_verified(name, proof):
+            return True
+        with self._lock:
+            # It may have become so meanwhile: many calls come at once after a start.
+            if self._is_verified(name, proof):
+                return True
+            place = place_of(address)
+            self._check_failures(place, proof)
+            pending = self._pending.get(proof)
+            if pending is None:
+                pending = self._begin(name, password, known_hash, proof)
+            pending.addresses.setdefault(place, address)
+        try:
+            return pending.result.result(SIGN_IN_PATIENCE_S)
+        except (TimeoutError, CancelledError):
+            raise self._too_many(SECOND) from None
+
+    def _is_verified(self, name: str, proof: bytes) -> bool:
+        """Return whether this password of this user was right before."""
+        return hmac.compare_digest(self._verified.get(name, b""), proof)
+
+    def _check_failures(self, place: str, proof: bytes) -> None:
+        """Raise TooManyRequests if so many have failed here within the last minute, or may yet."""
+        now = self._clock.monotonic()
+        failed = [at for where, at in self._failures if where == place and at > now - MINUTE]
+        others = 0
+        for other, pending in self._pending.items():
+            if other != proof and place in pending.addresses:
+                others += 1
+        if len(failed) >= SIGN_IN_FAILURES:
+            raise self._too_many(failed[-SIGN_IN_FAILURES] + MINUTE - now)
+        if len(failed) + others >= SIGN_IN_FAILURES:
+            raise self._too_many(SECOND)
+
+    def _begin(self, name: str, password: str, known_hash: str, proof: bytes) -> PendingHash:
+        """Hand a password to the hashing thread. Raises TooManyRequests."""
+        if len(self._pending) >= self._most_pending:
+            raise self._too_many(SECOND)
+        result = self._hasher.submit(self._hash, name, password, known_hash, proof)
+        pending = PendingHash(result, {})
+        self._pending[proof] = pending
+        return pending
+
+    def _hash(self, name: str, password: str, known_hash: str, proof: bytes) -> bool:
+        """Return whether the password is right, and note it. The hashing thread does it."""
+        is_right: bool | None = None  # None: no hash came of it.
+        _kind, salt, _hash = known_hash.split(":")
+        try:
+            its_hash = hash_password(password.encode(), bytes.fromhex(salt))
+            is_right = hmac.compare_digest(its_hash, known_hash)
+        finally:
+            with self._lock:
+                pending = self._pending.pop(proof)
+                if is_right:
+                    self._verified[name] = proof
+                elif is_right is not None:
+                    now = self._clock.monotonic()
+                    self._failures.extend((place, now) for place in pending.addresses)
+        if not is_right:
+            for address in pending.addresses.values():
+                log.warning("somebody at %s could not sign in as %s", address, name[:100])
+        return is_right
+
+    def stop(self) -> None:
+        """End the hashing thread; who still waits for a hash is told to come later."""
+        self._hasher.shutdown(wait=False, cancel_futures=True)
+
+    def _too_many(self, wait: int) -> TooManyRequests:
+        """Return the error that asks to come again in ``wait`` µs."""
+        seconds = wait // SECOND + 1
+        bottle.response.set_header("Retry-After", str(seconds))
+        return TooManyRequests("too many sign-ins at once, or wrong ones in a minute")
 
 
 class SignIn:
     """HTTP Basic authentication (RFC 7617) of the names in auth.users.
 
-    Unknown users cost as much time as known ones, so that it can't be seen who is one. Who was
-    right is remembered, and costs no hash again; who was wrong is not.
-
-    attribute    written by     guarded by
-    _failures    API threads    _lock  (the last 1,000: address, and the µs of the monotonic clock)
-    _verified    API threads    itself (a cache: header of the request -> name)
+    Unknown users cost as much time as known ones, so that it can't be seen who is one.
     """
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
-        self._users = settings.auth.users
-        self._viewers = settings.auth.viewers
-        self._clock = clock
-        self._failures = deque[tuple[str, int]](maxlen=1000)
-        self._lock = threading.Lock()  # One hash at a time: it takes 50 ms and 16 MB.
-        self._verified = functools.lru_cache(maxsize=1000)(self._verify)
+    def __init__(self, settings: AuthSettings, passwords: Passwords) -> None:
+        self._users = settings.users
+        self._viewers = settings.viewers
+        self._passwords = passwords
 
     def user(self, header: str, reads: bool) -> str:
         """Return who sends these credentials.
@@ -6474,12 +6601,15 @@ class SignIn:
         """Return whether this user may change anything."""
         return name not in self._viewers
 
-    def _verify(self, header: str) -> str:
+    def _verified(self, header: str) -> str:
         """Return the name if the password is right. Raises Unauthorized or TooManyRequests."""
         credentials = bottle.parse_auth(header)
-        if credentials is not None:
+        # scrypt takes "x" and "x\0" for the same password: each spelling would cost a hash.
+        if credentials is not None and "\0" not in credentials[1]:
             name, password = credentials
-            if self._is_right(name, password):
+            known_hash = self._users.get(name, NO_SUCH_USER)
+            address = bottle.request.environ["REMOTE_ADDR"]
+            if self._passwords.are_right(name, password, known_hash, address):
                 return str(name)
         scheme = "Basic"
         if "X-Chronos-UI" in bottle.request.headers:
@@ -6488,39 +6618,6 @@ class SignIn:
         challenge = f'{scheme} realm="Chronos", charset="UTF-8"'
         bottle.response.set_header("WWW-Authenticate", challenge)
         raise Unauthorized("user name and password are missing or wrong")
-
-    def _is_right(self, name: str, password: str) -> bool:
-        """Return whether this is the user's password; note a failure. Raises TooManyRequests."""
-        known_hash = self._users.get(name, NO_SUCH_USER)
-        _kind, salt, _key = known_hash.split(":")
-        if not self._lock.acquire(timeout=SIGN_IN_PATIENCE_S):
-            raise self._too_many(wait=SECOND)
-        try:
-            now = self._clock.monotonic()
-            address = bottle.request.environ.get("REMOTE_ADDR")
-            self._check_failures(address, now)
-            its_hash = hash_password(password.encode(), bytes.fromhex(salt))
-            if hmac.compare_digest(its_hash, known_hash):
-                return True
-            self._failures.append((address, now))
-            log.warning("somebody at %s could not sign in as %s", address, name[:100])
-            return False
-        finally:
-            self._lock.release()
-
-    def _check_failures(self, address: str, now: int) -> None:
-        """Raise TooManyRequests if the address has failed too often within the last minute."""
-        failed = [at for who, at in self._failures if who == address]
-        if len(failed) >= SIGN_IN_FAILURES:
-            wait = failed[-SIGN_IN_FAILURES] + MINUTE - now
-            if wait > 0:
-                raise self._too_many(wait)
-
-    def _too_many(self, wait: int) -> TooManyRequests:
-        """Return the error that asks to come again in ``wait`` µs."""
-        seconds = wait // SECOND + 1
-        bottle.response.set_header("Retry-After", str(seconds))
-        return TooManyRequests("too many sign-ins at once, or wrong ones in a minute")
 
 
 # --- What handlers share ---
@@ -7052,6 +7149,7 @@ class Api:
         self.jobs = JobHandlers(engine, store, settings, clock)
         self.executions = ExecutionHandlers(engine, store, settings, clock)
         self.server = ServerHandlers(engine, store, settings, clock)
+        self.passwords = Passwords(clock, settings.server.http.threads // 2)
         self.sign_in: SignIn | None = None  # None: everybody may come in.
         own_names = ["", "localhost", platform.node(), *settings.server.allowed_hosts]
         self._hosts = {name.lower() for name in own_names}
@@ -7398,7 +7496,7 @@ class Service:
             log.info(message, DECLARED_BY, job.id, job.config["name"], state, extra=about(job.id))
         sign_in = None
         if applied.auth.type == "basic":
-            sign_in = SignIn(applied, self.engine.clock)
+            sign_in = SignIn(applied.auth, self.api.passwords)
         self.api.sign_in = sign_in
         self.engine.use_settings(applied)
         self.settings = applied
@@ -7421,7 +7519,25 @@ class Service:
         self.engine.stop(self.settings.server.shutdown_grace)
         if self._http:
             self._http.stop()
+        self.api.passwords.stop()
         self._open.close()
+
+
+# --- Memory ---
+
+M_MMAP_THRESHOLD = -3  # Of malloc.h; mallopt(3) tells what it does.
+LARGE_BLOCK = 1 << 17  # Bytes; glibc begins with this value, too.
+
+
+def return_large_blocks() -> None:
+    """Let the C library give each large block back when it is freed.
+
+    Without that glibc raises the limit as it goes, and keeps blocks of up to 32 MB for the thread
+    that had one: the 16 MB of a password's hash, and long headers and bodies in every thread of
+    the API. Other libraries do as they like.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 # --- systemd ---
@@ -7478,6 +7594,7 @@ def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
     start_logging(settings.logging.format)
+    return_large_blocks()
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # Threads inherit this, so signals wait until the main thread takes them.

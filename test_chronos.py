@@ -861,6 +861,28 @@ def guarded(make_service):
     return make_service(auth__type="basic", auth__users=users, auth__viewers=["vera"])
 
 
+class Hashing:
+    """Hashes passwords as the program does, and can be held up meanwhile."""
+
+    def __init__(self):
+        self.passwords, self.let_go, self._hash = [], threading.Event(), chronos.hash_password
+        self.let_go.set()
+
+    def __call__(self, password, salt):
+        self.passwords.append(password.decode())
+        assert self.let_go.wait(10)
+        return self._hash(password, salt)
+
+
+@pytest.fixture
+def hashing(monkeypatch):
+    """Every password that is hashed; the hashes wait while ``let_go`` is cleared."""
+    hashing = Hashing()
+    monkeypatch.setattr(chronos, "hash_password", hashing)
+    yield hashing
+    hashing.let_go.set()
+
+
 def credentials(name, password="pässwörd"):
     pair = f"{name}:{password}".encode()
     return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
@@ -7215,7 +7237,7 @@ def test_after_ten_wrong_passwords_an_address_waits_but_who_was_verified_does_no
     guarded, monkeypatch
 ):
     clock = ManualClock()
-    monkeypatch.setattr(guarded.service.api.sign_in, "_clock", clock)
+    monkeypatch.setattr(guarded.service.api.passwords, "_clock", clock)
     known, new = credentials("ada"), credentials("vera")
     guarded.expect(200, "GET", "/jobs", headers=known)
 
@@ -7238,51 +7260,170 @@ def test_a_failed_sign_in_is_logged_without_its_password(guarded, caplog):
     assert "canary-word" not in caplog.text
 
 
-def test_while_others_sign_in_for_long_nobody_holds_a_thread(guarded):
+def test_the_same_right_password_many_times_at_once_is_hashed_once(guarded, hashing, background):
+    hashing.let_go.clear()
+
+    calls = [background.submit(guarded.call, "GET", "/jobs", headers=credentials("ada"))
+             for _ in range(12)]  # fmt: skip
+    wait_until(lambda: hashing.passwords)
+    done, _waiting = concurrent.futures.wait(calls, timeout=1)
+    hashing.let_go.set()
+
+    assert not done
+    assert [call.result(10)[0] for call in calls] == [200] * 12
+    assert hashing.passwords == ["pässwörd"]
+
+
+def test_who_signs_in_while_others_do_waits_for_a_turn(guarded, hashing, background):
+    hashing.let_go.clear()
+
+    calls = [background.submit(guarded.call, "GET", "/jobs", headers=credentials(name))
+             for name in ("ada", "vera")]  # fmt: skip
+    concurrent.futures.wait(calls, timeout=1)
+    hashing.let_go.set()
+
+    assert [call.result(10)[0] for call in calls] == [200, 200]
+
+
+def test_while_others_sign_in_for_long_half_the_threads_are_free(guarded, hashing, background):
     known = credentials("ada")
     guarded.expect(200, "GET", "/jobs", headers=known)
+    hashing.let_go.clear()
 
-    with guarded.service.api.sign_in._lock:  # as hashing does
-        error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
-        guarded.expect(200, "GET", "/jobs", headers=known)
+    calls = [background.submit(guarded.call, "GET", "/jobs", headers=credentials("eve", f"{n}"))
+             for n in range(8)]  # fmt: skip
+    wait_until(lambda: len(guarded.service.api.passwords._pending) == 8)
+    error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
+    guarded.expect(200, "GET", "/jobs", headers=known)
+    hashing.let_go.set()
 
     assert "too many sign-ins at once" in error["message"]
+    assert [call.result(10)[0] for call in calls] == [401] * 8
 
 
-def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(monkeypatch):
-    settings = make_settings(Path("unused"), auth__users={"ada": ADA})
-    sign_in, clock = chronos.SignIn(settings, ManualClock()), ManualClock()
+def test_a_reload_leaves_in_who_was_verified_unless_the_hash_is_another(guarded, hashing):
+    ada, service = {"headers": credentials("ada")}, guarded.service
+    guarded.expect(200, "GET", "/jobs", **ada)
+    for n in range(10):
+        guarded.expect(401, "GET", "/jobs", headers=credentials("eve", f"{n}"))
+
+    service.reload(service.settings)
+    guarded.expect(200, "GET", "/jobs", **ada)
+    guarded.expect(429, "GET", "/jobs", headers=credentials("eve"))  # its failures are known, too
+    service.reload(service.settings.replaced("auth.users", {"ada": ADA, "vera": ADA}))
+
+    guarded.expect(429, "GET", "/jobs", **ada)
+    assert len(hashing.passwords) == 11
+
+
+def test_other_spellings_of_the_same_credentials_cost_no_hash(guarded, hashing):
+    ada = credentials("ada")["Authorization"]
+
+    for header in (ada, f"{ada}!!!", f"basic  {ada[6:]}", f"{ada[:9]} {ada[9:]}", ada + "-" * 9999):
+        assert guarded.call("GET", "/jobs", headers={"Authorization": header})[0] == 200
+    guarded.expect(401, "GET", "/jobs", headers=credentials("ada", "pässwörd\0"))  # so for scrypt
+
+    assert len(hashing.passwords) == 1
+
+
+@pytest.fixture
+def passwords(clock, monkeypatch):
+    """Verifies passwords, none of which is right."""
     monkeypatch.setattr(chronos, "hash_password", lambda *_: "")
-    wrong = credentials("ada", "wrong")["Authorization"]
-
-    codes = []
-    for address in ["10.0.0.1"] * 11 + [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]:
-        chronos.bottle.request.bind({"REMOTE_ADDR": address})
-        with pytest.raises(chronos.ApiError) as refusal:
-            sign_in.user(wrong, True)
-        codes.append(refusal.value.code)
-
-    assert clock.now() == NOON
-    assert codes == ["UNAUTHORIZED"] * 10 + ["TOO_MANY_REQUESTS"] + ["UNAUTHORIZED"] * 1000
-    assert len(sign_in._failures) == 1000
-    chronos.bottle.request.bind({"REMOTE_ADDR": "10.0.0.1"})
-    with pytest.raises(chronos.ApiError, match="missing or wrong"):
-        sign_in.user(wrong, True)  # its failures are forgotten
+    passwords = chronos.Passwords(clock, 100)
+    yield passwords
+    passwords.stop()
 
 
-def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(
-    guarded, monkeypatch
-):
-    hashed = []
-    real = chronos.hash_password
-    monkeypatch.setattr(chronos, "hash_password", lambda *a: hashed.append(a) or real(*a))
+def guess(passwords, address, password="x"):
+    """Return the status that a wrong password gets."""
+    chronos.bottle.response.bind()
+    try:
+        return 401 - passwords.are_right("ada", password, ADA, address)
+    except chronos.TooManyRequests as error:
+        return error.status
 
+
+def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(passwords):
+    others = [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]
+
+    statuses = [guess(passwords, address) for address in ["10.0.0.1"] * 11 + others]
+
+    assert statuses == [401] * 10 + [429] + [401] * 1000
+    assert len(passwords._failures) == 1000
+    assert guess(passwords, "10.0.0.1") == 401  # its failures are forgotten
+
+
+@pytest.mark.parametrize(("address", "other", "is_the_same"), [
+    ("10.0.0.1", "10.0.0.2", False), ("10.0.0.1", "::ffff:10.0.0.1", True),
+    ("2001:db8::1", "2001:db8:0:0:9:8:7:6", True), ("2001:db8::1", "2001:db8:0:1::1", False),
+    ("fe80::1%eth0", "fe80::2%eth0", True), ("unknown", "hidden", False),
+])  # fmt: skip
+def test_the_addresses_of_one_subscriber_count_as_one(passwords, address, other, is_the_same):
+    for _ in range(10):
+        guess(passwords, address)
+
+    assert guess(passwords, other) == (429 if is_the_same else 401)
+
+
+def test_guesses_at_the_same_time_count_before_they_have_failed(passwords, background, monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr(chronos, "hash_password", lambda *_: let_go.wait(10) and "")
+
+    guesses = [background.submit(guess, passwords, "10.0.0.1", f"{n}") for n in range(20)]
+    wait_until(lambda: sum(one.done() for one in guesses) == 10)
+    let_go.set()
+
+    assert sorted(one.result(10) for one in guesses) == [401] * 10 + [429] * 10
+
+
+def test_at_the_stop_who_waits_for_a_hash_is_told_so(passwords, background, monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr(chronos, "hash_password", lambda *_: let_go.wait(10) and "")
+    guesses = [background.submit(guess, passwords, "10.0.0.1", f"{n}") for n in range(2)]
+    wait_until(lambda: len(passwords._pending) == 2)
+
+    passwords.stop()
+
+    assert next(as_completed(guesses, 5)).result() == 429
+    let_go.set()
+    assert sorted(one.result(10) for one in guesses) == [401, 429]
+
+
+def test_an_unknown_user_costs_as_much_as_a_known_one_and_a_verified_one_nothing(guarded, hashing):
     for name, password in (("nobody", "x"), ("ada", "x"), ("ada", "pässwörd")):
         guarded.call("GET", "/jobs", headers=credentials(name, password))
     for _ in range(5):
         guarded.expect(200, "GET", "/jobs", headers=credentials("ada"))
 
-    assert len(hashed) == 3
+    assert hashing.passwords == ["x", "x", "pässwörd"]
+
+
+def test_wrong_passwords_cost_no_memory(make_process, background):
+    process = make_process(SIGN_IN)
+    port = int(process.url.rpartition(":")[2])
+
+    def guess(n):
+        source = (f"127.0.0.{2 + n // 9}", 0)
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=source)
+        ) as caller:
+            caller.request("GET", "/api/v1/jobs", headers=credentials("ada", f"{n}"))
+            return caller.getresponse().status
+
+    def memory():
+        pages = Path(f"/proc/{process.process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize() / 1e6
+
+    for _ in range(40):
+        process.get("/health")  # wakes the threads
+    at_rest = memory()
+    statuses = {
+        status for n in range(0, 90, 6) for status in background.map(guess, range(n, n + 6))
+    }
+
+    assert statuses == {401}
+    assert memory() - at_rest < 8  # a hash takes 16 MB
 
 
 @pytest.mark.parametrize(("headers", "status"), [

@@ -1767,16 +1767,17 @@ def _an_address(value: Any) -> str:
     return address
 
 
-def _an_ip_address(value: Any) -> str:
-    """An IPv4 or IPv6 address."""
-    address: str = a_text(100)(value)
-    ipaddress.ip_address(address)
-    return address
-
-
 def _a_network(value: Any) -> str:
     """A network such as 10.0.0.0/8, in the shortest form."""
     return str(ipaddress.ip_network(a_text(100)(value)))
+
+
+def _networks(value: Any) -> list[str]:
+    """Addresses and networks in a list; a single one may stand without it."""
+    if isinstance(value, str):
+        value = [value]
+    networks: list[str] = list_of(_a_network, 100)(value)
+    return networks
 
 
 def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -1850,7 +1851,7 @@ class ServerSettings:
     shutdown_grace: int = setting(microseconds("0", "1h"), "20s")  # µs for what runs at SIGTERM.
     allow_unauthenticated: bool = setting(a_boolean, False)  # Even where it is not loopback.
     allowed_hosts: Sequence[str] = setting(list_of(a_text(253), 100), [])  # That browsers may name.
-    trusted_proxy: str | None = setting(_an_ip_address, None)  # None: there is none.
+    trusted_proxy: Sequence[str] = setting(_networks, [])  # Networks of those who say who asks.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -7364,6 +7365,90 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         return ValidationError(f"{error.reason}: {error.body}")
 
 
+# What proxies say in headers; waitress has taken out any name with an underscore.
+FORWARDED_HEADERS = (
+    "HTTP_FORWARDED",
+    "HTTP_X_FORWARDED_BY",
+    "HTTP_X_FORWARDED_FOR",
+    "HTTP_X_FORWARDED_HOST",
+    "HTTP_X_FORWARDED_PORT",
+    "HTTP_X_FORWARDED_PROTO",
+)
+MAX_PROXIES = 20  # So many are looked at between the client and us.
+
+
+class BehindProxies:
+    """The API as a WSGI application, told by trusted proxies who asks, and for which host.
+
+    waitress can do that for one address only. What anybody else says is taken out.
+
+    attribute    written by          guarded by
+    _has_told    waitress threads    nothing (two may tell it at the same time)
+    """
+
+    def __init__(self, api: Api, trusted: Sequence[str]) -> None:
+        """``trusted`` are networks, as server.trusted_proxy has them."""
+        self._api = api
+        self._trusted = [ipaddress.ip_network(network) for network in trusted]
+        self._has_told = False
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request."""
+        said = {name: environ.pop(name, "") for name in FORWARDED_HEADERS}
+        if self._is_trusted(environ["REMOTE_ADDR"]):
+            self._believe(said, environ)
+        elif said["HTTP_X_FORWARDED_FOR"] and self._api.sign_in is not None:
+            self._tell(environ["REMOTE_ADDR"])
+        return self._api.app(environ, start_response)
+
+    def _is_trusted(self, address: str) -> bool:
+        """Return whether this is the address of a trusted proxy."""
+        if not self._trusted:
+            return False
+        ip = parse_ip(address)
+        return any(ip in network for network in self._trusted)
+
+    def _believe(self, said: Mapping[str, str], environ: Json) -> None:
+        """Put what a trusted proxy says in the place of what is seen here."""
+        environ["REMOTE_ADDR"] = self._client(said["HTTP_X_FORWARDED_FOR"], environ["REMOTE_ADDR"])
+        # Of several values the last one is the nearest proxy's own.
+        host = said["HTTP_X_FORWARDED_HOST"].rpartition(",")[2].strip()
+        if host:
+            environ["HTTP_HOST"] = host
+        scheme = said["HTTP_X_FORWARDED_PROTO"].rpartition(",")[2].strip().lower()
+        if scheme in ("http", "https"):
+            environ["wsgi.url_scheme"] = scheme
+
+    def _client(self, forwarded_for: str, proxy: str) -> str:
+        """Return who asked the farthest trusted proxy, as far as the trusted ones say it.
+
+        Each proxy adds at the end who asked it; what stands before that, anybody may have made up.
+        """
+        client = proxy
+        for hop in reversed(forwarded_for.rsplit(",", MAX_PROXIES)):
+            # Some add the port: 192.0.2.1:4711, or [2001:db8::1]:4711.
+            bare = re.sub(r"^\[(.*)\](:[0-9]+)?$|^([0-9.]+):[0-9]+$", r"\1\3", hop.strip())
+            try:
+                client = str(parse_ip(bare))
+            except ValueError:
+                break  # A word such as "unknown": we only know the proxy.
+            if not self._is_trusted(client):
+                break
+        return client
+
+    def _tell(self, address: str) -> None:
+        """Say, once, what to set where a proxy seems to stand before us and is not known."""
+        if self._has_told:
+            return
+        self._has_told = True
+        message = (
+            "requests from %s say by X-Forwarded-For who asks, but it is not trusted: if it is "
+            "your proxy, name it in server.trusted_proxy; otherwise wrong passwords of one client "
+            "make all behind it wait"
+        )
+        log.warning(message, address)
+
+
 class HttpServer:
     """waitress, set up as Chronos needs it, in a thread of its own.
 
@@ -7374,10 +7459,6 @@ class HttpServer:
     def __init__(self, app: Any, listener: socket.socket, settings: Settings) -> None:
         """``app`` is a WSGI application, ``listener`` is bound and listens already."""
         self._channels: dict[int, Any] = {}
-        proxy = settings.server.trusted_proxy
-        trusted_headers: tuple[str, ...] = ()
-        if proxy:
-            trusted_headers = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
         self._server = waitress.create_server(
             app,
             map=self._channels,
@@ -7389,9 +7470,7 @@ class HttpServer:
             ident=None,  # No Server header: nobody needs to know what answers.
             asyncore_use_poll=True,  # With select() the process ends at descriptor 1024.
             max_request_body_size=MAX_BODY_BYTES + 1,  # The first size that waitress refuses.
-            trusted_proxy=proxy,
-            trusted_proxy_headers=trusted_headers,
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # BehindProxies does it.
         )
         parts = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
         self._server.channel_class = type("Channel", (self._server.channel_class,), parts)
@@ -7466,7 +7545,8 @@ class Service:
         self.engine.start()
         # Before anybody can come in: it sets who may.
         self.reload(self.settings)
-        self._http = HttpServer(self.api.app, listener, self.settings)
+        app = BehindProxies(self.api, self.settings.server.trusted_proxy)
+        self._http = HttpServer(app, listener, self.settings)
         self._http.start()
 
     def _listen(self) -> socket.socket:

@@ -855,10 +855,16 @@ def service(make_service):
 
 
 @pytest.fixture
-def guarded(make_service):
-    """A service with two users: ada, and vera who may only read; the password is pässwörd."""
+def guard():
+    """Settings with two users: ada, and vera who may only read; the password is pässwörd."""
     users = {"ada": HASHED, "vera": HASHED}
-    return make_service(auth__type="basic", auth__users=users, auth__viewers=["vera"])
+    return {"auth__type": "basic", "auth__users": users, "auth__viewers": ["vera"]}
+
+
+@pytest.fixture
+def guarded(make_service, guard):
+    """A service that asks who it is."""
+    return make_service(**guard)
 
 
 class Hashing:
@@ -2212,7 +2218,8 @@ TAGS_AND_SHAPES = [
     ('auth: {users: {"a:b": "' + ADA + '"}}', 0, "auth.users.a:b must not contain a colon"),
     ("auth: {type: digest}", 0, "auth.type must be one of none, basic"),
     ('auth: {users: {ada: "' + ADA + '"}}', 0, "auth.type must be basic where auth.users names"),
-    ("server: {trusted_proxy: proxy.lan}", 0, "server.trusted_proxy 'proxy.lan' does not appear"),
+    ("server: {trusted_proxy: ['::1', proxy.lan]}", 0, "server.trusted_proxy 'proxy.lan' does not"),
+    ("server: {trusted_proxy: 10.0.0.1/8}", 0, "server.trusted_proxy 10.0.0.1/8 has host bits"),
     ('server: {trusted_proxy: "*"}', 0, "server.trusted_proxy '*' does not appear to be an IPv4"),
     ("dispatcher: {ca_bundle: /gone.pem}", 0, "dispatcher.ca_bundle must be a readable file"),
 ])  # fmt: skip
@@ -2274,6 +2281,20 @@ def test_without_sign_in_only_loopback_is_listened_on_unless_it_is_meant(
 
     load(f"{content}\n{SIGN_IN}")
     load(content, CHRONOS_SERVER_ALLOW_UNAUTHENTICATED="true")
+
+
+@pytest.mark.parametrize(
+    ("written", "networks"),
+    [
+        ("null", []), ("[]", []), ("10.0.0.1", ["10.0.0.1/32"]), ("'::1'", ["::1/128"]),
+        ("[10.0.0.1, 10.1.0.0/16]", ["10.0.0.1/32", "10.1.0.0/16"]),
+    ],
+)  # fmt: skip
+def test_trusted_proxies_are_addresses_and_networks(load, written, networks):
+    in_file = load(f"server: {{trusted_proxy: {written}}}")
+    in_environment = load("", CHRONOS_SERVER_TRUSTED_PROXY=written)
+
+    assert in_file.server.trusted_proxy == networks == in_environment.server.trusted_proxy
 
 
 def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load, tmp_path):
@@ -7482,14 +7503,94 @@ def test_with_sign_in_any_name_will_do(guarded):
     assert guarded.call("GET", "/jobs", headers=headers)[0] == 200
 
 
-@pytest.mark.parametrize("trusted", [None, "127.0.0.1", "127.0.0.9"])
-def test_who_asks_is_taken_from_the_trusted_proxy_only(make_service, trusted):
-    service = make_service(server__trusted_proxy=trusted)
+@pytest.mark.parametrize(
+    ("trusted", "is_believed"),
+    [
+        (None, False), ("127.0.0.1", True), ("127.0.0.9", False), ("127.0.0.0/29", True),
+        (["10.0.0.0/8", "127.0.0.1"], True), (["10.0.0.0/8", "::/0"], False),
+    ],
+)  # fmt: skip
+def test_who_asks_is_taken_from_trusted_proxies_only(make_service, caplog, trusted, is_believed):
+    service = make_service(server__trusted_proxy=trusted, logging__level="debug")
     forwarded = {"X-Forwarded-For": "10.9.9.9", "X-Forwarded-Host": "evil.test"}
 
     status = service.call("GET", "/jobs", headers=forwarded)[0]
 
-    assert status == (403 if trusted == "127.0.0.1" else 200)
+    assert status == (403 if is_believed else 200)
+    assert ("anonymous at 10.9.9.9" in caplog.text) == is_believed
+
+
+@pytest.mark.parametrize(
+    ("forwarded_for", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7:4711", "192.0.2.7"),
+        ("2001:db8::7", "2001:db8::7"),
+        ("[2001:db8::7]:4711", "2001:db8::7"),
+        ("192.0.2.7, 10.0.0.3", "192.0.2.7"),  # 10.0.0.3 is a proxy in front of ours
+        ("6.6.6.6, 192.0.2.7, 10.0.0.3", "192.0.2.7"),  # the first is made up
+        ("6.6.6.6, unknown, 10.0.0.3", "10.0.0.3"),
+        ("10.0.0.4, 10.0.0.3", "10.0.0.4"),  # a proxy that asks for itself
+        ("", "127.0.0.1"),
+        ("unknown", "127.0.0.1"),
+        ("1,2,3" * 2000, "127.0.0.1"),
+        ("10.0.0.3," * 2000 + "10.0.0.4", "10.0.0.3"),
+    ],
+)
+def test_of_many_proxies_the_first_that_is_not_trusted_is_who_asks(
+    make_service, caplog, forwarded_for, client
+):
+    trusted = ["127.0.0.1", "10.0.0.0/8"]
+    service = make_service(server__trusted_proxy=trusted, logging__level="debug")
+
+    service.expect(200, "GET", "/jobs", headers={"X-Forwarded-For": forwarded_for})
+
+    assert f"200 for anonymous at {client}\n" in caplog.text
+
+
+@pytest.mark.parametrize("scheme", ["https", "gopher", "https, http", ""])
+def test_a_proxy_may_say_any_host_and_scheme(make_service, scheme):
+    service = make_service(server__trusted_proxy="127.0.0.1")
+    job = service.create(NOBODY)
+    headers = {"X-Forwarded-Host": "evil.test, localhost", "X-Forwarded-Proto": scheme}
+
+    service.expect(
+        200, "POST", path_of(job, "/enable"), headers=headers | {"Origin": "https://localhost"}
+    )
+
+
+def test_a_guesser_behind_the_proxy_is_the_only_one_who_waits(guard, make_service):
+    service = make_service(**guard, server__trusted_proxy="127.0.0.0/8")
+
+    for n in range(10):
+        guesser = {"X-Forwarded-For": "192.0.2.6"} | credentials("ada", f"{n}")
+        service.expect(401, "GET", "/jobs", headers=guesser)
+
+    service.expect(429, "GET", "/jobs", headers=guesser)
+    other = {"X-Forwarded-For": "192.0.2.7"} | credentials("ada")
+    service.expect(200, "GET", "/jobs", headers=other)
+
+
+@pytest.mark.parametrize("trusted", [None, "127.0.0.9", "127.0.0.1"])
+def test_an_unknown_proxy_is_told_of_once_where_people_sign_in(
+    guard, make_service, caplog, trusted
+):
+    through_proxy = {"headers": {"X-Forwarded-For": "192.0.2.7"} | credentials("ada")}
+    service = make_service(**guard, server__trusted_proxy=trusted)
+
+    service.expect(200, "GET", "/jobs", headers=credentials("ada"))
+    assert "trusted_proxy" not in caplog.text
+    for _ in range(3):
+        service.expect(200, "GET", "/jobs", **through_proxy)
+
+    told = "requests from 127.0.0.1 say by X-Forwarded-For who asks, but it is not trusted: if it"
+    assert caplog.text.count(told) == (trusted != "127.0.0.1")
+
+
+def test_without_sign_in_nothing_is_told_of_a_proxy(service, caplog):
+    service.expect(200, "GET", "/jobs", headers={"X-Forwarded-For": "192.0.2.7"})
+
+    assert "trusted_proxy" not in caplog.text
 
 
 # --- jobs -----------------------------------------------------------------------------

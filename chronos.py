@@ -27,7 +27,8 @@ The life of an execution:
 The threads:
 
     thread      started by    what it does, and what it may touch
-    main        the shell     waits for signals
+    main        the shell     waits for signals, reads the configuration again
+    signs       main          tells systemd that the service lives
     engine      Engine        is the only writer of the database; makes one turn after another
     worker-N    Engine        makes one HTTP request at a time; never touches the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
@@ -7634,11 +7635,37 @@ def tell_systemd(*variables: str) -> None:
     lines = [" ".join(variable.split()) for variable in variables]
     message = "\n".join(lines).encode(errors="replace")
     with (
+        contextlib.suppress(OSError),  # Also where no descriptor is left for the socket.
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-        contextlib.suppress(OSError),
     ):
         sender.settimeout(1)
         sender.sendto(message, address)
+
+
+class SignsOfLife:
+    """Tells systemd every SIGN_OF_LIFE_S that the service lives, in a thread of its own.
+
+    The main thread may be busy: to read a large configuration is no reason to be killed.
+    """
+
+    def __init__(self, service: Service) -> None:
+        """``service`` has been started."""
+        self._service = service
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="signs", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell nothing more, once this has returned."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(SIGN_OF_LIFE_S):
+            tell_systemd(*self._service.signs_of_life())
 
 
 # ======================================================================================
@@ -7668,22 +7695,29 @@ def read_settings(asked: argparse.Namespace) -> Settings:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+# Some programs mean a rotation of the log by them; the system's default is to end the process.
+MEANINGLESS_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_serve(asked: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reloads (this is the default)."""
     settings = read_settings(asked)
+    # Threads inherit this, so signals wait until the main thread takes them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in MEANINGLESS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     start_logging(settings.logging.format)
     return_large_blocks()
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # Threads inherit this, so signals wait until the main thread takes them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     service = Service(settings)
+    signs_of_life = SignsOfLife(service)
     try:
         service.start()
         _greet(service)
+        signs_of_life.start()
         _serve_until_stopped(service, asked)
+        signs_of_life.stop()
         tell_systemd("STOPPING=1")
         grace = format_duration(settings.server.shutdown_grace)
         log.info("stopping: running executions get %s", grace)
@@ -7707,21 +7741,37 @@ def _greet(service: Service) -> None:
 
 
 def _serve_until_stopped(service: Service, asked: argparse.Namespace) -> None:
-    """Tell systemd that the service lives, and reload when asked to, until a signal stops it."""
+    """Reload at every SIGHUP, until a signal comes that stops."""
     while True:
         tell_systemd("READY=1", *service.signs_of_life())
-        came = signal.sigtimedwait(SIGNALS, SIGN_OF_LIFE_S)
-        if came is None:
-            continue
-        if came.si_signo in STOP_SIGNALS:
+        came = _wait_for_signal()
+        if came in STOP_SIGNALS:
             return
-        tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-        try:
-            service.reload(read_settings(asked))
-            log.info("the configuration was read again")
-        except ChronosError as error:
-            one_line = "; ".join(str(error).splitlines())
-            log.error("nothing was changed: %s", one_line)
+        if came == signal.SIGHUP:
+            tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+            _reload(service, asked)
+
+
+def _wait_for_signal() -> int | None:
+    """Return the one of SIGNALS that has come; None: something else has ended the waiting."""
+    # Not sigtimedwait(): when the process was stopped (SIGSTOP, Ctrl-Z, a debugger) for longer
+    # than its time, Python returns a number that nobody has sent.
+    try:
+        return signal.sigwait(SIGNALS)
+    except InterruptedError:
+        return None
+
+
+def _reload(service: Service, asked: argparse.Namespace) -> None:
+    """Read the configuration again and apply it; whatever is wrong is only logged."""
+    try:
+        service.reload(read_settings(asked))
+        log.info("the configuration was read again")
+    except ChronosError as error:
+        one_line = "; ".join(str(error).splitlines())
+        log.error("nothing was changed: %s", one_line)
+    except Exception:  # A bug here must not end a service that works.
+        log.exception("the configuration could not be read again")
 
 
 # --- The other commands ---

@@ -8516,6 +8516,39 @@ def test_what_ran_when_the_process_ended_is_resumed_by_the_next(
     assert [attempt["error"] for attempt in shown["attempt_log"]] == [INTERRUPTED, None]
 
 
+def test_a_process_that_was_stopped_for_a_while_goes_on(tmp_path):
+    pauses = {signal.SIGSTOP: Process(tmp_path / "a"), signal.SIGTSTP: Process(tmp_path / "b")}
+    for number, process in pauses.items():
+        process.process.send_signal(number)
+    time.sleep(12)  # longer than any wait of the main thread used to be
+    for process in pauses.values():
+        process.process.send_signal(signal.SIGCONT)
+
+    time.sleep(0.5)
+
+    for process in pauses.values():
+        assert process.get("/health")["status"] == "healthy"
+        assert [line for line in process.log if "listens on" not in line] == []
+        assert process.end(signal.SIGTERM) == 0
+
+
+def test_of_many_signals_at_once_only_those_with_a_meaning_do_something(make_process, tmp_path):
+    process, names = make_process(), ("USR1", "USR2", "WINCH", "CHLD", "URG", "CONT", "TSTP", "HUP")
+    numbers = [getattr(signal, f"SIG{name}") for name in names] * 50
+    random.Random(1).shuffle(numbers)
+
+    for number in numbers:
+        process.process.send_signal(number)
+    process.process.send_signal(signal.SIGCONT)
+
+    assert process.get("/health")["status"] == "healthy"
+    wait_until(lambda: any("was read again" in line for line in process.log))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        process.process.send_signal(number)
+    assert process.end(signal.SIGTERM) == 0
+    assert not [line for line in process.log if "INFO" not in line]
+
+
 def test_a_low_soft_limit_of_open_files_is_raised(make_process):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
@@ -8708,8 +8741,8 @@ def test_systemd_is_told_of_readiness_life_and_stopping(
     manager = make_manager(address)
     process = make_process(environment=manager.environment)
 
-    life = {"READY": "1", "STATUS": f"listens on {process.url}", "WATCHDOG": "1"}
-    assert manager.take() == life
+    life = {"STATUS": f"listens on {process.url}", "WATCHDOG": "1"}
+    assert manager.take() == {"READY": "1"} | life
     assert process.get("/health")
     begun = time.monotonic()
     assert manager.take() == life

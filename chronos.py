@@ -29,6 +29,7 @@ The threads:
     thread      started by    what it does, and what it may touch
     main        the shell     waits for signals, reads the configuration again
     signs       main          tells systemd that the service lives
+    log         main          writes to stderr, which may block
     engine      Engine        is the only writer of the database; makes one turn after another
     worker-N    Engine        makes one HTTP request at a time; never touches the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
@@ -146,6 +147,7 @@ SIGN_OF_LIFE_S = 10  # systemd is told this often that the service lives.
 SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so long hangs.
 IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
+LOG_PATIENCE_S = 2.0  # The exit waits this long for somebody to read the end of the log.
 MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among them.
 
 # --- Sizes ---
@@ -154,6 +156,8 @@ MAX_BODY_BYTES = 1 << 20  # Of a request to the API.
 MAX_HEADERS = 100  # How many header lines an answer may have.
 MAX_LINE_BYTES = 1 << 16  # One line of an answer.
 MAX_HEAD_BYTES = 1 << 18  # All lines of an answer that are not its body.
+MAX_LOG_WAITING = 1 << 20  # Characters of the log that may wait for somebody to read them.
+LOG_CHUNK = 1 << 16  # Characters of the log that are written at once.
 QUICK_CHECK_BYTES = 100_000_000  # A larger database is checked only after an unclean stop.
 
 # --- Names ---
@@ -3893,15 +3897,121 @@ def _with_priority(text: str, level: str) -> str:
     return "\n".join(lines)
 
 
+class LogWriter(logging.Handler):
+    """Writes the log in a thread of its own: where nobody reads it, nobody else waits.
+
+    What does not fit into the queue is dropped and counted, and a later line tells how much.
+
+    attribute   written by        guarded by
+    dropped     who logs          the handler's lock, which emit() is called with
+    _queued     who logs          the handler's lock
+    _lines      who logs          itself  (a queue; None: there will be nothing more)
+    _written    the log thread    nothing (others only read it: a number is whole)
+    _told       the log thread    nothing (nobody else reads it)
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """``descriptor`` is that of an open file."""
+        super().__init__()
+        self.dropped = 0  # Events.
+        self._descriptor = descriptor
+        self._queued = 0  # Characters so far.
+        self._written = 0  # Characters so far, lost ones too.
+        self._told = 0  # Of how many dropped events the log has told.
+        self._lines = queue.SimpleQueue[str | None]()
+        self._is_given_up = False  # Nobody has read the log while flush() was waiting.
+        self._thread = threading.Thread(target=self._loop, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let the thread write an event, or drop it."""
+        try:
+            line = self.format(record) + "\n"
+        except Exception:  # A wrong call of log must not fail the work that it tells of.
+            self.handleError(record)
+            return
+        if self._queued - self._written + len(line) > MAX_LOG_WAITING:
+            self.dropped += 1
+            return
+        self._queued += len(line)
+        self._lines.put(line)
+
+    def flush(self) -> None:
+        """Wait until all is written, once for at most LOG_PATIENCE_S."""
+        deadline = time.monotonic() + LOG_PATIENCE_S
+        wanted = self._queued
+        while self._written < wanted and not self._is_given_up:
+            time.sleep(0.005)
+            self._is_given_up = time.monotonic() > deadline
+
+    def close(self) -> None:
+        """Write what is waiting, and nothing more."""
+        self.flush()
+        self._lines.put(None)
+        super().close()
+
+    def _loop(self) -> None:
+        is_open = True
+        while is_open:
+            lines = self._take()
+            is_open = lines[-1] is not None
+            text = "".join(line for line in lines if line is not None)
+            # A file that is closed or full is no reason to write no more: it may pass.
+            with contextlib.suppress(OSError):
+                self._write(text.encode(errors="backslashreplace"))
+            self._written += len(text)
+            self._tell_of_dropped()
+
+    def _take(self) -> list[str | None]:
+        """Wait for a line, and return it with those behind it, up to LOG_CHUNK or the end."""
+        line = self._lines.get()
+        lines = [line]
+        size = 0
+        while line is not None and size < LOG_CHUNK:
+            size += len(line)
+            try:
+                line = self._lines.get_nowait()
+            except queue.Empty:
+                break
+            lines.append(line)
+        return lines
+
+    def _write(self, data: bytes) -> None:
+        """Write everything, however long that takes. Raises OSError."""
+        while data:
+            try:
+                written = os.write(self._descriptor, data)
+                data = data[written:]
+            except BlockingIOError:  # Somebody who shares the file has made it non-blocking.
+                time.sleep(0.05)
+
+    def _tell_of_dropped(self) -> None:
+        """Tell how many events were dropped, once there is room again."""
+        waiting = self._queued - self._written
+        count = self.dropped - self._told
+        if count and waiting <= MAX_LOG_WAITING // 2:
+            self._told += count
+            log.warning("%s events were dropped here: nobody was reading the log", count)
+
+
+def dropped_events() -> int:
+    """Return how many events of the log were dropped, because nobody was reading it."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.dropped for handler in handlers if isinstance(handler, LogWriter))
+
+
+STDERR = 2  # Its descriptor.
+
+
 def start_logging(kind: str) -> None:
-    """Log to stderr, warnings only until a level is set.
+    """Log to stderr, warnings only until a level is set; logging.shutdown() ends that.
 
     ``kind`` is logging.format: text or json. Text becomes the journal's form where stderr is
     the journal, which says so in JOURNAL_STREAM (systemd.exec(5)).
     """
     if kind == "text" and _stderr_is_the_journal():
         kind = "journal"
-    handler = logging.StreamHandler()
+    handler = LogWriter(STDERR)
     handler.setFormatter(LogFormatter(kind))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     # waitress would write a line for each request that waits for a thread.
@@ -3912,7 +4022,7 @@ def start_logging(kind: str) -> None:
 
 def _stderr_is_the_journal() -> bool:
     try:
-        stderr = os.fstat(2)
+        stderr = os.fstat(STDERR)
     except OSError:
         return False  # It is closed.
     return os.getenv("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
@@ -3993,6 +4103,10 @@ METRICS: dict[str, Metric] = {
         "Executions that have ended since the database began, by how they ended.",
         "result",
         tuple(RESULT_LETTERS),
+    ),
+    "chronos_log_events_dropped_total": Metric(
+        "counter",
+        "Events that are not in the log, because nobody was reading it.",
     ),
     "chronos_last_pass_age_seconds": Metric(
         "gauge",
@@ -6986,6 +7100,7 @@ class ServerHandlers(Handlers):
         return {
             "chronos_build_info": {__version__: 1},
             "chronos_is_leader": 1,
+            "chronos_log_events_dropped_total": dropped_events(),
             "chronos_last_pass_age_seconds": self.engine.silence() / SECOND,
             "chronos_jobs": {
                 "enabled": counts["enabled"],
@@ -7710,37 +7825,40 @@ def run_serve(asked: argparse.Namespace) -> None:
     return_large_blocks()
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    service = Service(settings)
+    try:
+        _serve(Service(settings), asked)
+        log.info("stopped")
+    finally:
+        logging.shutdown()
+
+
+def _serve(service: Service, asked: argparse.Namespace) -> None:
+    """Start the service, let it run until it is asked to stop, and stop it."""
     signs_of_life = SignsOfLife(service)
     try:
         service.start()
         _greet(service)
         signs_of_life.start()
-        _serve_until_stopped(service, asked)
+        _reload_until_stopped(service, asked)
         signs_of_life.stop()
         tell_systemd("STOPPING=1")
-        grace = format_duration(settings.server.shutdown_grace)
+        grace = format_duration(service.settings.server.shutdown_grace)
         log.info("stopping: running executions get %s", grace)
     finally:
         service.stop()
-    log.info("stopped")
-    try:
-        sys.stderr.flush()
-    except OSError:  # Nobody reads it any more: Python would make that exit status 120.
-        sys.stderr = None
 
 
 def _greet(service: Service) -> None:
     """Say that the service runs: in the log, and to whoever has started it by hand."""
     log.info("Chronos %s listens on %s, data in %s", __version__, service.url, service.data_dir)
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed.
         url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
         print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
     if service.engine.paused:
         log.warning("paused: nothing fires")
 
 
-def _serve_until_stopped(service: Service, asked: argparse.Namespace) -> None:
+def _reload_until_stopped(service: Service, asked: argparse.Namespace) -> None:
     """Reload at every SIGHUP, until a signal comes that stops."""
     while True:
         tell_systemd("READY=1", *service.signs_of_life())
@@ -7908,11 +8026,20 @@ def command_line() -> ArgumentParser:
     return parser
 
 
+def open_standard_files() -> None:
+    """Open stdin, stdout and stderr where they are closed: other files would get their numbers."""
+    descriptor = 0
+    while descriptor <= STDERR:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 or one of the EXIT constants.
 
     ``arguments`` are those of the command line without the program; None: the process's own.
     """
+    open_standard_files()
     try:
         asked = command_line().parse_args(arguments)
         asked.run(asked)

@@ -3409,6 +3409,68 @@ def test_an_event_is_one_line_of_the_log_whatever_it_is_about(make_process, targ
     assert r"Sorry\x1b[31m\x85CRITICAL" in about[2]
 
 
+def test_a_log_that_nobody_reads_holds_up_nobody_and_tells_later_what_was_dropped(caplog):
+    caplog.set_level("INFO", "chronos")
+    read_end, write_end = os.pipe()
+    writer = chronos.LogWriter(write_end)
+    chronos.log.addHandler(writer)
+    begun = time.monotonic()
+    for n in range(20_000):
+        chronos.log.info("event %s %s", n, "x" * 100)
+    took = time.monotonic() - begun
+    dropped = writer.dropped
+
+    with open(read_end) as reader:
+        lines = list(iter(lambda: reader.readline().strip(), f"{dropped} {DROPPED}"))
+        chronos.log.info("the next one")
+        assert reader.readline() == "the next one\n"
+        chronos.log.removeHandler(writer)
+        writer.close()
+        os.close(write_end)
+
+    assert took < 5
+    assert (writer.dropped, len(lines)) == (dropped, 20_000 - dropped)
+    assert lines == [f"event {n} {'x' * 100}" for n in range(len(lines))]
+    assert 1 << 20 <= sum(map(len, lines)) <= (1 << 20) + (1 << 17) + len(lines)
+
+
+DROPPED = "events were dropped here: nobody was reading the log"
+
+
+def test_a_stderr_that_nobody_reads_stops_neither_jobs_nor_calls_nor_the_exit(tmp_path, target):
+    program = shutil.copy(CHRONOS, tmp_path)
+    (tmp_path / "chronos.yaml").write_text("logging: {level: debug}")
+    with serving(program, directory=tmp_path) as (process, client):
+        for _ in range(300):
+            client.call("GET", f"/{'x' * 6000}")
+        client.create(target.url, schedule="* * * * * *", enabled=True)
+
+        assert target.take() and target.take()
+        assert scrape(client)["chronos_log_events_dropped_total"] > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- <&- >&-"])
+def test_a_stderr_that_is_closed_or_full_is_no_reason_not_to_serve(tmp_path, redirection):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"CHRONOS_SERVER_HTTP_ADDRESS": address}
+    shutil.copy(CHRONOS, tmp_path)
+    command = f"exec {shlex.quote(sys.executable)} chronos.py {redirection}"
+    with subprocess.Popen(command, shell=True, cwd=tmp_path, env=environment) as process:
+        client = Client(f"http://{address}")
+        wait_until(lambda: not refuses(client))
+        for _ in range(50):
+            client.create(NOBODY)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "chronos.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert (tmp_path / "data" / "chronos.lock").read_text() == f"{process.pid}\n"
+
+
 def test_json_logs_are_one_object_a_line_with_the_ids_of_what_they_are_about(make_process, target):
     process = make_process("logging: {format: json, level: debug}")
     job = process.create(target.url + "/status/404", name='"a\u2028b')

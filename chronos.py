@@ -47,6 +47,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import getpass
@@ -66,6 +67,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import threading
 import time
@@ -2736,12 +2738,16 @@ class DatabaseFile:
         """Write a checked copy to a new file, also while a server works. Raises StartError.
 
         A file of an older schema is copied as it is: the copy has that schema, and is migrated
-        when a server opens it.
+        when a server opens it. A file of this name that comes meanwhile stays as it is.
         """
         try:
-            if target.exists():
-                raise OSError("it is there already")
-            self.copy_to(target)
+            if os.path.lexists(target):
+                raise FileExistsError
+            with self._whole_copy(target) as part:
+                add_name(part, target)
+        except FileExistsError:
+            message = f"no backup to {target}: it is there already"
+            raise StartError(EXIT_FAILED, message) from None
         except (OSError, sqlite3.Error, StartError) as error:
             message = f"no backup to {target}: {reason_of(error)}"
             raise StartError(EXIT_FAILED, message) from error
@@ -2749,23 +2755,60 @@ class DatabaseFile:
     def copy_to(self, target: Path) -> None:
         """Write what is committed to a file, replacing one of this name once it is whole.
 
-        Raises OSError, sqlite3.Error or StartError: the copy is damaged.
+        Nobody else may be copying to it. Raises OSError, sqlite3.Error or StartError: the copy is
+        damaged.
         """
-        part = DatabaseFile(target.with_name(f"{target.name}.part"))
+        for leftover in target.parent.glob(f"{target.name}*.part*"):
+            leftover.unlink()  # Of a copy that was broken off.
+        with self._whole_copy(target) as part:
+            os.replace(part, target)
+
+    @contextlib.contextmanager
+    def _whole_copy(self, target: Path) -> Iterator[Path]:
+        """Provide a checked copy beside ``target``, under a name that goes at the end.
+
+        Raises what copy_to() does.
+        """
+        part = DatabaseFile(new_file_beside(target))
         try:
-            for leftover in (part.path, part.beside("-journal")):
-                leftover.unlink(missing_ok=True)  # Of a copy that was broken off.
-            # Mode x: nobody can lay out a file or a link for us to write into.
-            with open(part.path, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-                with contextlib.closing(self.connect("ro")) as connection:
-                    connection.execute("VACUUM INTO ?", (str(part.path),))
-                part.inspect(wholly=True)
+            with contextlib.closing(self.connect("ro")) as connection:
+                connection.execute("VACUUM INTO ?", (str(part.path),))
+            part.inspect(wholly=True)
+            with open(part.path, "r+b") as file:
                 os.fsync(file.fileno())
-            part.path.rename(target)
-        except BaseException:
+            yield part.path
+        finally:
             with contextlib.suppress(OSError):
                 part.path.unlink()
-            raise
+
+
+def new_file_beside(target: Path) -> Path:
+    """Make an empty file that only its owner can read, and return its path: a name + .part.
+
+    Nobody can have laid out a file, a link or a journal there for us to write into, and two
+    copies to the same target at once have a file each. Raises OSError.
+    """
+    part = target.with_name(f"{target.name}.part")
+    journal = target.with_name(f"{target.name}.part-journal")
+    if os.path.lexists(part) or os.path.lexists(journal):
+        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    try:
+        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:  # It has just come.
+        return new_file_beside(target)
+    os.close(file)
+    return part
+
+
+def add_name(path: Path, name: Path) -> None:
+    """Give a file one more name. Raises OSError, FileExistsError where that is taken."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:  # Not every file system has links. There the name is taken before it is given.
+        os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(path, name)
 
 
 class Database:
@@ -7401,28 +7444,59 @@ class Api:
 # --- One process for a data directory ---
 
 
-def lock_data_dir(directory: Path) -> IO[str]:
+def lock_data_dir(directory: Path) -> IO[bytes]:
     """Create the directory, and lock it for as long as the returned file is open.
 
     Only its owner may look into a new one. Raises StartError: another process has the lock, which
     is named then, or the directory is unusable.
     """
+    with contextlib.ExitStack() as opened:
+        try:
+            _make_private(directory)
+            lock = opened.enter_context(_open_lock(directory))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n".encode())
+        except BlockingIOError:
+            process = lock.read(100).decode(errors="replace").strip()
+            message = f"already running on {directory}, process {process}"
+            raise StartError(EXIT_RUNNING, message) from None
+        except OSError as error:
+            message = f"the data directory {directory} is unusable: {error.strerror}"
+            raise StartError(EXIT_CONFIG, message) from error
+        opened.pop_all()
+    return lock
+
+
+def _make_private(directory: Path) -> None:
+    """Create the directory if it is missing, and let only its owner in. Raises OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # One that holds something may be shared with others on purpose.
+    is_empty = not any(directory.iterdir())
+    if is_empty:
+        with contextlib.suppress(PermissionError):  # It is somebody else's.
+            directory.chmod(0o700)
+
+
+def _open_lock(directory: Path) -> IO[bytes]:
+    """Open chronos.lock, which nobody else can open or have laid out. Raises OSError."""
+    path = directory / "chronos.lock"
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(directory / "chronos.lock", "a+", buffering=1)  # noqa: SIM115 - held for life
-        lock.seek(0)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        return lock
-    except BlockingIOError:
-        with lock:
-            process = lock.read().strip()
-        message = f"already running on {directory}, process {process}"
-        raise StartError(EXIT_RUNNING, message) from None
+        # Without a buffer: on a full disk nothing is left to be written when it is closed.
+        lock = open(os.open(path, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115
     except OSError as error:
-        message = f"the data directory {directory} is unusable: {error.strerror}"
-        raise StartError(EXIT_CONFIG, message) from error
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{path.name} is a symbolic link: remove it") from None
+        raise
+    about = os.fstat(lock.fileno())
+    owners = (os.geteuid(), directory.stat().st_uid)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or about.st_uid not in owners:
+        lock.close()
+        raise OSError(errno.EPERM, f"{path.name} is somebody else's or no file: remove it")
+    if about.st_mode & 0o077:  # An earlier release let everybody open it, and so lock us out.
+        os.fchmod(lock.fileno(), 0o600)
+    return lock
 
 
 # --- What waitress does not do ---

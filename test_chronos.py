@@ -3119,6 +3119,60 @@ def test_nobody_else_can_read_the_data_directory(service, target):
     assert modes == dict.fromkeys(["chronos.db", "chronos.db-wal", "chronos.db-shm"], 0o600)
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o1777])
+def test_an_empty_directory_is_made_for_its_owner_alone_and_one_in_use_is_not(tmp_path, mode):
+    empty, used = tmp_path / "empty", tmp_path / "used"
+    for directory in (empty, used):
+        directory.mkdir()
+        directory.chmod(mode)
+    (used / "notes").touch()
+
+    for directory in (empty, used):
+        chronos.lock_data_dir(directory).close()
+
+    assert empty.stat().st_mode & 0o7777 == 0o700
+    assert used.stat().st_mode & 0o7777 == mode
+    assert (used / "chronos.lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_everybody_could_open_is_closed_to_them(tmp_path):
+    lock = tmp_path / "chronos.lock"
+    lock.write_text("1234567\nand more\n")
+    lock.chmod(0o666)
+
+    chronos.lock_data_dir(tmp_path).close()
+
+    assert lock.stat().st_mode & 0o777 == 0o600
+    assert lock.read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("how", ["symlink", "dangling", "hard link", "fifo", "foreign"])
+def test_a_lock_that_somebody_has_laid_out_is_refused_and_its_target_is_kept(tmp_path, how):
+    data, victim = tmp_path / "data", tmp_path / "victim"
+    data.mkdir()
+    lock = data / "chronos.lock"
+    if how != "dangling":
+        victim.write_text("important\n")
+    {
+        "symlink": lambda: lock.symlink_to(victim),
+        "dangling": lambda: lock.symlink_to(victim),
+        "hard link": lambda: lock.hardlink_to(victim),
+        "fifo": lambda: os.mkfifo(lock),
+        "foreign": lock.touch,
+    }[how]()
+    if how == "foreign":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(lock, 65534, 65534)
+
+    with pytest.raises(chronos.StartError, match=r"unusable: chronos\.lock is .*remove it") as told:
+        chronos.lock_data_dir(data)
+
+    assert told.value.exit_status == 78
+    assert victim.exists() == (how != "dangling")
+    assert how == "dangling" or victim.read_text() == "important\n"
+
+
 # --- damage ---------------------------------------------------------------------------
 
 
@@ -3223,6 +3277,46 @@ def test_a_backup_is_a_whole_copy_and_never_replaces_a_file(world, target, tmp_p
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_backup_keeps_a_file_that_came_meanwhile(world, tmp_path, monkeypatch, has_links):
+    def no_link(*_arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    def look(part, wholly=False):
+        (tmp_path / "copy.db").write_text("precious")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_link)
+        world.store.database.backup(tmp_path / "without.db")
+        assert chronos.DatabaseFile(tmp_path / "without.db").inspect(wholly=True) == 2
+    monkeypatch.setattr(chronos.DatabaseFile, "inspect", look)
+
+    with pytest.raises(chronos.StartError, match="it is there already"):
+        world.store.database.backup(tmp_path / "copy.db")
+
+    assert (tmp_path / "copy.db").read_text() == "precious"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_of_two_backups_at_once_to_one_name_one_is_whole_and_the_other_is_told(
+    world, target, tmp_path, background
+):
+    add_executions(world, world.create(target.url), 20_000, "success", NOON)
+
+    def back_up(_number):
+        try:
+            chronos.Database(world.store.database.path).backup(tmp_path / "copy.db")
+        except chronos.StartError as error:
+            return str(error).rpartition(": ")[2]
+        return "whole"
+
+    told = list(background.map(back_up, range(3)))
+
+    assert sorted(told) == ["it is there already", "it is there already", "whole"]
+    assert chronos.DatabaseFile(tmp_path / "copy.db").inspect(wholly=True) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "copy.db"}
+
+
 def test_a_backup_that_fails_leaves_nothing_behind(world, target, tmp_path):
     with pytest.raises(chronos.StartError, match=r"no backup to .*No such file"):
         world.store.database.backup(tmp_path / "nowhere" / "copy.db")
@@ -3248,6 +3342,7 @@ def test_a_backup_takes_no_file_that_somebody_has_laid_out(world, tmp_path):
         world.store.database.backup(tmp_path / name)
 
         assert (tmp_path / name).lstat().st_mode & 0o777 == 0o600
+        assert (tmp_path / f"{name}.part").lstat()
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -5728,7 +5728,7 @@ def test_nothing_is_too_old_until_the_clock_has_stood_for_two_heartbeats(world, 
 
 @pytest.mark.parametrize("concurrency", ["allow", "forbid", "replace"])
 def test_a_running_request_is_not_in_the_way_of_its_own_fire_time(world, target, concurrency):
-    script(target, "/hang")
+    target.script = ["/hang"]
     job = world.create(target.url, schedule="* * * * *", concurrency=concurrency)
     world.clock.advance(60)
     world.engine.run_turn()

@@ -84,7 +84,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast, get_type_hints
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -127,6 +127,7 @@ CLOCK_FAR_BACK = 3 * HOUR  # After a step back by more than this every cursor is
 CLOCK_SETTLED = 2 * MINUTE  # A clock that has stood for so long (two heartbeats) is trusted.
 TAKE_BACK_ROWS = 500  # Executions that are looked at together after the clock went back.
 STANDSTILL = SECOND  # A watchdog that was away for longer says that the whole process was.
+LOOK_AGAIN = MINUTE  # A job that can't fire, as its configuration is unusable, is tried so often.
 
 # --- A turn of the engine ---
 
@@ -210,6 +211,7 @@ class Reason(StrEnum):
     NO_ANSWER = "no_answer"  # No whole answer came: refused, reset, no such name, TLS …
     HTTP_STATUS = "http_status"  # The answer's status is not among the success codes.
     INTERRUPTED = "interrupted"  # The server ended during its last attempt: outcome unknown.
+    INVALID = "invalid"  # The stored configuration can't be used: no such zone, damaged …
     DELETED = "deleted"  # Its job went during the attempt; no execution is left to show it.
 
 
@@ -242,6 +244,7 @@ ALARMING_REASONS = frozenset(
         Reason.NO_ANSWER,
         Reason.HTTP_STATUS,
         Reason.INTERRUPTED,
+        Reason.INVALID,
         Reason.MISSED,
     }
 )
@@ -261,7 +264,8 @@ ALARMING_REASONS = frozenset(
 #         ├── NotFound              404 NOT_FOUND
 #         ├── MethodNotAllowed      405 METHOD_NOT_ALLOWED
 #         ├── Conflict              409 CONFLICT
-#         │   └── DeclaredElsewhere the job is declared in chronos.yaml
+#         │   ├── DeclaredElsewhere the job is declared in chronos.yaml
+#         │   └── UnusableConfig    the stored configuration of a job is damaged, its zone is gone …
 #         ├── PreconditionFailed    412 PRECONDITION_FAILED
 #         ├── PayloadTooLarge       413 PAYLOAD_TOO_LARGE
 #         ├── TooManyRequests       429 TOO_MANY_REQUESTS
@@ -358,6 +362,13 @@ class DeclaredElsewhere(Conflict):
 
     def __init__(self) -> None:
         super().__init__(f"the job is declared in {DECLARED_BY}: change it there")
+
+
+class UnusableConfig(Conflict):
+    """What is stored of a job's configuration can't be used.
+
+    Its time zone has left this machine, a newer croniter refuses its schedule, it is damaged.
+    """
 
 
 class PreconditionFailed(ApiError):
@@ -644,6 +655,16 @@ _WEEKDAY_FIELD = CronField("day-of-week", 0, 7, _WEEKDAYS)
 # --- Wall-clock times: what a zone's clocks show, as naive datetimes ---
 
 
+def time_zone(name: str) -> ZoneInfo:
+    """Return the rules of a time zone. Raises ValueError that names it if they are not there."""
+    try:
+        return ZoneInfo(name)
+    except (LookupError, OSError, ValueError) as error:
+        # A zone can go: newer releases of Debian have the old names in a package of their own.
+        hint = "Debian has old names in tzdata-legacy"
+        raise ValueError(f"the time zone {name} is not on this machine ({hint})") from error
+
+
 def _local_time(at: int, zone: ZoneInfo) -> datetime:
     """Return the instant as an aware datetime in this zone."""
     return to_datetime(at).astimezone(zone)
@@ -692,8 +713,8 @@ class Backlog(NamedTuple):
 class Schedule(ABC):
     """When a job fires. It never changes, so threads may share it.
 
-    ``zone`` is always the name of a time zone that the system knows. Fire times after the
-    year 9999 cannot be told: methods raise OverflowError or ValueError there.
+    ``zone`` is the name of a time zone: methods raise ValueError where it is not on this machine.
+    Fire times after the year 9999 cannot be told: they raise OverflowError or ValueError there.
     """
 
     warnings: tuple[str, ...] = ()  # What people who write such a schedule often do not mean.
@@ -815,7 +836,7 @@ class CronSchedule(Schedule):
         It walks from one matching wall-clock time to the next, and takes the first whose
         instant is later. Raises OverflowError or ValueError after the year 9999.
         """
-        info = ZoneInfo(zone)
+        info = time_zone(zone)
         after = after // SECOND * SECOND  # Fire times are whole seconds.
         wall = self._begin_of_walk(after, info)
         while True:
@@ -872,7 +893,7 @@ class CronSchedule(Schedule):
 
     def clock_note(self, at: int, zone: str) -> str | None:
         """Return what a change of the clock does to this fire time; None: nothing."""
-        info = ZoneInfo(zone)
+        info = time_zone(zone)
         wall = _wall_time(at, info)
         first_at, second_at = _instants_of(wall, info)
         if self.next_wall_time(wall - _ONE_SECOND) != wall:
@@ -908,7 +929,7 @@ class CronSchedule(Schedule):
 
         This is the number of fire times if the clock does not change in between.
         """
-        info = ZoneInfo(zone)
+        info = time_zone(zone)
         begin = _wall_time(first, info)
         end = _wall_time(last, info)
         times_of_day = list(product(self.hours, self.minutes, self.seconds))
@@ -1000,7 +1021,7 @@ def preview(schedule: Schedule, after: int, zone: str, count: int) -> Iterator[J
     # Fire times end where the calendar of datetime does, in the year 9999.
     with contextlib.suppress(OverflowError, ValueError):
         for at in islice(schedule.fire_times(after, zone), count):
-            local = _local_time(at, ZoneInfo(zone))
+            local = _local_time(at, time_zone(zone))
             yield {
                 "utc": format_time(at),
                 "local": local.isoformat(),
@@ -1233,10 +1254,20 @@ def _time_zones() -> frozenset[str]:
 
 
 def a_timezone(value: Any) -> str:
-    """The name of a time zone in the IANA database."""
-    if not isinstance(value, str) or value not in _time_zones():
+    """The name of a time zone in the IANA database, as far as this machine has it."""
+    if not isinstance(value, str) or not _is_time_zone(value):
         raise ValueError("must be an IANA time zone such as Europe/Madrid")
     return value
+
+
+def _is_time_zone(name: str) -> bool:
+    try:
+        time_zone(name)
+    except ValueError:
+        return False
+    if name not in _time_zones():
+        _time_zones.cache_clear()  # It may have come since.
+    return name in _time_zones()  # posix/UTC can be loaded, and is none of the names.
 
 
 def a_user_name(value: Any) -> str:
@@ -1385,6 +1416,7 @@ SERVER_FIELDS = frozenset(
         "strip",
         "failures",
         "failing_since",
+        "problem",
     }
 )
 
@@ -1418,6 +1450,90 @@ def validate_job(
     config = validate(table, data, SERVER_FIELDS)
     enabled: bool = config.pop("enabled")
     return config, enabled
+
+
+# --- Stored configurations, which may have become unusable ---
+
+# What the whole program takes for granted of a stored configuration, and of its webhook.
+_STORED_TYPES = {
+    "name": str,
+    "description": str | None,
+    "schedule": str,
+    "timezone": str,
+    "webhook": dict,
+    "retry_policy": dict,
+    "timeout": str,
+    "concurrency": str,
+    "tags": dict,
+}
+_STORED_WEBHOOK_TYPES = {"url": str, "method": str, "headers": dict, "auth": dict | None}
+
+
+def read_config(text: str | bytes | None) -> Json:
+    """Return a configuration as it was stored; None: it is not there.
+
+    Raises UnusableConfig: it is damaged, or another program has written it.
+    """
+    if text is None:
+        raise UnusableConfig("the job's configuration is missing in the database")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnusableConfig(f"the job's stored configuration is damaged: {error}") from error
+    wrong = _wrong_part(config, _STORED_TYPES)
+    if wrong is None:
+        wrong = _wrong_part(config["webhook"], _STORED_WEBHOOK_TYPES)
+    if wrong is not None:
+        raise UnusableConfig(f"the job's stored configuration is damaged: {wrong} is wrong")
+    return cast(Json, config)
+
+
+def _wrong_part(data: Any, types: Mapping[str, Any]) -> str | None:
+    """Return the name of a field that is not of its type; None: all are."""
+    if not isinstance(data, dict):
+        return "all of it"
+    for name, kind in types.items():
+        if not isinstance(data.get(name), kind):
+            return name
+    return None
+
+
+def stand_in_config(name: str, problem: str) -> Json:
+    """Return what is shown of a job in the place of a configuration that can't be read.
+
+    ``problem`` says why. It has every field, so that lists and changes work, but no valid
+    schedule and URL: nobody can take it for a configuration of the job.
+    """
+    webhook = _defaults(WEBHOOK_FIELDS) | {"url": ""}
+    retry_policy = _defaults(RETRY_FIELDS)
+    own = {
+        "name": name,
+        "schedule": "",
+        "webhook": webhook,
+        "retry_policy": retry_policy,
+        "problem": problem,
+    }
+    config = _defaults(JOB_FIELDS) | own
+    del config["enabled"]
+    return config
+
+
+def _defaults(table: Mapping[str, Field]) -> Json:
+    return {name: wanted.default for name, wanted in table.items()}
+
+
+def next_fire_time(config: Json, after: int) -> int | None:
+    """Return a stored configuration's first fire time later than ``after``; None: there is none.
+
+    Raises UnusableConfig.
+    """
+    if "problem" in config:
+        raise UnusableConfig(config["problem"])
+    try:
+        schedule = parse_schedule(config["schedule"])
+        return schedule.next_after(after, config["timezone"])
+    except (ValueError, OverflowError) as error:
+        raise UnusableConfig(f"the job's configuration can't be used: {error}") from error
 
 
 # --- Secrets, which leave a configuration as a mask only ---
@@ -1564,15 +1680,22 @@ class Job(NamedTuple):
     created_at: int  # Every *_at is in µs since the epoch, UTC.
     updated_at: int
     next_run_at: int | None  # The cursor; None: not enabled, or nothing comes any more.
-    config: Json
+    config: Json  # Where it can't be read: stand_in_config().
     strip: str = ""  # The letters of its last 30 executions that ended, the newest last.
     failures: int = 0  # So many failed or missed executions in a row.
     failing_since: int | None = None  # An instant; None: it does not fail.
     declared: str | None = None  # Digest of its declaration in chronos.yaml; None: not there.
+    # The fire time that met an unusable configuration: the cursor says when to look again, and
+    # nobody knows when it fires next. None: it is usable, as far as anybody has noticed.
+    invalid_from: int | None = None
 
     @classmethod
     def from_row(cls, row: Row) -> Job:
-        """Return the job of a row whose columns have the names of the fields."""
+        """Return the job of a row whose columns have the names of the fields, and its name."""
+        try:
+            config = read_config(row["config"])
+        except UnusableConfig as error:
+            config = stand_in_config(row["name"], str(error))
         return cls(
             id=row["id"],
             version=row["version"],
@@ -1580,17 +1703,20 @@ class Job(NamedTuple):
             created_at=row["created_at"],
             updated_at=row["updated_at"],
             next_run_at=row["next_run_at"],
-            config=json.loads(row["config"]),
+            config=config,
             strip=row["strip"],
             failures=row["failures"],
             failing_since=row["failing_since"],
             declared=row["declared"],
+            invalid_from=row["invalid_from"],
         )
 
     def next_after(self, after: int) -> int | None:
-        """Return the first fire time later than ``after``; None: there is none any more."""
-        schedule = parse_schedule(self.config["schedule"])
-        return schedule.next_after(after, self.config["timezone"])
+        """Return the first fire time later than ``after``; None: there is none any more.
+
+        Raises UnusableConfig.
+        """
+        return next_fire_time(self.config, after)
 
     def timing(self) -> tuple[bool, str, str]:
         """Return what decides its fire times: enabled, schedule, timezone."""
@@ -1601,6 +1727,9 @@ class Job(NamedTuple):
         last_execution = None
         if last is not None:
             last_execution = last.to_summary()
+        next_run_at = self.next_run_at
+        if self.invalid_from is not None:
+            next_run_at = None
         return {
             "id": self.id,
             **masked_config(self.config),
@@ -1608,12 +1737,13 @@ class Job(NamedTuple):
             "version": self.version,
             "created_at": format_time(self.created_at),
             "updated_at": format_time(self.updated_at),
-            "next_run": format_time(self.next_run_at),
+            "next_run": format_time(next_run_at),
             "last_execution": last_execution,
             "managed_by": DECLARED_BY if self.declared else None,
             "strip": self.strip,
             "failures": self.failures,
             "failing_since": format_time(self.failing_since),
+            "problem": self.config.get("problem"),
         }
 
 
@@ -2458,6 +2588,7 @@ CREATE TABLE jobs (
     created_at    INTEGER NOT NULL,
     updated_at    INTEGER NOT NULL,
     next_run_at   INTEGER,
+    invalid_from  INTEGER,
     strip         TEXT NOT NULL,
     failures      INTEGER NOT NULL,
     failing_since INTEGER,
@@ -2539,9 +2670,13 @@ CREATE TABLE ends (                      -- how many executions ended in an hour
     number        INTEGER NOT NULL,
     PRIMARY KEY (hour, letter)
 );
-CREATE VIEW configured_jobs AS
-    SELECT jobs.*, versions.config FROM jobs
-      JOIN versions ON versions.job_id = jobs.id AND versions.version = jobs.version;
+CREATE VIEW stored_versions AS           -- config as bytes: damage need not be UTF-8
+    SELECT job_id, version, CAST(config AS BLOB) AS config, created_at, created_by FROM versions;
+CREATE VIEW configured_jobs AS           -- config NULL: it is lost, the job is there all the same
+    SELECT jobs.*, stored_versions.config FROM jobs
+      LEFT JOIN stored_versions
+        ON stored_versions.job_id = jobs.id AND stored_versions.version = jobs.version
+     WHERE jobs.version > 0;
 CREATE VIEW named_executions AS
     SELECT executions.*, jobs.name AS job_name FROM executions
       JOIN jobs ON jobs.id = executions.job_id;
@@ -2576,8 +2711,11 @@ ALTER TABLE executions RENAME TO old_executions;
 ALTER TABLE ends RENAME TO old_ends;
 """
 
-# Schema 1 kept name and tags in the JSON alone, and the due_at of what is running.
+# Schema 1 kept name and tags in the JSON alone, and the due_at of what is running. A version that
+# is damaged stays so: its job is there, and waits for a better one.
 FROM_SCHEMA_1 = """
+CREATE VIEW readable_versions AS
+    SELECT * FROM old_versions WHERE json_valid(config) AND json_type(config, '$.name') = 'text';
 INSERT INTO meta (key, value) SELECT key, value FROM old_meta;
 INSERT INTO versions (job_id, version, config, created_at, created_by)
 SELECT job_id, version, config, created_at, created_by FROM old_versions;
@@ -2585,20 +2723,21 @@ INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, next_run_at
                   failing_since, declared, is_bad, news_at, name)
 SELECT job.seq, job.id, job.version, job.enabled, job.created_at, job.updated_at, job.next_run_at,
        job.strip, job.failures, job.failing_since, job.declared, job.is_bad, job.news_at,
-       coalesce(json_extract(newest.config, '$.name'), 'alerts')
+       coalesce(json_extract(newest.config, '$.name'), CASE job.seq WHEN 0 THEN 'alerts'
+                                                       ELSE job.id END)
   FROM old_jobs AS job
-  LEFT JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
+  LEFT JOIN readable_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
  ORDER BY job.seq;
 INSERT INTO job_search (job_id, words)
 SELECT newest.job_id, search_words(json_extract(newest.config, '$.name'),
                                    json_extract(newest.config, '$.description'))
   FROM old_jobs AS job
-  JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
+  JOIN readable_versions AS newest ON newest.job_id = job.id AND newest.version = job.version
  ORDER BY job.seq;
 INSERT INTO job_tags (job_id, name, value)
 SELECT newest.job_id, tag.key, tag.value
   FROM old_jobs AS job
-  JOIN old_versions AS newest ON newest.job_id = job.id AND newest.version = job.version,
+  JOIN readable_versions AS newest ON newest.job_id = job.id AND newest.version = job.version,
        json_each(newest.config, '$.tags') AS tag;
 INSERT INTO executions (seq, id, job_id, job_version, trigger, status, scheduled_at, target, due_at,
                         attempts, spent, started_at, attempt_at, completed_at, reason, error,
@@ -2611,6 +2750,7 @@ SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        attempt_log, response
   FROM old_executions ORDER BY seq;
 INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
+DROP VIEW readable_versions;
 DROP TABLE old_meta;
 DROP TABLE old_jobs;
 DROP TABLE old_versions;
@@ -3067,6 +3207,7 @@ class DueJob(NamedTuple):
     job_id: str
     version: int  # The newest one.
     fire_time: int
+    invalid_from: int | None = None  # As in Job; not None: ``fire_time`` is none.
 
 
 class NextInstants(NamedTuple):
@@ -3095,7 +3236,7 @@ class JobTable:
 
     def get(self, job_id: str) -> Job:
         """Return a job. Raises NotFound."""
-        sql = f"SELECT {JOB_COLUMNS} FROM configured_jobs WHERE id = :id"  # noqa: S608
+        sql = f"SELECT {JOB_COLUMNS}, name FROM configured_jobs WHERE id = :id"  # noqa: S608
         for row in self._database.run(sql, id=job_id):
             return Job.from_row(row)
         raise NotFound(f"there is no job {job_id}")
@@ -3120,7 +3261,7 @@ class JobTable:
         # What is to be shown is found in the small table first: an offset passes over 50,000
         # jobs without a look at their configurations.
         page = f"""
-            SELECT {JOB_COLUMNS} FROM configured_jobs WHERE seq IN (
+            SELECT {JOB_COLUMNS}, name FROM configured_jobs WHERE seq IN (
                 SELECT seq FROM jobs WHERE {matching} ORDER BY seq LIMIT :most OFFSET :offset)
              ORDER BY seq
             """  # noqa: S608
@@ -3164,46 +3305,73 @@ class JobTable:
         return {row["id"] for row in self._database.run_with_list(sql, ids)}
 
     def versions(self, job_id: str) -> list[Json]:
-        """Return all versions of a job, the newest first; none if there is no such job."""
+        """Return all versions of a job, the newest first; none if there is no such job.
+
+        The ``config`` of one that can't be read is None.
+        """
         sql = """
-            SELECT job_id, version, config, created_at, created_by FROM versions
+            SELECT job_id, version, config, created_at, created_by FROM stored_versions
              WHERE job_id = :id AND EXISTS (SELECT 1 FROM jobs WHERE id = :id)
              ORDER BY version DESC
             """
-        return [self._read_version(row) for row in self._database.run(sql, id=job_id)]
+        found = []
+        for row in self._database.run(sql, id=job_id):
+            config = None
+            with contextlib.suppress(UnusableConfig):
+                config = read_config(row["config"])
+            found.append(self._read_version(row, config))
+        return found
 
     def version(self, job_id: str, number: int) -> Json:
-        """Return one version of a job. Raises NotFound, also where the job is deleted."""
+        """Return one version of a job.
+
+        Raises NotFound, also where the job is deleted, or UnusableConfig.
+        """
         sql = """
-            SELECT job_id, version, config, created_at, created_by FROM versions
+            SELECT job_id, version, config, created_at, created_by FROM stored_versions
              WHERE job_id = :id AND version = :number
                AND EXISTS (SELECT 1 FROM jobs WHERE id = :id)
             """
         for row in self._database.run(sql, id=job_id, number=number):
-            return self._read_version(row)
+            return self._read_version(row, read_config(row["config"]))
         raise NotFound(f"job {job_id} has no version {number}")
 
-    def _read_version(self, row: Row) -> Json:
+    def is_there(self, job_id: str) -> bool:
+        """Say whether there is a job of this id."""
+        return self._database.value("SELECT seq FROM jobs WHERE id = :id", id=job_id) is not None
+
+    def _read_version(self, row: Row, config: Json | None) -> Json:
         return {
             "job_id": row["job_id"],
             "version": row["version"],
-            "config": json.loads(row["config"]),
+            "config": config,
             "created_at": row["created_at"],
             "created_by": row["created_by"],
         }
 
     def due(self, now: int, most: int) -> list[DueJob]:
-        """Return jobs that fire by ``now``, the oldest fire time first."""
+        """Return jobs that fire by ``now``, or are to be looked at again, the oldest first."""
         sql = """
-            SELECT id, version, next_run_at FROM jobs
+            SELECT id, version, next_run_at, invalid_from FROM jobs
              WHERE next_run_at <= :now ORDER BY next_run_at LIMIT :most
             """
-        rows = self._database.run(sql, now=now, most=most)
-        return [DueJob(row["id"], row["version"], row["next_run_at"]) for row in rows]
+        return self._due_jobs(sql, now=now, most=most)
 
-    def soonest(self, most: int) -> list[DueJob]:
-        """Return the jobs that fire soonest, however late that is."""
-        return self.due(NO_LIMIT, most)
+    def soonest(self, most: int, until: int = NO_LIMIT) -> list[DueJob]:
+        """Return the jobs that fire soonest, and not later than ``until``."""
+        sql = """
+            SELECT id, version, next_run_at, invalid_from FROM jobs
+             WHERE next_run_at <= :until AND invalid_from IS NULL
+             ORDER BY next_run_at LIMIT :most
+            """
+        return self._due_jobs(sql, until=until, most=most)
+
+    def _due_jobs(self, sql: str, /, **values: Any) -> list[DueJob]:
+        rows = self._database.run(sql, **values)
+        return [
+            DueJob(row["id"], row["version"], row["next_run_at"], row["invalid_from"])
+            for row in rows
+        ]
 
     # --- Writing ---
 
@@ -3220,13 +3388,14 @@ class JobTable:
             "name": job.config["name"],
         }
         sql = """
-            INSERT INTO jobs (id, version, enabled, created_at, updated_at, next_run_at, strip,
-                              failures, failing_since, declared, is_bad, name)
-            VALUES (:id, :version, :enabled, :created_at, :updated_at, :next_run_at, :strip,
-                    :failures, :failing_since, :declared, FALSE, :name)
+            INSERT INTO jobs (id, version, enabled, created_at, updated_at, next_run_at,
+                              invalid_from, strip, failures, failing_since, declared, is_bad, name)
+            VALUES (:id, :version, :enabled, :created_at, :updated_at, :next_run_at,
+                    :invalid_from, :strip, :failures, :failing_since, :declared, FALSE, :name)
                 ON CONFLICT (id) DO UPDATE
                SET version = excluded.version, enabled = excluded.enabled,
                    updated_at = excluded.updated_at, next_run_at = excluded.next_run_at,
+                   invalid_from = excluded.invalid_from,
                    declared = excluded.declared, name = excluded.name
             """
         self._database.run(sql, **values)
@@ -3263,9 +3432,17 @@ class JobTable:
 
         None: its schedule is spent, so it is enabled no more.
         """
-        sql = "UPDATE jobs SET next_run_at = :at, enabled = :enabled WHERE id = :id"
+        sql = """
+            UPDATE jobs SET next_run_at = :at, enabled = :enabled, invalid_from = NULL
+             WHERE id = :id
+            """
         is_enabled = next_run_at is not None
         self._database.run(sql, id=job_id, at=next_run_at, enabled=is_enabled)
+
+    def put_off(self, job_id: str, invalid_from: int, look_at: int) -> None:
+        """Note that a job can't fire from a fire time on, and when to look at it again."""
+        sql = "UPDATE jobs SET next_run_at = :at, invalid_from = :invalid_from WHERE id = :id"
+        self._database.run(sql, id=job_id, at=look_at, invalid_from=invalid_from)
 
 
 class ExecutionTable:
@@ -3754,11 +3931,15 @@ class News:
         self._jobs = jobs
 
     def note_turned(self, job_ids: Iterable[str], after: int, now: int) -> None:
-        """Note which of these jobs have turned bad, by ``after`` failures in a row, or well."""
+        """Note which of these jobs have turned bad, by ``after`` failures in a row, or well.
+
+        One that can't fire at all is bad at once: it stands for all fire times that follow.
+        """
         sql = """
             UPDATE jobs SET is_bad = NOT is_bad, news_at = coalesce(news_at, :now)
              WHERE id IN (:list)
-               AND CASE WHEN is_bad THEN failures = 0 ELSE failures >= :after END
+               AND CASE WHEN is_bad THEN failures = 0 AND invalid_from IS NULL
+                        ELSE failures >= :after OR invalid_from IS NOT NULL END
             """
         self._database.run_with_list(sql, job_ids, after=after, now=now)
 
@@ -3853,7 +4034,8 @@ class Store:
         sql = """
             SELECT count(*) AS jobs_total,
                    count(*) FILTER (WHERE enabled) AS enabled,
-                   count(*) FILTER (WHERE enabled AND failures > 0) AS failing,
+                   count(*) FILTER (WHERE enabled AND (failures > 0 OR invalid_from IS NOT NULL))
+                       AS failing,
                    (SELECT count(*) FROM pending) AS pending,
                    (SELECT count(*) FROM executions WHERE status = 'running') AS running
               FROM jobs WHERE seq > 0
@@ -5244,7 +5426,6 @@ class Version:
         self.zone: str = self.config["timezone"]
         self.concurrency: str = self.config["concurrency"]
         self.retry_policy: Json = self.config["retry_policy"]
-        self.schedule = parse_schedule(self.config["schedule"])
         self.timeout = parse_duration(self.config["timeout"])
         attempt_timeout = self.retry_policy["attempt_timeout"] or self.config["timeout"]
         self.attempt_timeout = parse_duration(attempt_timeout)
@@ -5253,6 +5434,17 @@ class Version:
         if not self.config["webhook"]["verify_tls"]:
             message = "job %s takes any certificate: its verify_tls is false"
             log.warning(message, self.job_id, extra=about(self.job_id))
+
+    # What was triggered, or waits, runs without schedule and zone: nothing else needs them.
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """When it fires. Raises ValueError where a newer program refuses the expression."""
+        return parse_schedule(self.config["schedule"])
+
+    def next_after(self, after: int) -> int | None:
+        """Return the first fire time later than ``after``. Raises UnusableConfig."""
+        return next_fire_time(self.config, after)
 
 
 class VersionCache:
@@ -5263,13 +5455,20 @@ class VersionCache:
         self._cached = functools.lru_cache(VERSION_CACHE)(self._load)
 
     def _load(self, job_id: str, number: int) -> Version:
-        return Version(self._jobs.version(job_id, number))
+        try:
+            return Version(self._jobs.version(job_id, number))
+        except NotFound as error:
+            if not self._jobs.is_there(job_id):
+                raise
+            raise UnusableConfig(f"{error}: it is lost") from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UnusableConfig(f"the job's configuration is not understood: {error}") from error
 
     def get(self, job_id: str, number: int) -> Version:
         """Return a version of a job.
 
-        Raises NotFound where the job or the version is gone, StoreError, and LookupError,
-        TypeError or ValueError where another release of Chronos has written it.
+        Raises NotFound where the job is gone, StoreError, and UnusableConfig where the version
+        is lost, damaged or written by another release of Chronos.
         """
         return self._cached(job_id, number)
 
@@ -5312,6 +5511,11 @@ class WorkerPool:
             self._attempts.put(None)
 
 
+def fire_id(namespace: uuid.UUID, at: int) -> str:
+    """Return the id of the execution of a fire time; ``namespace`` is the id of its job."""
+    return f"exec-{uuid.uuid5(namespace, str(format_time(at)))}"
+
+
 class RunQueue:
     """What may run: it makes executions, takes due ones, and records how attempts have ended.
 
@@ -5347,9 +5551,8 @@ class RunQueue:
         crashes or restarts. ``due_at`` None: it waits until the job's older ones have ended.
         """
         turn.to_prune[version.job_id] = None
-        fire_id = uuid.uuid5(version.fire_ids, str(format_time(at)))
         return Execution(
-            id=f"exec-{fire_id}",
+            id=fire_id(version.fire_ids, at),
             job_id=version.job_id,
             job_version=version.number,
             trigger=trigger,
@@ -5359,6 +5562,26 @@ class RunQueue:
             due_at=due_at,
             node_id=self._node_id,
         )
+
+    def add_invalid(self, turn: Turn, job: DueJob, at: int, error: str) -> None:
+        """Note that a fire time was not run, because the job's configuration can't be used."""
+        turn.to_prune[job.job_id] = None
+        execution = Execution(
+            id=fire_id(uuid.UUID(job.job_id), at),
+            job_id=job.job_id,
+            job_version=job.version,
+            trigger=Trigger.SCHEDULE,
+            status=Status.FAILED,
+            scheduled_at=at,
+            target="",  # Nobody can tell.
+            due_at=None,
+            completed_at=turn.now,
+            reason=Reason.INVALID,
+            error=error,
+            node_id=self._node_id,
+        )
+        if self._store.executions.add(execution):
+            turn.ended[execution.id] = execution
 
     def enqueue(self, turn: Turn, execution: Execution, concurrency: str) -> None:
         """Add an execution that is not in the history yet, as the concurrency policy has it.
@@ -5401,8 +5624,9 @@ class RunQueue:
     # --- Changes: submit() them, from any thread ---
 
     def trigger(self, turn: Turn, job_id: str, new_id: str, replay_of: str | None = None) -> None:
-        """Make an execution that is due now. Raises NotFound, or Conflict where we are paused.
+        """Make an execution that is due now.
 
+        Raises NotFound, UnusableConfig, or Conflict where we are paused.
         ``replay_of`` is the id of an execution: what that one has sent is sent again.
         """
         if turn.paused:
@@ -5472,16 +5696,13 @@ class RunQueue:
         return Attempt(running, version.webhook, limit, cut_reason)
 
     def version_of(self, turn: Turn, execution: Execution) -> Version | None:
-        """Return the version that an execution runs; None: it can't run, and is dealt with."""
+        """Return the version that a due execution runs; None: it can't run, and is dealt with."""
         try:
             return self._versions.get(execution.job_id, execution.job_version)
         except NotFound:  # Its job was deleted.
             self._store.executions.delete(execution.id)
-        except (LookupError, TypeError, ValueError) as error:  # Another release has written it.
-            ids = about(execution.job_id, execution.id)
-            log.exception("execution %s can't go on", execution.id, extra=ids)
-            sentence = f"its configuration is not understood: {error}"
-            self.end(turn, execution, Reason.NO_ANSWER, sentence)
+        except UnusableConfig as error:
+            self.end(turn, execution, Reason.INVALID, str(error))
             self._store.executions.release_oldest({execution.job_id}, turn.now)
         turn.to_prune[execution.job_id] = None
         turn.follows_at_once = True  # Others may be due behind it.
@@ -5489,11 +5710,20 @@ class RunQueue:
 
     def record(self, turn: Turn, outcome: Outcome) -> None:
         """Write down how an attempt ended, unless its execution ended otherwise before."""
-        version = self.version_of(turn, outcome.execution)
-        if version is None:
+        execution = outcome.execution
+        try:
+            version = self._versions.get(execution.job_id, execution.job_version)
+            retry_policy = version.retry_policy
+            timeout = version.timeout
+        except NotFound:  # Its job was deleted.
+            self._store.executions.delete(execution.id)
             return
+        except UnusableConfig:
+            # What has happened stays true, but there can't be another attempt.
+            retry_policy = {"max_attempts": 0}
+            timeout = 0
         ended_at = turn.now - (self._clock.monotonic() - outcome.ended_at_mono)
-        after = after_attempt(outcome, version.retry_policy, version.timeout, ended_at)
+        after = after_attempt(outcome, retry_policy, timeout, ended_at)
         if self._store.executions.save_if_running(after) and after.has_ended:
             turn.ended[after.id] = after
 
@@ -5621,8 +5851,17 @@ class ClockCorrection:
         """Say whether it was the clock that has disabled a job: nothing came any more."""
         try:
             return job.next_after(self.latest_at) is None
-        except (LookupError, TypeError, ValueError):  # Whatever makes its schedule unusable.
+        except UnusableConfig:
             return False
+
+
+class Missed(NamedTuple):
+    """Fire times that were missed and are not made up for."""
+
+    number: int
+    first: int
+    last: int
+    absence: str  # Why: goes on after "while".
 
 
 class Scheduler:
@@ -5718,7 +5957,7 @@ class Scheduler:
             raise Unavailable("the server is stopping")
         job = self._store.jobs.get(job_id)
         while self.may_fire(turn) and job.next_run_at is not None and job.next_run_at <= turn.now:
-            self._fire(turn, DueJob(job_id, job.version, job.next_run_at))
+            self._fire(turn, DueJob(job_id, job.version, job.next_run_at, job.invalid_from))
             job = self._store.jobs.get(job_id)
         return job
 
@@ -5759,26 +5998,69 @@ class Scheduler:
             version = self._versions.get(job.job_id, job.version)
             if job.fire_time < RELEASED_AT:
                 # The cursor was reset, or comes from a wrong clock: decades were not missed.
-                newest = turn.now
-            elif job.fire_time < self._missed_before:
-                newest = self._catch_up(turn, version, job.fire_time)
+                cursor = version.next_after(turn.now)
+            elif job.invalid_from is None:
+                absence = self._absence if job.fire_time < self._missed_before else None
+                cursor = self._run_from(turn, version, job.fire_time, absence)
             else:
-                newest = job.fire_time
-                execution = self._run_queue.new_execution(
-                    turn, version, Trigger.SCHEDULE, job.fire_time, turn.now
-                )
-                self._run_queue.enqueue(turn, execution, version.concurrency)
-            cursor = version.schedule.next_after(newest, version.zone)
+                cursor = self._fire_again(turn, version, job.invalid_from)
             self._store.jobs.move_cursor(job.job_id, cursor)
         except StoreError:
             raise
-        except Exception:  # Whatever is wrong with one job must not stop the others.
-            message = "job %s fires no more until it is enabled anew"
-            log.exception(message, job.job_id, extra=about(job.job_id))
-            self._store.jobs.move_cursor(job.job_id, None)
+        except Exception as error:  # Whatever is wrong with one job must not stop the others.
+            self._put_off(turn, job, error)
 
-    def _catch_up(self, turn: Turn, version: Version, first: int) -> int:
-        """Deal with missed fire times from ``first`` on as the policy says; return the newest."""
+    def _run_from(
+        self, turn: Turn, version: Version, fire_time: int, absence: str | None
+    ) -> int | None:
+        """Enqueue a fire time, or deal with the backlog from it on; return the next one.
+
+        ``absence`` says why it was missed; None: it was not. Raises UnusableConfig, and has done
+        nothing.
+        """
+        following = version.next_after(fire_time)
+        if absence is not None:
+            newest = self._catch_up(turn, version, fire_time, absence)
+            return version.next_after(newest)
+        execution = self._run_queue.new_execution(
+            turn, version, Trigger.SCHEDULE, fire_time, turn.now
+        )
+        self._run_queue.enqueue(turn, execution, version.concurrency)
+        return following
+
+    def _fire_again(self, turn: Turn, version: Version, invalid_from: int) -> int | None:
+        """Deal with the fire times since a configuration became unusable; return the next one.
+
+        Raises UnusableConfig where it still is.
+        """
+        cursor = version.next_after(invalid_from)
+        log.info("job %s can fire again", version.job_id, extra=about(version.job_id))
+        if cursor is None or cursor > turn.now:
+            return cursor
+        absence = None
+        if cursor < turn.now - self._grace:
+            absence = "the job's configuration could not be used"
+        return self._run_from(turn, version, cursor, absence)
+
+    def _put_off(self, turn: Turn, job: DueJob, error: Exception) -> None:
+        """Note that a job can't fire, once for each outage; look at it again in LOOK_AGAIN."""
+        invalid_from = job.invalid_from
+        if invalid_from is None:
+            invalid_from = job.fire_time
+            if job.fire_time < RELEASED_AT:
+                invalid_from = turn.now
+            sentence = str(error)
+            if not isinstance(error, UnusableConfig):
+                log.exception("job %s can't fire", job.job_id, extra=about(job.job_id))
+                sentence = f"the job can't fire: {error!r}"
+            self._run_queue.add_invalid(turn, job, invalid_from, sentence)
+        self._store.jobs.put_off(job.job_id, invalid_from, turn.now + LOOK_AGAIN)
+
+    def _catch_up(self, turn: Turn, version: Version, first: int, absence: str) -> int:
+        """Deal with missed fire times from ``first`` on as the policy says; return the newest.
+
+        ``absence`` says why they were missed.
+        """
         default = turn.settings.scheduler.missed_run_policy
         most = catch_up_limit(version.config["missed_run_policy"] or default)
         known: set[int] = set()
@@ -5794,7 +6076,8 @@ class Scheduler:
             count = max(len(passed_over), count - len(known.union(made_up)))
             later = version.schedule.fire_times(first, version.zone)
             first = next(fire_time for fire_time in chain([first], later) if fire_time not in known)
-            self._skip_missed(turn, version, count, first, passed_over[-1])
+            missed = Missed(count, first, passed_over[-1], absence)
+            self._skip_missed(turn, version, missed)
         for fire_time in made_up:
             execution = self._run_queue.new_execution(
                 turn, version, Trigger.CATCH_UP, fire_time, None
@@ -5803,13 +6086,14 @@ class Scheduler:
         turn.caught_up.add(version.job_id)
         return newest[-1]
 
-    def _skip_missed(self, turn: Turn, version: Version, count: int, first: int, last: int) -> None:
-        """Note ``count`` fire times from ``first`` to ``last`` as missed, in one execution."""
+    def _skip_missed(self, turn: Turn, version: Version, found: Missed) -> None:
+        """Note fire times as missed, in one execution."""
+        number, first, last, absence = found
         period = f"from {format_time(first)} to {format_time(last)}"
-        error = f"{count} fire times {period} passed while {self._absence}"
+        error = f"{number} fire times {period} passed while {absence}"
         execution = self._run_queue.new_execution(turn, version, Trigger.SCHEDULE, last, None)
         missed = ended(execution, Status.SKIPPED, Reason.MISSED, error, turn.now)
-        missed = missed._replace(missed_count=count, missed_from=first, missed_to=last)
+        missed = missed._replace(missed_count=number, missed_from=first, missed_to=last)
         if self._store.executions.add(missed):
             turn.ended[missed.id] = missed
 
@@ -5929,7 +6213,8 @@ class JobChanges:
         """Write a changed job and return it.
 
         There is a new version, by ``user``, where the configuration has changed. The cursor is
-        computed anew where the schedule has changed, or the job was enabled.
+        computed anew where the schedule has changed, or the job was enabled. Raises Conflict, also
+        where the job can't fire.
         """
         if wanted.config != job.config or is_new_version:
             is_new_version = True
@@ -5937,12 +6222,14 @@ class JobChanges:
             if job.declared and user != DECLARED_BY:
                 raise DeclaredElsewhere
         if not wanted.enabled:
-            wanted = wanted._replace(next_run_at=None)
+            wanted = wanted._replace(next_run_at=None, invalid_from=None)
         elif job.version == 0 or wanted.timing() != job.timing():
             cursor = wanted.next_after(turn.now)
             if cursor is None:
                 raise Conflict(f"{wanted.config['schedule']}: nothing comes any more")
-            wanted = wanted._replace(next_run_at=cursor)
+            wanted = wanted._replace(next_run_at=cursor, invalid_from=None)
+        elif is_new_version and wanted.invalid_from is not None:
+            wanted = wanted._replace(next_run_at=turn.now)  # It may be usable now: look at once.
         if wanted == job:
             return job
         wanted = wanted._replace(updated_at=turn.now)
@@ -6967,8 +7254,10 @@ class JobHandlers(Handlers):
         return self._show_version(self.store.jobs.version(job_id, int(number)))
 
     def _show_version(self, version: Json) -> Json:
-        """Return a version as the API shows it: secrets masked."""
-        config = masked_config(version["config"])
+        """Return a version as the API shows it: secrets masked; null where it can't be read."""
+        config = version["config"]
+        if config is not None:
+            config = masked_config(config)
         created_at = format_time(version["created_at"])
         return version | {"config": config, "created_at": created_at}
 
@@ -7064,20 +7353,27 @@ class ExecutionHandlers(Handlers):
     def get(self, job_id: str, exec_id: str) -> Json:
         """Return one execution with its attempts and what it sends, secrets masked."""
         execution = self.store.executions.get(job_id, exec_id)
-        version = self.store.jobs.version(job_id, execution.job_version)
-        config = masked_config(version["config"])["webhook"]
-        headers = {}
-        for name, value in Webhook(config).request.headers.items():
-            headers[name] = MASK if is_secret_header(name) else value
         shown = execution.to_json()
         shown["attempt_log"] = json.loads(execution.attempt_log)
-        shown["request"] = {
+        shown["request"] = self._request_of(execution)
+        return shown
+
+    def _request_of(self, execution: Execution) -> Json | None:
+        """Return what an execution sends; None: its version is lost, or can't be read."""
+        try:
+            version = self.store.jobs.version(execution.job_id, execution.job_version)
+            config = masked_config(version["config"])["webhook"]
+            headers = {}
+            for name, value in Webhook(config).request.headers.items():
+                headers[name] = MASK if is_secret_header(name) else value
+        except (NotFound, UnusableConfig, AttributeError, LookupError, TypeError, ValueError):
+            return None
+        return {
             "method": config["method"],
             "url": config["url"],
             "body": config["body"],
             "headers": headers,
         }
-        return shown
 
     def replay(self, job_id: str, exec_id: str) -> Reply:
         """Send again what an execution sent."""
@@ -7204,7 +7500,7 @@ class ServerHandlers(Handlers):
         hours = read_query(UPCOMING_QUERY)["hours"]
         until = self.clock.now() + hours * HOUR
         found = []
-        for due in self.store.jobs.due(until, 100):
+        for due in self.store.jobs.soonest(100, until):
             try:
                 job = self.store.jobs.get(due.job_id)
             except NotFound:
@@ -7214,9 +7510,12 @@ class ServerHandlers(Handlers):
 
     def _upcoming_of(self, job: Job, first: int, until: int) -> Json:
         """Return the fire times of a job from ``first`` on, which is one of them."""
-        schedule = parse_schedule(job.config["schedule"])
-        later = schedule.fire_times(first, job.config["timezone"], until)
-        fire_times = [first, *islice(later, 50)]  # One more than is shown.
+        fire_times = [first]
+        # Where its configuration can't be used, nobody knows what comes after the cursor.
+        with contextlib.suppress(ValueError, OverflowError):
+            schedule = parse_schedule(job.config["schedule"])
+            later = schedule.fire_times(first, job.config["timezone"], until)
+            fire_times += islice(later, 50)  # One more than is shown.
         return {
             "job_id": job.id,
             "job_name": job.config["name"],
@@ -8576,7 +8875,7 @@ function differences(before, after) {
 // ---- the start page
 
 function stateOf(job) {
-  if (job.enabled && job.failures) return "failing";
+  if (job.enabled && (job.failures || !job.next_run)) return "failing";
   if (running(job.id)) return "running";
   if (!job.enabled) return "paused";
   if (!stats.paused && Date.parse(job.next_run) < clock() - 30000) return "overdue";
@@ -8601,7 +8900,7 @@ function jobRow(job) { // the one that is there, if nothing has changed
     td(strip(job.strip)), td(run ? [runLink(id, run.id, badge(wordOf(run)), " ", when(run.completed_at, zone, "ago")),
       cut("div.dim", run.error ?? "")] : h("span.dim", "never ran")),
     td(job.next_run ? [!stats.paused && when(job.next_run, zone, "due"), h("div.dim", when(job.next_run, zone))]
-      : h("span.dim", job.enabled ? "never again" : "paused")), td(line(actions(job)))), { sig });
+      : h("span.dim", job.enabled ? "not known" : "paused")), td(line(actions(job)))), { sig });
 }
 function banners() {
   const bar = (id, kind, ...parts) => h("p.bar." + kind, { id, role: "status" }, parts);
@@ -8687,7 +8986,7 @@ function jobPage(id) {
     if (known(id) && seen === now) return;
     [job, versions] = await Promise.all([get(path), get(`${path}/versions`), runs.load()]);
     const query = new URLSearchParams({ schedule: job.schedule, timezone: job.timezone, count: 4, from: job.next_run });
-    next = job.next_run ? [{ utc: job.next_run }, ...(await get(`/schedules/preview?${query}`)).next_runs] : [];
+    next = job.next_run ? [{ utc: job.next_run }, ...(await get(`/schedules/preview?${query}`).catch(() => ({}))).next_runs ?? []] : [];
     seen = now;
   };
   const versionRow = ({ version, config, created_at, created_by }, at) => {
@@ -8700,11 +8999,12 @@ function jobPage(id) {
     return [line(h("div.grow", line(heading(job.name), badge(stateOf(row))), description && dim(description)),
       stats.may_write && line({ id: "actions" }, actions(job),
     !job.managed_by && button("Delete", `delete:${id}`, () => remove(job, runs.total), { class: "danger" }))),
+    job.problem && h("p.bar.fail", job.problem),
     row.failures > 0 && h("p.bar.fail", { id: "failing" }, `Failed ${count(row.failures, "time")} in a row, since `,
       when(row.failing_since, zone), `: ${row.last_execution?.error}`),
     h("div.two", box("settings", "Settings", facts([...entries(settings), ["managed by", job.managed_by], ["version", `${job.version}`],
       ["changed", when(job.updated_at, zone)], ["id", id]])),
-    box("next", "Next runs", next.length ? runTimes(next, zone) : dim(job.enabled ? "None: it has ended." : "None: it is paused."))),
+    box("next", "Next runs", next.length ? runTimes(next, zone) : dim(job.enabled ? "Not known." : "None: it is paused."))),
     box("runs", line(h("span.grow", "Runs"), strip(row.strip), runs.select()), runs.draw()),
     box("versions", "Versions", versions.length < 2 ? dim("Only version 1.")
       : table("Versions", ["Version", "When", "By", "What changed", ""], versions.map(versionRow)))];
@@ -8734,14 +9034,15 @@ function runPage(jobId, id) {
   const attempt = each => h("tr", td(`Attempt ${each.number}`), td(when(each.started_at, zoneOf(jobId))), td(took(each.duration)),
     td(each.status_code), td({ class: each.error ? "error" : "dim" }, each.error ?? "succeeded"));
   const draw = () => {
-    const zone = zoneOf(jobId), { request, status_code: code, response, replay_of: original } = run, { method, url, headers, body } = request;
+    const zone = zoneOf(jobId), { request, status_code: code, response, replay_of: original } = run, { method, url, headers, body } = request ?? {};
     const late = run.trigger === "schedule" && Date.parse(run.started_at) - Date.parse(run.scheduled_time);
     return [line(h("div.grow", jobLink(jobId, run.job_name), line(heading("Run of ", when(run.scheduled_time, zone)), badge(wordOf(run)))),
       line({ id: "actions" }, stats.may_write && (run.completed_at ? button("Replay", `replay:${id}`, () => replay(run))
         : button("Cancel", `cancel:${id}`, () => cancel(run), { class: "danger" })),
-    button("Copy as curl", "curl", () => ask("Copy this", h("pre", curl(request)))))),
+    request && button("Copy as curl", "curl", () => ask("Copy this", h("pre", curl(request)))))),
     h("p.bar." + KINDS[run.status], { id: "sentence" }, sentence(run)),
-    h("div.two", box("request", "Request", h("code", `${method} ${url}`), h("pre", pairsOf(headers).join("\n")), body ? h("pre", body) : dim("No body.")),
+    h("div.two", box("request", "Request", request ? [h("code", `${method} ${url}`), h("pre", pairsOf(headers).join("\n")),
+      body ? h("pre", body) : dim("No body.")] : dim("Lost.")),
       box("facts", "Facts", facts([["scheduled", when(run.scheduled_time, zone)], ["started", when(run.started_at, zone)],
         ["late by", late >= 1000 && span(late)], ["ended", when(run.completed_at, zone)], ["took", run.duration && took(run.duration)],
         ["started by", spoken(run.trigger)], ["replay of", original && runLink(jobId, original, original)],

@@ -48,6 +48,7 @@ import copy
 import hashlib
 import http.client
 import http.server
+import importlib.resources
 import ipaddress
 import itertools
 import json
@@ -75,6 +76,7 @@ import time
 import tracemalloc
 import uuid
 import zlib
+import zoneinfo
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
@@ -172,6 +174,47 @@ def wait_until(condition, seconds=10):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
     return result
+
+
+# --- time zones: rules that come, change and go ------------------------------------------
+
+
+class Zones:
+    """A database of time zones before that of the machine."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def give(self, name, like):
+        """Let a zone have the rules of another one."""
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._rules(like))
+        self.forget()
+
+    def remove(self, name):
+        (self.directory / name).unlink()
+        self.forget()
+
+    def forget(self):
+        """Forget what the process has read, as a start does."""
+        ZoneInfo.clear_cache()
+        chronos._time_zones.cache_clear()
+        chronos.CronSchedule.next_after.cache_clear()
+
+    def _rules(self, name):
+        found = [Path(root, name) for root in zoneinfo.TZPATH if Path(root, name).exists()]
+        source = found[0] if found else importlib.resources.files("tzdata") / "zoneinfo" / name
+        return source.read_bytes()
+
+
+@pytest.fixture
+def zones(tmp_path):
+    zones, before = Zones(tmp_path / "zones"), zoneinfo.TZPATH
+    zoneinfo.reset_tzpath([str(zones.directory), *before])
+    yield zones
+    zoneinfo.reset_tzpath(before)
+    zones.forget()
 
 
 # --- the words of the tests -----------------------------------------------------------
@@ -5217,18 +5260,176 @@ def test_an_execution_that_is_in_the_ledger_does_not_end_again(world, target, ca
     target.let_go.set()
 
 
+# --- configurations that have become unusable -------------------------------------------
+
+
+def spoil(world, job, config):
+    """Put something else in the place of a job's stored configuration; None: nothing at all."""
+    by_hand(world, "DELETE FROM versions WHERE job_id = ? AND ?", job.id, config is None)
+    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, job.id)
+    world.engine.versions.clear()  # as a start does
+
+
+def unusable(config):
+    """Return what a stored configuration may have become, by the words that name what is wrong."""
+    webhook = config["webhook"]
+    return {
+        "time zone Gone/Zone": json.dumps(config | {"timezone": "Gone/Zone"}),
+        "'1 2 3' is neither": json.dumps(config | {"schedule": "1 2 3"}),
+        "damaged: Expecting": "{",
+        "damaged: 'utf": b"\xff\xfe\xfd",
+        "all of it is wrong": "[]",
+        "url is wrong": json.dumps(config | {"webhook": webhook | {"url": None}}),
+        "not understood": json.dumps(config | {"timeout": "soon"}),
+        "lost": None,
+    }
+
+
+UNUSABLE = list(unusable(EXAMPLE))
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
 @pytest.mark.parametrize("step", [0, -4 * 3600])
-def test_a_job_whose_time_zone_is_gone_does_not_stop_the_others(world, target, step):
-    gone, job = [world.create(target.url, schedule="0 * * * *") for _ in range(2)]
-    config = json.dumps(gone.config | {"timezone": "Gone/Zone"})
-    by_hand(world, "UPDATE versions SET config = ? WHERE job_id = ?", config, gone.id)
+def test_a_job_that_can_not_be_used_fails_once_and_stops_no_other(world, target, words, step):
+    spoilt, job = [world.create(target.url, schedule="0 * * * *") for _ in range(2)]
+    spoil(world, spoilt, unusable(spoilt.config)[words])
 
     world.clock.step(step)
     world.settle()
-    world.advance(3600)
+    for _ in range(60):
+        world.advance(60)
 
     assert states(world, job) == ["success"]
-    assert not (world.store.jobs.get(gone.id).enabled or world.engine.problem)
+    [execution] = world.executions(spoilt)
+    assert (execution.status, execution.reason, execution.attempts) == ("failed", "invalid", 0)
+    assert words in execution.error
+    assert world.store.jobs.get(spoilt.id).enabled and not world.engine.problem
+
+
+def test_a_job_whose_time_zone_has_vanished_fires_again_when_it_is_back(world, target, zones):
+    zones.give("Old/Name", like=MADRID)
+    job = world.create(target.url, schedule="0 * * * *", timezone="Old/Name")
+    zones.remove("Old/Name")
+    world.advance(3600)
+    world.advance(3 * 3600)
+
+    zones.give("Old/Name", like=MADRID)
+    world.advance(60)
+    world.advance(3540)
+
+    assert states(world, job, "reason", "missed_count", "scheduled_at") == [
+        ("invalid", None, at("13:00:00")),
+        ("missed", 2, at("15:00:00")),
+        (None, None, at("16:00:00")),
+        (None, None, at("17:00:00")),
+    ]
+    assert fire_times(target, job) == ["16:00:00", "17:00:00"]
+    assert "Old/Name" in world.executions(job)[0].error
+
+
+def test_each_time_a_zone_vanishes_is_a_failure_of_its_own(world, target, zones):
+    zones.give("Old/Name", like=MADRID)
+    job = world.create(target.url, schedule="0 * * * *", timezone="Old/Name")
+    for _ in range(2):
+        zones.remove("Old/Name")
+        world.advance(3600)
+        zones.give("Old/Name", like=MADRID)
+        world.advance(60)
+        world.advance(3540)
+
+    assert states(world, job, "reason") == [("invalid",), (None,), ("invalid",), (None,)]
+
+
+def test_a_job_that_can_not_be_used_is_looked_at_once_a_minute(world, target):
+    job = world.create(target.url, schedule="* * * * * *")
+    spoil(world, job, "{")
+    world.advance(1)
+    assert states(world, job) == ["failed"]
+
+    commits = world.store.database.changes
+    waits = []
+    for _ in range(120):
+        world.clock.advance(1)
+        waits.append(world.engine.run_turn())
+
+    assert world.store.database.changes - commits <= 4  # of them two heartbeats
+    assert min(waits) > 0
+
+
+def test_every_and_at_need_no_time_zone(world, target, zones):
+    zones.give("Old/Name", like=MADRID)
+    when = ("@every 1h", "@at 2027-03-01T13:00:00Z")
+    jobs = [world.create(target.url, schedule=text, timezone="Old/Name") for text in when]
+    zones.remove("Old/Name")
+
+    world.advance(3600)
+
+    assert [states(world, job) for job in jobs] == [["success"]] * 2
+
+
+def test_what_was_triggered_needs_no_schedule(world, target):
+    job = world.create(target.url)
+    spoil(world, job, json.dumps(job.config | {"schedule": "1 2 3", "timezone": "Gone/Zone"}))
+
+    trigger(world, job)
+    world.settle()
+
+    assert states(world, job) == ["success"]
+
+
+def test_a_bug_in_the_firing_of_a_job_does_not_stop_the_others(world, target, monkeypatch, caplog):
+    broken, job = [world.create(target.url, schedule=f"{n} * * * *") for n in (1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(world.engine.run_queue, "new_execution", a_bug)
+        world.advance(60)
+    world.advance(60)
+
+    assert states(world, job) == ["success"]
+    assert "RuntimeError" in world.executions(broken)[0].error
+    assert len(tracebacks(caplog)) == 1
+
+
+# what was running or waiting when its configuration became unusable -> how that ends
+@pytest.mark.parametrize(("path", "ends"), [
+    ("/hang/ok", [("success", None)]),
+    ("/hang/status/404", [("failed", "http_status")]),
+    ("/hang/status/503", [("failed", "http_status")]),
+])  # fmt: skip
+def test_how_an_attempt_ended_is_kept_without_a_configuration(world, target, path, ends):
+    target.script = [path]
+    job = world.create(target.url)
+    hang(world, target, job)
+    spoil(world, job, None)
+
+    target.let_go.set()
+    world.settle()
+
+    assert states(world, job, "status", "reason") == ends
+
+
+def test_what_was_cancelled_stays_so_without_a_configuration(world, target):
+    target.script = ["/hang/ok"]
+    job = world.create(target.url)
+    execution_id = hang(world, target, job)
+    spoil(world, job, None)
+
+    cancel = ending(world, job, execution_id, "cancel")
+    change_while_it_ends(world, target, *cancel)
+    world.settle()
+
+    assert states(world, job, "status", "reason") == [("failed", "cancelled")]
+    assert world.store.jobs.get(job.id).strip == "C"
+
+
+def test_what_waits_ends_and_stays_in_the_history_when_its_configuration_is_lost(world, target):
+    job = world.create(target.url)
+    add_executions(world, job, 1, "pending")
+    add_executions(world, job, 1, "waiting")
+    spoil(world, job, None)
+
+    world.advance(60)
+
+    assert states(world, job, "status", "reason") == [("failed", "invalid")] * 2
 
 
 # --- missed fire times ----------------------------------------------------------------
@@ -5986,7 +6187,7 @@ def test_an_execution_that_can_not_be_started_stops_no_other(make_world, target)
     before = make_world()
     broken, job = [before.create(target.url) for _ in range(2)]
     add_executions(before, broken, 1, "pending")
-    config = json.dumps(broken.config | {"schedule": "?"})
+    config = json.dumps(broken.config | {"timeout": "?"})
     by_hand(before, "UPDATE versions SET config = ? WHERE job_id = ?", config, broken.id)
 
     world = make_world()
@@ -6551,6 +6752,25 @@ def test_an_alert_says_in_words_what_turned_and_shows_the_last_runs(watched, tar
     assert bad["jobs"][0]["id"] == job.id
     assert [e["status"] for e in bad["jobs"][0]["executions"]] == ["failed", "failed", "success"]
     assert [e["status"] for e in well["jobs"][0]["executions"]] == ["success", "success", "failed"]
+
+
+def test_a_job_that_can_not_be_used_is_told_at_once(make_watched, target, bell):
+    world = make_watched(after=3)
+    job = world.create(target.url, schedule="0 * * * *")
+    spoil(world, job, json.dumps(job.config | {"timezone": "Gone/Zone"}))
+    world.advance(3600)
+    world.advance(10)
+    [bad] = rings(bell)
+    run(world, target, job, 200)  # it can still be triggered
+    world.advance(3600)
+    assert rings(bell) == []
+
+    spoil(world, job, json.dumps(job.config))
+    for seconds in (60, 60, 3600, 10):
+        world.advance(seconds)
+
+    assert "Gone/Zone" in bad["text"] and bad["event"] == "failed"
+    assert [alert["event"] for alert in rings(bell)] == ["recovered"]
 
 
 def test_an_alert_is_an_execution_of_a_built_in_job(watched, target, bell):
@@ -8015,6 +8235,108 @@ def test_a_delete_that_meets_a_change_is_refused_only_if_it_names_a_version(
     assert (change.result(10)[0], delete.result(10)[0]) == (200, status)
 
 
+# --- configurations that have become unusable, as they are seen and mended ------------------
+
+
+@pytest.fixture
+def spoilt(service, target):
+    """Makes a job whose newest configuration has become unusable, and a run that was before."""
+
+    def make(words, **fields):
+        job = service.create(target.url, schedule="@hourly", **fields)
+        run = service.post(trigger_path(job))
+        changed = patch(service, job, {"description": "version 2"})
+        stored = service.service.store.jobs.version(job["id"], 2)["config"]
+        world = service.service
+        by_hand(world, "DELETE FROM versions WHERE job_id = ? AND version = 2", job["id"])
+        config = unusable(stored)[words]
+        if config is not None:
+            by_hand(world, "INSERT INTO versions VALUES (?, 2, ?, 0, '')", job["id"], config)
+        world.engine.versions.clear()
+        return changed, run
+
+    return make
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
+def test_no_list_fails_with_a_job_that_can_not_be_used(service, spoilt, words):
+    job, run = spoilt(words, enabled=True)
+    other = service.create(NOBODY, schedule="@hourly", enabled=True)
+
+    for path in ("/jobs", "/stats"):
+        shown = service.get(path)["jobs"]
+        assert [(each["id"], each["name"]) for each in shown] == [
+            (job["id"], "report"),
+            (other["id"], "report"),
+        ]
+    upcoming = service.get("/schedules/upcoming")["upcoming"]
+    assert {len(each["fire_times"]) for each in upcoming if each["job_id"] == other["id"]} == {24}
+    assert len(service.get("/cluster/status")["next_runs"]) == 2
+    assert service.get(path_of(job))["problem"] or words in UNUSABLE[:2] + UNUSABLE[6:7]
+    assert [each["version"] for each in service.get(path_of(job, "/versions"))][-1] == 1
+    assert service.get(path_of(job, f"/executions/{run['id']}"))["request"]["method"] == "POST"
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
+def test_changes_of_a_job_that_can_not_be_used_work_or_say_why_not(service, spoilt, words):
+    job, run = spoilt(words)
+
+    for method, path, body in (
+        ("POST", "/enable", None),
+        ("PATCH", "", {"description": "new", "enabled": True}),
+        ("POST", "/trigger", None),
+        ("POST", "/rollback/2", None),
+        ("GET", "/versions/2", None),
+    ):
+        status, envelope = service.call(method, path_of(job, path), body)
+        assert status in (200, 400, 404, 409), (path, envelope)
+    assert service.expect(202, "POST", path_of(job, f"/executions/{run['id']}/replay"))
+    assert service.post(path_of(job, "/disable"))["enabled"] is False
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
+@pytest.mark.parametrize("how", ["PUT", "PATCH", "rollback"])
+def test_a_job_that_can_not_be_used_is_mended_by_a_good_configuration(
+    service, spoilt, target, words, how
+):
+    job, _run = spoilt(words, enabled=True)
+    body = job_body(target.url, schedule="@daily", timezone="UTC", timeout="1m", enabled=True)
+
+    if how == "rollback":
+        mended = service.post(path_of(job, "/rollback/1"))["job"]
+    else:
+        mended = service.expect(200, how, path_of(job), body)
+
+    assert mended["version"] == 3 and mended["next_run"] and not mended["problem"]
+    assert service.post(trigger_path(job))["status"] == "success"
+
+
+def test_a_run_of_a_version_that_is_lost_is_shown_without_its_request(service, target):
+    job = service.create(target.url)
+    run = service.post(trigger_path(job))
+    patch(service, job, {"description": "version 2"})
+    by_hand(service.service, "DELETE FROM versions WHERE version = 1")
+
+    service.service.engine.versions.clear()
+    path = path_of(job, f"/executions/{run['id']}")
+
+    assert service.get(path)["request"] is None
+    assert "is lost" in service.error(409, "POST", path + "/replay")["message"]
+
+
+def test_a_zone_that_comes_while_it_runs_is_known_and_one_that_went_is_not(service, zones):
+    body = job_body(NOBODY, timezone="New/Zone", enabled=True)
+    assert wrong_fields(service, "POST", "/jobs", body) == ["timezone"]
+
+    zones.give("New/Zone", like=MADRID)
+    job = service.post("/jobs", body)
+    zones.remove("New/Zone")
+
+    assert wrong_fields(service, "POST", "/jobs", body) == ["timezone"]
+    service.post(path_of(job, "/disable"))
+    assert "New/Zone" in service.error(409, "POST", path_of(job, "/enable"))["message"]
+
+
 # --- jobs that the file declares ------------------------------------------------------
 
 
@@ -9449,7 +9771,7 @@ def test_the_page_asks_no_other_server_and_writes_no_markup():
 def test_the_page_stays_within_its_limits():
     lines = PAGE.splitlines()
 
-    assert len(lines) <= 800 and len(PAGE.encode()) <= 48 * 1024
+    assert len(lines) <= 800 and len(PAGE.encode()) <= 49 * 1024
     assert max(map(len, lines)) < 155
 
 
@@ -9701,6 +10023,23 @@ def test_an_older_version_is_compared_and_rolled_back_to(page, service):
     page.see("Version 3", "#versions")
     rolled = service.get(path_of(job))
     assert (rolled["version"], rolled["name"], rolled["timeout"]) == (3, "old", "1m")
+
+
+@pytest.mark.parametrize("words", ["time zone Gone/Zone", "damaged: Expecting", "lost"])
+def test_a_job_that_can_not_be_used_is_shown_and_edited(page, service, spoilt, target, words):
+    page.allowed = "status of 40[09]"
+    job, run = spoilt(words, enabled=True)
+    page.open(service, text="report")
+    page.open(service, f"#/job/{job['id']}/run/{run['id']}", "Succeeded")
+    page.open(service, f"#/job/{job['id']}", "Version 1")
+
+    page.click("Edit")
+    for name, text in {"schedule": "@daily", "timezone": "UTC", "webhook.url": target.url}.items():
+        page.fill(name, text)
+    page.click("Save")
+
+    wait_until(lambda: service.get(path_of(job))["version"] == 3)
+    assert service.get(path_of(job))["next_run"]
 
 
 def test_runs_are_cancelled_and_replayed(page, service, target):

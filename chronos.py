@@ -53,6 +53,7 @@ import functools
 import getpass
 import hashlib
 import hmac
+import importlib.resources
 import ipaddress
 import json
 import logging
@@ -72,6 +73,7 @@ import sys
 import threading
 import time
 import uuid
+import zoneinfo
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
@@ -137,6 +139,9 @@ HEARTBEAT = MINUTE  # An idle engine writes last_seen this often.
 MAX_CATCH_UP = 100  # Missed fire times of a job that execute_all makes up for.
 MAX_ACTIVE = 1000  # Executions of a job that may be pending or running at once.
 VERSION_CACHE = 2048  # Job versions that are kept parsed, with their requests prepared.
+RULES_TARGET = 10_000  # A turn applies new rules of time zones to cursors for so long (10 ms),
+RULES_BATCHES = 25  # and to so many batches
+RULES_JOBS = 20  # of so many jobs.
 PRUNE_ROWS = 250  # Executions that one turn removes: more than the 100 failed ones it spares.
 PRUNE_VERSIONS = 4  # Versions of a job that are removed at once: one may have 1 MB, or 12 ms.
 PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
@@ -655,6 +660,7 @@ _WEEKDAY_FIELD = CronField("day-of-week", 0, 7, _WEEKDAYS)
 # --- Wall-clock times: what a zone's clocks show, as naive datetimes ---
 
 
+@functools.lru_cache(maxsize=1024)  # ZoneInfo keeps eight of them.
 def time_zone(name: str) -> ZoneInfo:
     """Return the rules of a time zone. Raises ValueError that names it if they are not there."""
     try:
@@ -3366,6 +3372,15 @@ class JobTable:
             """
         return self._due_jobs(sql, until=until, most=most)
 
+    def fire_later(self, now: int, after: str, most: int) -> list[DueJob]:
+        """Return jobs that fire later than ``now``, in the order of their ids, behind ``after``."""
+        sql = """
+            SELECT id, version, next_run_at, invalid_from FROM jobs
+             WHERE id > :after AND next_run_at > :now AND invalid_from IS NULL
+             ORDER BY id LIMIT :most
+            """
+        return self._due_jobs(sql, now=now, after=after, most=most)
+
     def _due_jobs(self, sql: str, /, **values: Any) -> list[DueJob]:
         rows = self._database.run(sql, **values)
         return [
@@ -4023,6 +4038,16 @@ class Store:
         self.database.run(sql, step=step)
         sql = "UPDATE jobs SET failing_since = failing_since + :step WHERE failing_since > :now"
         self.database.run(sql, step=step, now=now)
+
+    def last_fire_time(self, job_id: str) -> int | None:
+        """Return the newest fire time of a job that is in the history; None: there is none."""
+        sql = """
+            SELECT scheduled_at FROM executions
+             WHERE job_id = :id AND (trigger = 'schedule' OR trigger = 'catch_up')
+             ORDER BY seq DESC LIMIT 1
+            """
+        found: int | None = self.database.value(sql, id=job_id)
+        return found
 
     def reset_cursors(self, now: int) -> None:
         """Let each cursor that is later than ``now`` be computed anew."""
@@ -5376,11 +5401,12 @@ def verdict_without_answer(attempt: Attempt, error: requests.RequestException) -
 
 
 # ======================================================================================
-# 15. Work: what the engine does in a turn, in five parts
+# 15. Work: what the engine does in a turn, in six parts
 # ======================================================================================
 #
 #     RunQueue     what may run: new executions, overlap, what is taken, how attempts ended
 #     Scheduler    what becomes due: the clock, fire times, missed ones
+#     ZoneRules    new rules of time zones, after a start
 #     JobChanges   what the API and the configuration change
 #     Retention    which history goes
 #     Alerts       who is told that jobs have turned bad or well
@@ -6098,6 +6124,117 @@ class Scheduler:
             turn.ended[missed.id] = missed
 
 
+def digest_of_rules() -> int:
+    """Return a number that is another one where any time zone of this machine has other rules.
+
+    Another release of Chronos has another one, too: it may compute fire times otherwise.
+    """
+    digest = hashlib.sha256(__version__.encode())
+    for name in sorted(_time_zones()):
+        digest.update(name.encode())
+        digest.update(_rules_of(name))
+    return int.from_bytes(digest.digest()[:7])
+
+
+def _rules_of(name: str) -> bytes:
+    """Return the file of a time zone, from where ZoneInfo takes it; empty: it has just gone."""
+    for directory in zoneinfo.TZPATH:
+        with contextlib.suppress(OSError):
+            return Path(directory, name).read_bytes()
+    with contextlib.suppress(OSError, ImportError):
+        file = importlib.resources.files("tzdata").joinpath("zoneinfo", name)
+        return file.read_bytes()
+    return b""
+
+
+class ZoneRules:
+    """After a start: applies the rules of time zones to cursors, which old ones may have made.
+
+    Where any rule has changed since the last start, cursors of cron schedules that are in the
+    future are computed anew, a batch a turn. Those that are past are missed runs, and ``@every``
+    and ``@at`` know no time zone: all of these stay.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._is_first_turn = True
+        self._digest: int | None = None  # Of the rules of now; None: not computed yet.
+        self._last_id: str | None = ""  # Of the job that was looked at last; None: all were.
+        self._last_seen = 0  # The clock, as the last process has seen it.
+
+    def recover(self) -> None:
+        """Note the clock of the last process: up to it fire times are dealt with."""
+        self._last_seen = self._store.number("last_seen") or 0
+
+    def apply(self, turn: Turn) -> None:
+        """Look at some jobs, until all were looked at once."""
+        if self._last_id is None or turn.now < RELEASED_AT:
+            return  # By a clock that can't be right no fire time is told.
+        turn.follows_at_once = True
+        if self._is_first_turn:
+            self._is_first_turn = False  # What is due must not wait until all rules are read.
+        elif self._digest is None:
+            self._digest = digest_of_rules()
+            if self._digest == self._store.number("zone_rules"):
+                self._last_id = None
+        else:
+            self._apply_to_some(turn, self._last_id)
+
+    def _apply_to_some(self, turn: Turn, last_id: str) -> None:
+        """Look at the next jobs, for as long as RULES_TARGET; or note that all were."""
+        deadline = self._clock.monotonic() + RULES_TARGET
+        for _batch in range(RULES_BATCHES):
+            jobs = self._store.jobs.fire_later(turn.now, last_id, RULES_JOBS)
+            for job in jobs:
+                self._apply_to(turn, job)
+                last_id = job.job_id
+            self._last_id = last_id
+            if not jobs:
+                self._last_id = None
+                self._store.set_number("zone_rules", self._digest or 0)
+            if not jobs or self._clock.monotonic() >= deadline:
+                return
+
+    def _apply_to(self, turn: Turn, due: DueJob) -> None:
+        """Move the cursor of a job, if its fire time is another one by the rules of now."""
+        config = self._store.jobs.get(due.job_id).config
+        zone = config["timezone"]
+        if zone == "UTC":
+            return  # It has no rules.
+        try:
+            schedule = parse_schedule(config["schedule"])
+            if not isinstance(schedule, CronSchedule):
+                return
+            cursor = schedule.next_after(turn.now, zone)
+            if cursor != due.fire_time:
+                # Only now: the clock may have gone back a little, and nothing fires twice.
+                after = self._fired_by(turn, due.job_id)
+                cursor = schedule.next_after(after, zone)
+        except (ValueError, OverflowError):
+            return  # It can't be used: that is told when it is due.
+        if cursor != due.fire_time:
+            self._store.jobs.move_cursor(due.job_id, cursor)
+            message = "job %s: by the rules of %s its next fire time is %s, not %s"
+            ids = about(due.job_id)
+            times = (format_time(cursor), format_time(due.fire_time))
+            log.info(message, due.job_id, zone, *times, extra=ids)
+
+    def _fired_by(self, turn: Turn, job_id: str) -> int:
+        """Return the instant up to which the job's fire times are dealt with; at least now."""
+        # The history may have lost them, and last_seen may be a minute old.
+        fired_at = self._store.last_fire_time(job_id) or 0
+        fired_at = max(fired_at, self._last_seen)
+        if fired_at > turn.now + CLOCK_FAR_BACK:
+            return turn.now  # The clock was wrong then.
+        return max(fired_at, turn.now)
+
+    def turn_failed(self) -> None:
+        """Look at all jobs again: what a turn has done was rolled back with it."""
+        if self._last_id is not None:
+            self._last_id = ""
+
+
 # --- Changes of jobs ---
 
 
@@ -6594,6 +6731,7 @@ class Engine:
         self.scheduler = Scheduler(
             store, self.versions, self.run_queue, settings, clock, dispatcher.stood_still
         )
+        self.zone_rules = ZoneRules(store, clock)
         self.job_changes = JobChanges(store, self.versions, self.scheduler)
         self.retention = Retention(store, clock)
         self.alerts = Alerts(store, self.versions, self.run_queue)
@@ -6681,6 +6819,7 @@ class Engine:
     def recover(self) -> None:
         """Take up what the last process has left running: its attempt counts as interrupted."""
         self.scheduler.recover()
+        self.zone_rules.recover()
         for execution in self.store.executions.running():
             interrupted = Outcome(
                 execution=execution,
@@ -6748,6 +6887,7 @@ class Engine:
         self.scheduler.look_at_clock(turn, step)
         for outcome in self._outcomes:
             self.run_queue.record(turn, outcome)
+        self.zone_rules.apply(turn)
         self.scheduler.fire_due(turn)
         if self.alerts.are_due(turn):
             self._submissions.add(Submission(Future(), self.alerts.send))
@@ -6802,6 +6942,7 @@ class Engine:
         self._submissions.fail(turn, error)
         self.versions.clear()  # What was rolled back may be in it.
         self.scheduler.turn_failed()
+        self.zone_rules.turn_failed()
         self.retention.turn_failed()
         self._heartbeat_at = 0
         self._wake_at = turn.now + SECOND

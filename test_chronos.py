@@ -199,6 +199,7 @@ class Zones:
     def forget(self):
         """Forget what the process has read, as a start does."""
         ZoneInfo.clear_cache()
+        chronos.time_zone.cache_clear()
         chronos._time_zones.cache_clear()
         chronos.CronSchedule.next_after.cache_clear()
 
@@ -5950,6 +5951,122 @@ def test_a_running_request_is_not_in_the_way_of_its_own_fire_time(world, target,
 
     assert states(world, job) == ["success"]
     assert target.received.qsize() == 1
+
+
+# --- the rules of a time zone change ----------------------------------------------------
+
+
+def next_run(world, job):
+    return chronos.format_time(world.store.jobs.get(job.id).next_run_at)[5:-4]
+
+
+def test_a_start_applies_new_rules_of_a_time_zone_to_what_is_to_come(make_world, target, zones):
+    zones.give("Some/Zone", like=MADRID)
+    before = make_world()
+    job = before.create(target.url, schedule="0 9 * * *", timezone="Some/Zone")
+    assert next_run(before, job) == "03-02T08:00"
+
+    zones.give("Some/Zone", like="Asia/Tokyo")
+    world = make_world()
+    world.settle()
+    assert next_run(world, job) == "03-02T00:00"
+    world.advance(24 * 3600)
+
+    assert fire_times(target, job) == ["00:00:00"]
+    assert states(world, job) == ["success"]
+    assert next_run(world, job) == "03-03T00:00"
+
+
+# what new rules of its zone leave as it is -> its next run; the clock is at 03-01T12:00
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("@every 1h", "03-01T13:00"), ("@at 2027-03-02T09:00:00+01:00", "03-02T08:00"),
+    ("0 * * * *", "03-01T13:00"),
+])  # fmt: skip
+def test_new_rules_leave_what_does_not_depend_on_them(
+    make_world, target, zones, schedule, expected
+):
+    zones.give("Some/Zone", like=MADRID)
+    job = make_world().create(target.url, schedule=schedule, timezone="Some/Zone")
+
+    zones.give("Some/Zone", like="Asia/Tokyo")
+    world = make_world()
+    world.settle()
+
+    assert next_run(world, job) == expected
+
+
+def test_new_rules_leave_what_was_missed(make_world, target, zones):
+    zones.give("Some/Zone", like=MADRID)
+    job = make_world().create(target.url, schedule="0 14 * * *", timezone="Some/Zone")
+
+    zones.give("Some/Zone", like="Asia/Tokyo")
+    world = make_world()
+    world.clock.advance(2 * 3600)
+    world.settle()
+
+    assert fire_times(target, job) == ["13:00:00"]
+    assert next_run(world, job) == "03-02T05:00"
+
+
+@pytest.mark.parametrize("behind", [0, 2 * 3600])
+def test_a_start_fires_nothing_again_whatever_the_clock_shows(make_world, target, behind):
+    before = make_world(retention__executions_per_job=1)
+    job = before.create(target.url, schedule="* * * * *", timezone=NEW_YORK)
+    for _ in range(30):
+        before.advance(60)
+    run_once(before, job)
+    before.clock.step(-behind)
+
+    world = make_world(retention__executions_per_job=1)
+    world.settle()
+
+    assert next_run(world, job) == "03-01T12:31"
+
+
+def test_a_start_whose_clock_can_not_be_right_moves_no_cursor(make_world, target):
+    job = make_world().create(target.url, schedule="0 9 * * *")
+    make_world().clock.wall = 0
+
+    make_world().settle()
+
+    assert next_run(make_world(), job) == "03-02T09:00"
+
+
+def test_the_cursors_of_many_jobs_are_looked_at_in_short_passes(make_world, zones, monkeypatch):
+    zones.give("Some/Zone", like=MADRID)
+    before = make_world()
+    fields = {"schedule": "0 9 * * *", "timezone": "Some/Zone"}
+    jobs = add_jobs(before, 1300, NOBODY, **fields)
+    last = before.create(NOBODY, **fields)
+    zones.give("Some/Zone", like="Asia/Tokyo")
+    world = make_world()
+    looked, get = [], world.store.jobs.get
+    monkeypatch.setattr(
+        world.store.jobs, "get", lambda job_id: looked.append(job_id) or get(job_id)
+    )
+
+    passes = 0
+    while world.engine.run_turn() == 0:
+        passes += 1
+        assert len(looked) <= 500 * passes
+
+    assert len(set(looked)) == len(jobs) + 1
+    assert {next_run(world, job) for job in (jobs[0], jobs[-1], last)} == {"03-02T00:00"}
+
+
+def test_a_pass_that_fails_leaves_no_cursor_as_old_rules_had_it(make_world, zones, monkeypatch):
+    zones.give("Some/Zone", like=MADRID)
+    job = make_world().create(NOBODY, schedule="0 9 * * *", timezone="Some/Zone")
+    zones.give("Some/Zone", like="Asia/Tokyo")
+    world = make_world()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.engine.retention, "work", a_bug)
+        world.engine.run_turn()
+    assert next_run(world, job) == "03-02T08:00"
+    world.advance(1)
+
+    assert next_run(world, job) == "03-02T00:00"
 
 
 # --- overlap --------------------------------------------------------------------------

@@ -147,6 +147,8 @@ PRUNE_VERSIONS = 4  # Versions of a job that are removed at once: one may have 1
 PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
 VERSIONS_PAGE = 1000  # Versions that one turn of the daily walk looks at.
 PRUNE_INTERVAL = 100_000  # Pause between two looks (100 ms) while there is other work.
+PRUNE_LOOK = 1000  # Executions of a job that one look for what is large passes over.
+EXECUTION_BYTES = 400  # What one takes in the database, less its attempt_log and response.
 
 # --- Patience ---
 
@@ -1777,7 +1779,7 @@ class Execution(NamedTuple):
     missed_count: int | None = None  # A skipped one may stand for so many fire times,
     missed_from: int | None = None  # from this one
     missed_to: int | None = None  # to this one.
-    attempt_log: str = "[]"  # JSON: what the API shows.
+    attempt_log: str = "[]"  # JSON in ASCII: what the API shows.
     response: str | None = None  # The body of the last answer.
     job_name: str = ""  # Only where it is to be shown: the table has no such column.
 
@@ -1798,6 +1800,16 @@ class Execution(NamedTuple):
     def has_ended(self) -> bool:
         """Whether nothing more happens to it."""
         return self.status not in (Status.PENDING, Status.RUNNING)
+
+    @property
+    def width(self) -> int:
+        """How many bytes of history it is, for retention.max_size; 0: it has not ended."""
+        if not self.has_ended:
+            return 0
+        response = self.response or ""
+        # Most responses are ASCII, which costs no look at their characters.
+        of_response = len(response) if response.isascii() else len(response.encode())
+        return EXECUTION_BYTES + len(self.attempt_log) + of_response
 
     @property
     def result_letter(self) -> str:
@@ -2059,7 +2071,7 @@ class RetentionSettings:
     executions_per_job: int = setting(a_number(1, 100_000), 1000)
     versions_per_job: int = setting(a_number(1, 100_000), 100)
     max_age: int = setting(microseconds("1h", "87600h"), "720h")  # µs
-    max_size: int = setting(_a_size, "1GB")  # Bytes of data in the file.
+    max_size: int = setting(_a_size, "1GB")  # Bytes of history, as Execution.width has them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2601,8 +2613,10 @@ CREATE TABLE jobs (
     declared      TEXT,
     is_bad        BOOLEAN NOT NULL,      -- what the alerts have told, or are about to tell
     news_at       INTEGER,               -- since when that is news; NULL: it is told
-    name          TEXT NOT NULL          -- of the newest configuration
+    name          TEXT NOT NULL,         -- of the newest configuration
+    history_bytes INTEGER NOT NULL DEFAULT 0  -- the width of its executions together
 );
+CREATE INDEX jobs_history ON jobs (history_bytes) WHERE history_bytes > 0;
 CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE job_tags (                  -- of the newest configuration
@@ -2646,6 +2660,7 @@ CREATE TABLE executions (
     missed_count  INTEGER,
     missed_from   INTEGER,
     missed_to     INTEGER,
+    width         INTEGER NOT NULL,      -- bytes of history that it is; 0: it has not ended
     attempt_log   TEXT NOT NULL,         -- JSON
     response      TEXT,
     CONSTRAINT known_trigger CHECK (
@@ -2748,13 +2763,18 @@ SELECT newest.job_id, tag.key, tag.value
 INSERT INTO executions (seq, id, job_id, job_version, trigger, status, scheduled_at, target, due_at,
                         attempts, spent, started_at, attempt_at, completed_at, reason, error,
                         status_code, node_id, replay_of, missed_count, missed_from, missed_to,
-                        attempt_log, response)
+                        width, attempt_log, response)
 SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        CASE WHEN status = 'pending' THEN due_at END,
        attempts, spent, started_at, attempt_at, completed_at, reason, error,
        status_code, node_id, replay_of, missed_count, missed_from, missed_to,
+       CASE WHEN completed_at IS NULL THEN 0
+            ELSE :execution_bytes + length(attempt_log)
+                 + coalesce(length(CAST(response AS BLOB)), 0) END,
        attempt_log, response
   FROM old_executions ORDER BY seq;
+UPDATE jobs
+   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id);
 INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
 DROP VIEW readable_versions;
 DROP TABLE old_meta;
@@ -2766,7 +2786,7 @@ DROP TABLE old_ends;
 
 # What brings a file of an older schema to the newest one, in one step. The next schema adds an
 # entry for the one before it, and adapts the entries that are there to its new SCHEMA. Besides
-# SQLite's own functions the statements may call search_words().
+# SQLite's own functions the statements may call search_words(), and name :execution_bytes.
 MIGRATIONS: dict[int, str] = {
     1: SCHEMA_1_ASIDE + SCHEMA + FROM_SCHEMA_1,
 }
@@ -3052,7 +3072,7 @@ class Database:
         connection.create_function("search_words", 2, search_words, deterministic=True)
         before = self._count_rows()
         for statement in split_script(MIGRATIONS[version]):
-            connection.execute(statement)
+            connection.execute(statement, {"execution_bytes": EXECUTION_BYTES})
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
         check_for_damage(connection)
         after = self._count_rows()
@@ -3121,11 +3141,6 @@ class Database:
         for row in rows:
             return row[0]
         return None
-
-    def size(self) -> int:
-        """Return how many bytes of the file are in use: what was removed leaves room in it."""
-        pages = self.value("PRAGMA page_count") - self.value("PRAGMA freelist_count")
-        return int(pages * self.value("PRAGMA page_size"))
 
     @property
     def in_transaction(self) -> bool:
@@ -3645,10 +3660,11 @@ class ExecutionTable:
     def add(self, execution: Execution) -> bool:
         """Add an execution; False: there is one with this id, and nothing was done."""
         sql = f"""
-            INSERT INTO executions ({EXECUTION_COLUMNS}) VALUES ({EXECUTION_VALUES})
+            INSERT INTO executions ({EXECUTION_COLUMNS}, width)
+            VALUES ({EXECUTION_VALUES}, :width)
                 ON CONFLICT (id) DO NOTHING
             """  # noqa: S608
-        return self._database.change(sql, **execution._asdict()) > 0
+        return self._database.change(sql, **execution._asdict(), width=execution.width) > 0
 
     def save(self, execution: Execution) -> None:
         """Write how an execution stands."""
@@ -3656,10 +3672,11 @@ class ExecutionTable:
             UPDATE executions
                SET status = :status, due_at = :due_at, spent = :spent,
                    completed_at = :completed_at, reason = :reason, error = :error,
-                   status_code = :status_code, attempt_log = :attempt_log, response = :response
+                   status_code = :status_code, attempt_log = :attempt_log, response = :response,
+                   width = :width
              WHERE id = :id
             """
-        self._database.run(sql, **execution._asdict())
+        self._database.run(sql, **execution._asdict(), width=execution.width)
 
     def save_if_running(self, execution: Execution) -> bool:
         """Write how an execution stands, if it still runs in this attempt; say whether it does."""
@@ -3667,10 +3684,11 @@ class ExecutionTable:
             UPDATE executions
                SET status = :status, due_at = :due_at, spent = :spent,
                    completed_at = :completed_at, reason = :reason, error = :error,
-                   status_code = :status_code, attempt_log = :attempt_log, response = :response
+                   status_code = :status_code, attempt_log = :attempt_log, response = :response,
+                   width = :width
              WHERE id = :id AND status = 'running' AND attempts = :attempts
             """
-        return self._database.change(sql, **execution._asdict()) > 0
+        return self._database.change(sql, **execution._asdict(), width=execution.width) > 0
 
     def start(self, ids: list[str], now: int, node_id: str) -> None:
         """Let pending executions run: each in its next attempt."""
@@ -3733,30 +3751,48 @@ class ExecutionTable:
         self._database.run("DELETE FROM executions WHERE id = :id", id=execution_id)
 
 
+class HistoryRow(NamedTuple):
+    """An execution that has ended, and what it takes."""
+
+    id: str
+    seq: int
+    width: int  # Bytes.
+    bare: int  # Bytes that it would take without its response.
+
+
 class History:
-    """How executions have ended, in numbers; and the removal of those that are not to be kept."""
+    """How executions have ended, in numbers; and the removal of those that are not to be kept.
+
+    Only the engine's thread uses its size: it is known, and changes with each end and removal.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._size: int | None = None  # Bytes, of all jobs; None: it has to be added up.
 
     def count_ends(self, executions: Iterable[Execution]) -> None:
         """Note in their jobs, and in the counts of the hours, how executions have ended.
 
-        They come in the order in which they ended. Those that have not ended and the alerts
-        are left out.
+        They come in the order in which they ended. Those that have not ended are left out; of
+        the alerts nothing counts but their bytes.
         """
         endings: list[Json] = []
         numbers = Counter[tuple[int, str]]()  # By hour and letter.
         for execution in executions:
-            if execution.completed_at is None or execution.job_id == ALERTS_ID:
+            if execution.completed_at is None:
                 continue
-            letter = execution.result_letter
+            letter = ""
             at = execution.completed_at
-            endings.append({"job_id": execution.job_id, "letter": letter, "at": at})
-            numbers[at // HOUR, letter] += execution.missed_count or 1
+            if execution.job_id != ALERTS_ID:
+                letter = execution.result_letter
+                numbers[at // HOUR, letter] += execution.missed_count or 1
+            width = execution.width
+            ending = {"job_id": execution.job_id, "letter": letter, "at": at, "width": width}
+            endings.append(ending)
         if endings:
             self._note_in_jobs(endings)
             self._note_in_hours(numbers)
+            self._note_size(sum(ending["width"] for ending in endings))
 
     def _note_in_jobs(self, endings: list[Json]) -> None:
         sql = """
@@ -3768,7 +3804,8 @@ class History:
                                    ELSE failures END,
                    failing_since = CASE WHEN :letter = 'S' THEN NULL
                                         WHEN :letter IN ('F', 'M') THEN coalesce(failing_since, :at)
-                                        ELSE failing_since END
+                                        ELSE failing_since END,
+                   history_bytes = history_bytes + :width
              WHERE id = :job_id
             """
         self._database.run_many(sql, endings)
@@ -3784,7 +3821,7 @@ class History:
         ]
         self._database.run_many(sql, rows)
 
-    def uncount(self, job: Job, executions: Iterable[Execution], now: int) -> None:
+    def uncount(self, job: Job, executions: Sequence[Execution], now: int) -> None:
         """Take back what count_ends() has noted of these executions of a job."""
         strip = job.strip
         failures = job.failures
@@ -3809,6 +3846,7 @@ class History:
             """
         self._database.run(sql, id=job.id, strip=strip, failures=failures)
         self._note_in_hours(numbers)
+        self._note_freed(job.id, sum(execution.width for execution in executions))
 
     def forget_later_hours(self, now: int) -> None:
         """Let what has ended in hours that are still to come count in no hour."""
@@ -3855,9 +3893,12 @@ class History:
                  WHERE (seq <= (SELECT seq FROM beyond_kept)
                         AND seq NOT IN (SELECT seq FROM spared))
                     OR (completed_at < :before AND seq <= (SELECT seq FROM beyond_ten)))
+            RETURNING width
             """
         values = {"id": job_id, "before": before, "keep": keep, "most": PRUNE_ROWS}
-        return self._database.change(sql, **values)
+        removed = self._database.run(sql, **values)
+        self._note_freed(job_id, sum(row["width"] for row in removed))
+        return len(removed)
 
     def prune_versions(self, job_id: str, keep: int) -> int:
         """Remove some old versions of a job; return how many.
@@ -3913,20 +3954,73 @@ class History:
         last = rows[-1]["job_id"] if rows else None
         return last, found
 
-    def prune_oldest(self, max_size: int) -> bool:
-        """Remove some of the oldest history if there are more than ``max_size`` bytes of data.
+    # --- How large it is, and what is too much of it ---
 
-        Return whether there was something to remove.
-        """
-        if self._database.size() <= max_size:
-            return False
-        # The condition on seq says no more than that all are walked, from the oldest on.
+    def size(self) -> int:
+        """Return the bytes of the history of all jobs that are there."""
+        if self._size is None:
+            sql = """
+                SELECT CAST(coalesce(sum(history_bytes), 0) AS BIGINT) FROM jobs
+                 WHERE history_bytes > 0
+                """
+            self._size = int(self._database.value(sql))
+        return self._size
+
+    def forget_size(self) -> None:
+        """Let the next size() add it up: a job was removed, or a turn rolled back."""
+        self._size = None
+
+    def _note_size(self, change: int) -> None:
+        if self._size is not None:
+            self._size += change
+
+    def _note_freed(self, job_id: str, freed: int) -> None:
+        """Note that the history of a job has become smaller by so many bytes."""
+        if freed:
+            sql = "UPDATE jobs SET history_bytes = history_bytes - :freed WHERE id = :id"
+            self._database.run(sql, id=job_id, freed=freed)
+            self._note_size(-freed)
+
+    def job_with_most(self, offset: int) -> str | None:
+        """Return the job with the largest history, after so many; None: there is none."""
         sql = """
-            DELETE FROM executions WHERE seq IN (
-                SELECT seq FROM executions
-                 WHERE seq > 0 AND completed_at IS NOT NULL ORDER BY seq LIMIT :most)
+            SELECT id FROM jobs WHERE history_bytes > 0
+             ORDER BY history_bytes DESC LIMIT 1 OFFSET :offset
             """
-        return self._database.change(sql, most=PRUNE_ROWS) > 0
+        found: str | None = self._database.value(sql, offset=offset)
+        return found
+
+    def oldest(self, job_id: str, after: int, most: int) -> list[HistoryRow]:
+        """Return the oldest executions of a job that have ended and are not its newest 10.
+
+        ``after``: only those with a larger seq.
+        """
+        sql = """
+            SELECT id, seq, width, :execution_bytes + length(attempt_log) AS bare FROM executions
+             WHERE job_id = :id AND completed_at IS NOT NULL AND seq > :after
+               AND seq <= (SELECT seq FROM executions WHERE job_id = :id
+                            ORDER BY seq DESC LIMIT 1 OFFSET 10)
+             ORDER BY seq LIMIT :most
+            """
+        values = {"id": job_id, "after": after, "execution_bytes": EXECUTION_BYTES, "most": most}
+        rows = self._database.run(sql, **values)
+        return [HistoryRow(row["id"], row["seq"], row["width"], row["bare"]) for row in rows]
+
+    def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> None:
+        """Remove what was answered to these executions of a job."""
+        sql = """
+            UPDATE executions SET response = NULL, width = :execution_bytes + length(attempt_log)
+             WHERE id IN (:list)
+            """
+        ids = [row.id for row in rows]
+        self._database.run_with_list(sql, ids, execution_bytes=EXECUTION_BYTES)
+        self._note_freed(job_id, sum(row.width - row.bare for row in rows))
+
+    def drop(self, job_id: str, rows: list[HistoryRow]) -> None:
+        """Remove these executions of a job."""
+        sql = "DELETE FROM executions WHERE id IN (:list)"
+        self._database.run_with_list(sql, [row.id for row in rows])
+        self._note_freed(job_id, sum(row.width for row in rows))
 
     def next_with_history(self, job_id: str) -> str | None:
         """Return the next job id, in their order, that has executions, also of a deleted job.
@@ -6324,6 +6418,7 @@ class JobChanges:
         if job.declared:
             raise DeclaredElsewhere
         self._store.jobs.delete(job.id)
+        self._store.history.forget_size()
         self._versions.clear()  # A version that is not found lets nothing of the job start.
         turn.to_prune[job.id] = None
         for execution in self._store.executions.active_of(job.id):
@@ -6379,6 +6474,90 @@ class JobChanges:
 # --- Which history goes ---
 
 
+class SizeLimit:
+    """Keeps the history within retention.max_size, a batch a turn.
+
+    What goes first is the oldest of the job that has most, the responses before the rows, and
+    never the newest 10 of a job. Jobs of which nothing may go are passed over for a minute.
+
+    attribute    written by             guarded by
+    problem      the engine's thread    nothing (others only read it)
+    the others   the engine's thread    nothing (nobody else reads them)
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.problem: str | None = None  # Why the history is larger than it may be.
+        self._history = store.history
+        self._clock = clock
+        self._begin()
+
+    def _begin(self) -> None:
+        self._began_at = self._clock.monotonic()
+        self._passed_over = 0  # So many jobs, the largest ones, have nothing that may go.
+        self._is_exhausted = False  # No job has.
+        self._bare_to: dict[str, int] = {}  # Job id -> seq up to which no response is left.
+
+    def work(self, most: int) -> bool:
+        """Remove a batch if there are over ``most`` bytes; return whether there may be more."""
+        excess = self._history.size() - most
+        margin = most // 100  # A little more goes, so that not every turn has to remove something.
+        if excess <= 0:
+            if self.problem and excess <= -margin:
+                log.warning("the history has no more than retention.max_size again")
+                self.problem = None
+            return False
+        if self._clock.monotonic() - self._began_at >= MINUTE:
+            self._begin()
+        for _job in range(PRUNE_JOBS):
+            if self._is_exhausted:
+                return False
+            job_id = self._history.job_with_most(self._passed_over)
+            if job_id is None:
+                self._is_exhausted = True
+                self._complain(most)
+            elif self._free(job_id, excess + margin):
+                return True
+            else:
+                self._passed_over += 1
+        return True
+
+    def _complain(self, most: int) -> None:
+        """Say once that the limit can't be kept."""
+        if self.problem is None:
+            size = self._history.size() / 10**6
+            self.problem = (
+                f"the history has {size:.1f} MB, more than the {most / 10**6:g} MB of "
+                "retention.max_size: the newest 10 executions of each job stay in any case"
+            )
+            log.warning("%s", self.problem)
+
+    def _free(self, job_id: str, wanted: int) -> bool:
+        """Remove some of a job, about ``wanted`` bytes; False: it has nothing that may go."""
+        rows = self._history.oldest(job_id, self._bare_to.get(job_id, 0), PRUNE_LOOK)
+        answered = [row for row in rows if row.width > row.bare]
+        if answered:
+            chosen = self._enough(answered, [row.width - row.bare for row in answered], wanted)
+            self._history.drop_responses(job_id, chosen)
+            self._bare_to[job_id] = chosen[-1].seq
+            return True
+        if rows:
+            self._bare_to[job_id] = rows[-1].seq
+            return True  # The next look is at those behind them.
+        rows = self._history.oldest(job_id, 0, PRUNE_ROWS)
+        chosen = self._enough(rows, [row.width for row in rows], wanted)
+        self._history.drop(job_id, chosen)
+        return bool(chosen)
+
+    def _enough(self, rows: list[HistoryRow], sizes: list[int], wanted: int) -> list[HistoryRow]:
+        """Return as many rows as free the wanted bytes, at most PRUNE_ROWS."""
+        freed = 0
+        for number, size in enumerate(sizes[:PRUNE_ROWS]):
+            freed += size
+            if freed >= wanted:
+                return rows[: number + 1]
+        return rows[:PRUNE_ROWS]
+
+
 class Retention:
     """Removes history that is not to be kept, a batch a turn: by number, age and size.
 
@@ -6386,6 +6565,7 @@ class Retention:
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
+        self.size_limit = SizeLimit(store, clock)
         self._store = store
         self._clock = clock
         self._to_prune: dict[str, None] = {}  # Ids of jobs to look at, the longest waiting first.
@@ -6405,12 +6585,13 @@ class Retention:
             self._walk_day = day
             self._prune_cursor = ""
             self._version_cursor = ""
+            self._store.history.forget_size()  # Should a sum ever be wrong, it does not stay so.
         has_just_looked = self._clock.monotonic() - self._looked_at < PRUNE_INTERVAL
         if is_busy and has_just_looked:
             return bool(self._to_prune)
         self._looked_at = self._clock.monotonic()
         limits = turn.settings.retention
-        if self._store.history.prune_oldest(limits.max_size):
+        if self.size_limit.work(limits.max_size):
             return True
         # Nothing is too old by a clock that may be wrong.
         before = turn.now - limits.max_age if turn.is_clock_settled else 0
@@ -6464,6 +6645,7 @@ class Retention:
         """Walk over all jobs again: what a turn has noted was rolled back with it."""
         self._prune_cursor = ""
         self._version_cursor = ""
+        self._store.history.forget_size()
 
 
 # --- Alerts ---
@@ -7569,7 +7751,10 @@ class ServerHandlers(Handlers):
         if problem:
             raise Unavailable(problem)
         whole_second = self.clock.now() // SECOND * SECOND
-        return {"status": "healthy", "timestamp": format_time(whole_second)}
+        health: Json = {"status": "healthy", "timestamp": format_time(whole_second)}
+        if self.engine.retention.size_limit.problem:
+            health["details"] = [self.engine.retention.size_limit.problem]
+        return health
 
     def _problem(self) -> str | None:
         """Return a sentence on why the service does not work as it should; None: it does."""

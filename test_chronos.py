@@ -707,8 +707,24 @@ def make_world(tmp_path, clock):
         return worlds[-1]
 
     yield make
-    for world in worlds:
-        world.close()
+    try:
+        if worlds:
+            assert_sizes_are_right(worlds[-1])  # Of each test, whatever it has done.
+    finally:
+        for world in worlds:
+            world.close()
+
+
+def assert_sizes_are_right(world):
+    """Check that what is known of the size of the history is what its rows add up to."""
+    with contextlib.suppress(chronos.StoreError), world.store.database.transaction():
+        run = world.store.database.run
+        sums = run("SELECT job_id, sum(width) AS size FROM executions GROUP BY job_id")
+        jobs = run("SELECT id, history_bytes FROM jobs")
+        sizes = {row["job_id"]: row["size"] for row in sums}
+        known = {row["id"]: row["history_bytes"] for row in jobs}
+        assert known == {job_id: sizes.get(job_id, 0) for job_id in known}
+        assert world.store.history.size() == sum(known.values())
 
 
 @pytest.fixture
@@ -789,7 +805,7 @@ def add_jobs(world, count, url, **fields):
     return jobs
 
 
-def add_executions(world, job, count, status, ended_at=None):
+def add_executions(world, job, count, status, ended_at=None, **fields):
     """Add executions of a job in one commit, return their ids.
 
     What is "pending" is due, what is "waiting" is pending, but waits for older ones.
@@ -803,7 +819,7 @@ def add_executions(world, job, count, status, ended_at=None):
     with world.store.database.transaction():
         for number in range(count):
             values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
-            added.append(chronos.Execution(*values, completed_at=ended_at))
+            added.append(chronos.Execution(*values, completed_at=ended_at, **fields))
             assert world.store.executions.add(added[-1])
         world.store.history.count_ends(added)
     return [execution.id for execution in added]
@@ -2613,8 +2629,9 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     world.do(world.engine.job_changes.set_enabled, job.id, False)
     world.executions(job)
     world.do(world.engine.job_changes.delete, job, False)
-    with world.store.database.transaction():
-        assert world.store.history.prune_oldest(0)
+    for _look in range(30):
+        with world.store.database.transaction():
+            world.engine.retention.size_limit.work(0)
     world.engine.recover()
     engine_connection(world).set_trace_callback(None)
 
@@ -6668,6 +6685,103 @@ def test_a_run_pushes_the_oldest_one_out_at_once(make_world, target):
     ids = [run_once(world, job) for _ in range(6)]
 
     assert [e.id for e in world.executions(job)] == ids[-3:]
+
+
+def add_answered(world, job, count, length=64_000):
+    """Add executions of a job that were answered with so many bytes."""
+    return add_executions(world, job, count, "success", response="x" * length)
+
+
+def lengths(world, job):
+    """Return the length of each response of a job, the oldest first; None: there is none."""
+    return [e.response and len(e.response) for e in world.executions(job)]
+
+
+def test_a_chatty_job_pushes_nothing_out_of_the_history_of_a_quiet_one(make_world):
+    world = make_world(retention__max_size="2MB")
+    quiet, chatty = [world.create(NOBODY, enabled=False) for _ in range(2)]
+    add_answered(world, quiet, 12)
+
+    for _ in range(5):
+        add_answered(world, chatty, 40)
+        world.advance(60)
+
+    assert lengths(world, quiet) == [64_000] * 12
+    kept = lengths(world, chatty)
+    assert len(kept) == 200  # responses go before rows
+    assert kept[:182] + kept[-10:] == [None] * 182 + [64_000] * 10
+
+
+def test_large_versions_are_no_history_and_push_none_out(make_world, target):
+    world = make_world(retention__max_size="1MB")
+    job = world.create(target.url, enabled=False)
+    ids = add_executions(world, job, 100, "success")
+
+    for n in range(5):
+        config = job.config | {"webhook": job.config["webhook"] | {"body": f"{n}" * 10**6}}
+        job = world.do(world.engine.job_changes.update, job, config, None, "ada")
+    run_once(world, job)
+
+    assert [e.id for e in world.executions(job)][:100] == ids
+
+
+def test_rows_go_where_no_response_is_left_and_never_the_newest_ten(make_world):
+    world = make_world(retention__max_size="1MB", retention__executions_per_job=10_000)
+    small, large = [world.create(NOBODY, enabled=False) for _ in range(2)]
+    add_answered(world, small, 10, 40_000)
+    ids = add_executions(world, large, 5_000, "success")
+
+    world.advance(60)
+
+    kept = [e.id for e in world.executions(large)]
+    assert 1000 < len(kept) < 1500 and kept == ids[-len(kept) :]
+    assert lengths(world, small) == [40_000] * 10
+
+
+def test_among_many_jobs_the_one_that_has_something_to_give_is_found(make_world):
+    world = make_world(retention__max_size="1MB")
+    ten_each = [world.create(NOBODY, enabled=False) for _ in range(50)]
+    for job in ten_each:
+        add_answered(world, job, 10, 1567)
+    giver = world.create(NOBODY, enabled=False)
+    add_answered(world, giver, 12, 1000)
+
+    world.advance(60)
+
+    assert lengths(world, giver) == [None] * 2 + [1000] * 10
+    assert {tuple(lengths(world, job)) for job in ten_each} == {(1567,) * 10}
+
+
+def test_a_max_size_that_cannot_be_kept_is_said_once_and_in_health(make_world, caplog):
+    world = make_world(retention__max_size="1MB")
+    api = chronos.Api(world.engine, world.store, world.settings, world.clock)
+    jobs = [world.create(NOBODY, enabled=False) for _ in range(3)]
+    for job in jobs:
+        add_answered(world, job, 10)
+
+    for _ in range(10):
+        world.advance(60)
+    [told] = [line for line in caplog.messages if "max_size" in line]
+
+    world.dispatcher._look_at_limits()  # nobody else does it here
+
+    assert "the history has 1.9 MB, more than the 1 MB of retention.max_size" in told
+    assert api.server.health()["details"] == [told]
+    for job in jobs[:2]:
+        world.do(world.engine.job_changes.delete, job, False)
+    world.settle()
+    assert "details" not in api.server.health()
+
+
+def test_the_size_of_the_history_is_known_after_another_start(make_world, target):
+    world = make_world()
+    job = world.create(target.url + "/echo", webhook={"body": "\u00e9" * 1000})
+    run_once(world, job)
+
+    [execution] = world.executions(job)
+    known = make_world().store.history.size()
+
+    assert known == execution.width == 400 + len(execution.attempt_log) + 2000
 
 
 def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make_world, target):

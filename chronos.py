@@ -178,7 +178,7 @@ DECLARED_BY = "chronos.yaml"  # Who manages a job that the configuration declare
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # Namespace of their ids.
 ALERTS_ID = str(uuid.UUID(int=0))  # The built-in job, whose executions are the alerts.
 ALERT_GATHER = 10 * SECOND  # What turns bad or well meanwhile goes into one alert.
-ALERT_JOBS = 50  # Jobs that an alert shows; with the longest names they fit MAX_BODY_BYTES.
+ALERT_PAUSE = MINUTE  # Until one that could not be made is tried again.
 ALERT_LINES = 10  # Jobs that the text of an alert names.
 
 EXIT_FAILED = 1
@@ -4052,22 +4052,34 @@ class News:
             """
         self._database.run_with_list(sql, job_ids, after=after, now=now)
 
-    def turned(self, before: int) -> list[Json]:
-        """Return all jobs that have turned, if the first of them did so by ``before``.
+    def are_due(self, before: int) -> bool:
+        """Say whether there are jobs that have turned, the first of them by ``before``."""
+        sql = "SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL"
+        first_at = self._database.value(sql)
+        return first_at is not None and first_at <= before
+
+    def turned(self, most: int) -> list[Json]:
+        """Return the jobs that have turned, the first ones first.
 
         Each has id, name, failures and event: failed or recovered.
         """
         sql = """
             SELECT id, name, failures,
                    CASE WHEN is_bad THEN 'failed' ELSE 'recovered' END AS event
-              FROM jobs
-             WHERE news_at IS NOT NULL
-               AND (SELECT min(news_at) FROM jobs WHERE news_at IS NOT NULL) <= :before
-             ORDER BY news_at, seq
+              FROM jobs WHERE news_at IS NOT NULL ORDER BY news_at, seq LIMIT :most
             """
         names = ("id", "name", "failures", "event")
-        rows = self._database.run(sql, before=before)
+        rows = self._database.run(sql, most=most)
         return [{name: row[name] for name in names} for row in rows]
+
+    def count_turned(self) -> tuple[int, int]:
+        """Return how many jobs have turned, and how many of them to bad."""
+        sql = """
+            SELECT count(*) AS number, count(*) FILTER (WHERE is_bad) AS failed
+              FROM jobs WHERE news_at IS NOT NULL
+            """
+        [row] = self._database.run(sql)
+        return row["number"], row["failed"]
 
     def save_alert(self, config: Json, now: int) -> int:
         """Mark all news as told, by a new version of the built-in job; return its number.
@@ -4185,6 +4197,13 @@ def about(job_id: str, execution_id: str | None = None) -> dict[str, str]:
     if execution_id is not None:
         ids["execution_id"] = execution_id
     return ids
+
+
+def in_words(job_id: str) -> str:
+    """Return what a log event is about: a job, or the alerts, which are one as well."""
+    if job_id == ALERTS_ID:
+        return "alerts"
+    return f"job {job_id}"
 
 
 # What could forge a line of the log or turn its text around: C0 and C1 controls, direction marks,
@@ -5552,8 +5571,8 @@ class Version:
         self.webhook = Webhook(self.config["webhook"])
         self.fire_ids = uuid.UUID(self.job_id)  # The namespace of its executions' ids.
         if not self.config["webhook"]["verify_tls"]:
-            message = "job %s takes any certificate: its verify_tls is false"
-            log.warning(message, self.job_id, extra=about(self.job_id))
+            message = "%s takes any certificate: its verify_tls is false"
+            log.warning(message, in_words(self.job_id), extra=about(self.job_id))
 
     # What was triggered, or waits, runs without schedule and zone: nothing else needs them.
 
@@ -6651,11 +6670,27 @@ class Retention:
 # --- Alerts ---
 
 
+class AlertSize(NamedTuple):
+    """How much an alert tells."""
+
+    jobs: int  # The others are only counted.
+    executions: int  # Of each job, the newest ones.
+    characters: int  # Of each error; longer ones are cut off.
+
+
 class Alerts:
     """Tells that jobs have turned bad or well: one request for what turns within ALERT_GATHER.
 
     An alert is an execution of a built-in job, so that it is durable and tried again.
     """
+
+    # Names and errors may be long: the first of these that fits into MAX_BODY_BYTES is sent. The
+    # last one does, because a name has at most 200 characters, each at most 12 in JSON.
+    SIZES = (
+        AlertSize(jobs=50, executions=3, characters=5000),
+        AlertSize(jobs=50, executions=3, characters=200),
+        AlertSize(jobs=20, executions=1, characters=200),
+    )
 
     RETRY_POLICY: ClassVar[Json] = {  # It is tried again for about half an hour.
         "max_attempts": 10,
@@ -6664,10 +6699,14 @@ class Alerts:
         "attempt_timeout": "10s",
     }
 
-    def __init__(self, store: Store, versions: VersionCache, run_queue: RunQueue) -> None:
+    def __init__(
+        self, store: Store, versions: VersionCache, run_queue: RunQueue, clock: Clock
+    ) -> None:
         self._store = store
         self._versions = versions
         self._run_queue = run_queue
+        self._clock = clock
+        self._failed_at: int | None = None  # By the monotonic clock; None: the last one was made.
 
     def note(self, turn: Turn, job_ids: set[str]) -> None:
         """Note which of these jobs have turned bad or well in this turn."""
@@ -6675,30 +6714,44 @@ class Alerts:
         if alerts.webhook:
             self._store.news.note_turned(job_ids, alerts.after, turn.now)
 
-    def are_due(self, turn: Turn) -> bool:
-        """Say whether a job has turned and others have had the time to turn with it."""
-        if not turn.settings.alerts.webhook:
-            return False
-        return bool(self._store.news.turned(turn.now - ALERT_GATHER))
+    def send_due(self, turn: Turn) -> None:
+        """Enqueue an alert if it is time for one; whatever goes wrong with it is logged.
 
-    def send(self, turn: Turn) -> None:
-        """Enqueue one alert that tells of all jobs that have turned.
-
-        Only one is on its way at a time, so that none overtakes another. It is called as a change,
-        so that a bug in it stops nothing else.
+        A bug in it stops nothing else, and it is tried again after ALERT_PAUSE. Raises an error
+        only where the whole turn is rolled back.
         """
         webhook = turn.settings.alerts.webhook
-        turned = self._store.news.turned(turn.now - ALERT_GATHER)
-        is_on_its_way = self._store.executions.active_of(ALERTS_ID, 1)
-        if webhook is None or turn.paused or not turned or is_on_its_way:
+        if webhook is None or turn.paused:
             return
-        body = self._body(turned, turn.settings.cluster.node_id)
+        now = self._clock.monotonic()
+        if self._failed_at is not None and now - self._failed_at < ALERT_PAUSE:
+            return
+        self._failed_at = None
+        try:
+            with self._store.database.transaction():
+                self._send(turn, webhook)
+        except Exception:
+            if not self._store.database.in_transaction:
+                raise  # A full disk rolls back the whole turn, not only the savepoint.
+            log.exception("alerts: no alert could be made, it is tried again in a minute")
+            self._versions.clear()  # What was rolled back may be in it.
+            self._failed_at = now
+
+    def _send(self, turn: Turn, webhook: Json) -> None:
+        """Enqueue one alert that tells of all jobs that have turned, if others had time to.
+
+        Only one is on its way at a time, so that none overtakes another.
+        """
+        if not self._store.news.are_due(turn.now - ALERT_GATHER):
+            return
+        if self._store.executions.active_of(ALERTS_ID, 1):
+            return
         config, _enabled = validate_job(
             {
                 "name": "alerts",
                 "schedule": "@at 2000-01-01T00:00:00Z",
                 "timeout": "1h",
-                "webhook": webhook | {"body": json.dumps(body)},
+                "webhook": webhook | {"body": self._body(turn.settings.cluster.node_id)},
                 "retry_policy": self.RETRY_POLICY,
             },
             turn.settings.scheduler.default_retry_policy,
@@ -6709,25 +6762,41 @@ class Alerts:
         alert = self._run_queue.new_execution(turn, version, Trigger.ALERT, turn.now, turn.now)
         self._store.executions.add(alert)
 
-    def _body(self, turned: list[Json], node_id: str) -> Json:
-        """Return what the alert's receiver gets: a text for people, and the jobs."""
-        shown = turned[:ALERT_JOBS]
+    def _body(self, node_id: str) -> str:
+        """Return what the alert's receiver gets, as JSON that fits into a request."""
+        body = ""
+        for size in self.SIZES:
+            body = json.dumps(self._content(node_id, size))
+            if len(body) <= MAX_BODY_BYTES:
+                break
+        return body
+
+    def _content(self, node_id: str, size: AlertSize) -> Json:
+        """Return a text for people, and the jobs."""
+        number, failed = self._store.news.count_turned()
+        jobs = self._store.news.turned(size.jobs)
         lines = [f"Chronos on {node_id}:"]
-        for number, job in enumerate(shown):
-            last = self._store.executions.last_verdicts(job["id"], 3)
-            executions = [execution._replace(response=None).to_json() for execution in last]
-            job["executions"] = executions
-            if number < ALERT_LINES:
-                lines.append(self._line(job, last))
-        if len(turned) > ALERT_LINES:
-            lines.append(f"and {len(turned) - ALERT_LINES} more")
-        has_failed = any(job["event"] == "failed" for job in turned)
+        for job in jobs:
+            last = self._store.executions.last_verdicts(job["id"], size.executions)
+            shown = [self._shortened(execution, size.characters) for execution in last]
+            job["executions"] = [execution.to_json() for execution in shown]
+            if len(lines) <= ALERT_LINES:
+                lines.append(self._line(job, shown))
+        if number > ALERT_LINES:
+            lines.append(f"and {number - ALERT_LINES} more")
         return {
             "text": "\n".join(lines),
-            "event": "failed" if has_failed else "recovered",
-            "jobs_total": len(turned),
-            "jobs": shown,
+            "event": "failed" if failed else "recovered",
+            "jobs_total": number,
+            "jobs": jobs,
         }
+
+    def _shortened(self, execution: Execution, characters: int) -> Execution:
+        """Return an execution as an alert shows it: without what was answered."""
+        error = execution.error
+        if error and len(error) > characters:
+            error = f"{error[:characters]} …"
+        return execution._replace(response=None, error=error)
 
     def _line(self, job: Json, last: list[Execution]) -> str:
         """Return the line of the alert's text about one job."""
@@ -6841,8 +6910,8 @@ class Reporter:
             self._metrics.observe("chronos_lateness_seconds", late / SECOND)
         if execution.id not in turn.ended and outcome.reason in ALARMING_REASONS:
             log.info(
-                "job %s: %s failed in attempt %s: %s",
-                execution.job_id,
+                "%s: %s failed in attempt %s: %s",
+                in_words(execution.job_id),
                 execution.id,
                 execution.attempts,
                 outcome.error,
@@ -6856,8 +6925,8 @@ class Reporter:
         is_alarming = execution.reason in ALARMING_REASONS
         log.log(
             logging.WARNING if is_alarming else logging.INFO,
-            "job %s: %s %s: %s",
-            execution.job_id,
+            "%s: %s %s: %s",
+            in_words(execution.job_id),
             execution.id,
             execution.status,
             execution.error or f"the server answered {execution.status_code}",
@@ -6916,7 +6985,7 @@ class Engine:
         self.zone_rules = ZoneRules(store, clock)
         self.job_changes = JobChanges(store, self.versions, self.scheduler)
         self.retention = Retention(store, clock)
-        self.alerts = Alerts(store, self.versions, self.run_queue)
+        self.alerts = Alerts(store, self.versions, self.run_queue, clock)
         self._inbox = queue.SimpleQueue[Outcome | Submission | None]()
         self._outcomes: list[Outcome] = []  # They are kept until a turn has written them.
         self._submissions = Submissions(store.database, clock)
@@ -7071,8 +7140,7 @@ class Engine:
             self.run_queue.record(turn, outcome)
         self.zone_rules.apply(turn)
         self.scheduler.fire_due(turn)
-        if self.alerts.are_due(turn):
-            self._submissions.add(Submission(Future(), self.alerts.send))
+        self.alerts.send_due(turn)
         self._submissions.apply(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
         self.store.executions.release_oldest(freed, turn.now)

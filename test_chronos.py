@@ -7061,6 +7061,39 @@ def test_an_alert_about_the_longest_names_fits_into_a_body(watched, target, bell
     assert all(len(job["executions"]) == 3 for job in body["jobs"])
 
 
+@pytest.mark.parametrize("length", [100, 2_000, 100_000])
+def test_an_alert_is_made_smaller_until_it_fits(watched, bell, length):
+    for job in add_jobs(watched, 60, NOBODY, name="\U0001f4a5" * 200):
+        add_executions(watched, job, 3, "failed", error="\U0001f4a5" * length)
+    with watched.store.database.transaction():
+        ids = {job.id for job in watched.all_jobs()}
+        watched.store.news.note_turned(ids, 1, watched.clock.now())
+    watched.advance(10)
+
+    [body] = rings(bell)
+    assert (body["event"], body["jobs_total"], len(body["jobs"])) == ("failed", 60, 50)
+    errors = {run["error"] for job in body["jobs"] for run in job["executions"]}
+    assert errors == {"\U0001f4a5" * min(length, 200) + (" …" if length > 200 else "")}
+
+
+def test_what_goes_wrong_with_an_alert_is_logged_once_a_minute(
+    watched, target, bell, monkeypatch, caplog
+):
+    job = watched.create(target.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(chronos, "MAX_BODY_BYTES", 100)  # nothing fits
+        patch.setitem(chronos.WEBHOOK_FIELDS, "body", chronos.Field(chronos.a_text(100), None))
+        run(watched, target, job, 404)
+        for _ in range(50):
+            watched.clock.advance(1)
+            watched.engine.run_turn()
+        told = [line for line in caplog.messages if "alerts: no alert could be made" in line]
+        assert len(told) == 1 and "webhook.body" in caplog.text
+    watched.advance(60)
+
+    assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
 def test_what_was_cancelled_replaced_or_in_the_way_neither_breaks_nor_mends(
     make_watched, target, bell
 ):
@@ -7114,7 +7147,8 @@ def test_missed_fire_times_are_an_alert_as_failures_are(make_watched, target, be
     assert "report fails: 5 fire times from " in body["text"]
 
 
-def test_an_alert_that_fails_is_tried_again_and_raises_none(make_watched, target, bell):
+def test_an_alert_that_fails_is_tried_again_and_raises_none(make_watched, target, bell, caplog):
+    caplog.set_level("INFO", "chronos")
     world = make_watched(path="/status/503")
     run(world, target, world.create(target.url), 404)
 
@@ -7125,6 +7159,8 @@ def test_an_alert_that_fails_is_tried_again_and_raises_none(make_watched, target
     assert (alert.status, alert.reason) == ("failed", "http_status")
     assert (alert.attempts, bell.received.qsize()) == (10, 10)
     assert {json.dumps(body) for body in rings(bell)} == {alert_body(world, alert)}
+    assert f"alerts: {alert.id} failed in attempt 1: the server answered 503" in caplog.text
+    assert f"alerts: {alert.id} failed: the server answered 503" in caplog.text
 
 
 def alert_body(world, alert):

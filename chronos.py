@@ -53,6 +53,7 @@ import functools
 import getpass
 import hashlib
 import hmac
+import html
 import importlib.resources
 import ipaddress
 import json
@@ -87,7 +88,7 @@ from enum import StrEnum
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 try:
@@ -1309,7 +1310,9 @@ def a_url(value: Any) -> str:
             raise ValueError("it must be http(s)://, a host, no user (see webhook.auth), no blanks")
         requests.Request("GET", url).prepare()
     except (requests.RequestException, ValueError) as error:
-        raise ValueError(f"is not a URL that can be called: {error}") from error
+        # Some errors repeat the URL, and that of the alerts may be a secret.
+        problem = str(error).replace(url, "the URL")
+        raise ValueError(f"is not a URL that can be called: {problem}") from error
     return url
 
 
@@ -1547,9 +1550,14 @@ def next_fire_time(config: Json, after: int) -> int | None:
 # --- Secrets, which leave a configuration as a mask only ---
 
 
-def masked_config(config: Json) -> Json:
-    """Return a job's configuration with every secret replaced by the mask."""
+def masked_config(config: Json, job_id: str) -> Json:
+    """Return a job's configuration with every secret replaced by the mask.
+
+    Of the built-in job of the alerts the URL is one, too: chat services let in who knows it.
+    """
     webhook = dict(config["webhook"])
+    if job_id == ALERTS_ID:
+        webhook["url"] = masked_url(webhook["url"])
     headers = dict(webhook["headers"])
     for name in headers:
         if is_secret_header(name):
@@ -1564,6 +1572,19 @@ def masked_config(config: Json) -> Json:
     return config | {"webhook": webhook}
 
 
+def masked_url(url: str) -> str:
+    """Return a checked URL with the mask in the place of all that comes after the host."""
+    if rest_of_url(url) in ("", "/"):
+        return url
+    return f"{url.removesuffix(rest_of_url(url))}/{MASK}"
+
+
+def rest_of_url(url: str) -> str:
+    """Return path and query of a checked URL, just as they are written."""
+    _scheme, _colon, rest = url.partition("://")
+    return rest.removeprefix(urlsplit(url).netloc)
+
+
 def restore_secrets(data: Json, stored: Json) -> Json:
     """Return ``data`` with what ``stored`` has in the place of each mask.
 
@@ -1572,7 +1593,7 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     may change a job could have its secrets sent to a server of their own.
     """
     webhook = data.get("webhook")
-    if not isinstance(webhook, dict) or _is_sent_elsewhere(webhook, stored["webhook"]):
+    if not isinstance(webhook, dict):
         return data
     restored = dict(webhook)
     for part in ("headers", "auth"):
@@ -1580,6 +1601,8 @@ def restore_secrets(data: Json, stored: Json) -> Json:
         if isinstance(given, dict):
             secrets = stored["webhook"][part] or {}
             restored[part] = _without_masks(given, secrets)
+    if _is_sent_elsewhere(restored, stored["webhook"]):
+        return data
     return data | {"webhook": restored}
 
 
@@ -1601,13 +1624,19 @@ def _is_sent_elsewhere(webhook: Json, stored: Json) -> bool:
 
 
 def _receiver(webhook: Json) -> list[Any]:
-    """Return what decides where a request goes: the URL's origin, and each Host header."""
+    """Return what decides where a request goes: the URL's origin, and each Host header.
+
+    That of an api_key is a header like any other.
+    """
     receiver: list[Any] = [target_of(a_url(webhook.get("url")))]
     headers = webhook.get("headers")
     if isinstance(headers, dict):
         for name, value in headers.items():
             if name.lower() == "host":
                 receiver.append(value)
+    auth = webhook.get("auth")
+    if isinstance(auth, dict) and str(auth.get("header")).lower() == "host":
+        receiver.append(auth.get("api_key"))
     return receiver
 
 
@@ -1740,7 +1769,7 @@ class Job(NamedTuple):
             next_run_at = None
         return {
             "id": self.id,
-            **masked_config(self.config),
+            **masked_config(self.config, self.id),
             "enabled": self.enabled,
             "version": self.version,
             "created_at": format_time(self.created_at),
@@ -4612,6 +4641,7 @@ class Metrics:
 # job, and an attempt only adds its own headers. Here is no socket and no database.
 
 SHORTEST_MASKED = 6  # Characters: a shorter secret would mask parts of words, and hide nothing.
+ESCAPE_LEVELS = 3  # So deep escapes are looked through: JSON in a string of JSON in HTML.
 SHORTEST_BEGINNING = 3  # Characters of a secret that are taken for its beginning where text is cut.
 
 
@@ -4629,8 +4659,10 @@ class Webhook:
     that needs it, and kept.
     """
 
-    def __init__(self, config: Json) -> None:
+    def __init__(self, config: Json, hides_url: bool = False) -> None:
+        """``hides_url``: what comes after the host in its URL is a secret, too."""
         self.target = target_of(config["url"])
+        self._hides_url = hides_url
         self.method: str = config["method"]
         self.success_codes: list[int] | range = config["success_codes"] or range(200, 300)
         self._config = config
@@ -4646,22 +4678,51 @@ class Webhook:
         found += [auth[name] for name in SECRET_AUTH_FIELDS if name in auth]
         authorization = str(self.request.headers.get("Authorization", ""))
         found.append(authorization.rpartition(" ")[2])  # Less the scheme, such as Bearer.
-        # A target that echoes a secret in JSON writes it with the escapes of JSON.
-        found += [json.dumps(secret)[1:-1] for secret in found]
-        long_enough = {secret for secret in found if len(secret) >= SHORTEST_MASKED}
+        if self._hides_url:
+            found += url_secrets(self._config["url"])
+            found += url_secrets(str(self.request.url))  # As it goes out, and may come back.
+        spellings = {spelling for secret in found for spelling in spellings_of(secret)}
+        long_enough = {spelling for spelling in spellings if len(spelling) >= SHORTEST_MASKED}
         return sorted(long_enough, key=len, reverse=True)
 
     def masked(self, text: str, cut: bool = False) -> str:
-        """Return a text without the secrets.
+        """Return a text without the secrets, however their characters are escaped.
 
         ``cut``: the text was cut off, so that its end may be the beginning of a secret; that
         goes as well.
         """
+        if not self.secrets:
+            return text
+        plain = text
+        levels = 0  # So often its escapes were resolved.
+        steps: list[Unescaped] = []  # The same, with the places: they are looked up seldom.
+        found: list[tuple[int, int]] = []  # Where secrets begin and end in the text.
+        while True:
+            for begin, end in self._places(plain, cut):
+                while len(steps) < levels:
+                    steps.append(Unescaped(steps[-1].text if steps else text))
+                for step in reversed(steps):
+                    begin = step.place(begin)
+                    end = step.place(end)
+                found.append((begin, end))
+            has_escapes = any(mark in plain for mark in ("\\", "&", "%"))
+            if levels == ESCAPE_LEVELS or not has_escapes:
+                return with_masks(text, found)
+            plain = _ESCAPE.sub(resolved, plain)
+            levels += 1
+
+    def _places(self, text: str, cut: bool) -> Iterator[tuple[int, int]]:
+        """Yield where secrets begin and end in a text without escapes."""
+        wholes = without_half_escapes(text) if cut else []
         for secret in self.secrets:
-            text = text.replace(secret, MASK)
-            if cut:
-                text = without_beginning(secret, text)
-        return text
+            begin = text.find(secret)
+            while begin >= 0:
+                yield begin, begin + len(secret)
+                begin = text.find(secret, begin + len(secret))
+            for whole in wholes:
+                length = length_of_beginning(secret, whole)
+                if length:
+                    yield len(whole) - length, len(text)
 
     # --- The request ---
 
@@ -4730,12 +4791,153 @@ class Webhook:
         return f"{head}\r\n".encode("latin-1") + self._body
 
 
-def without_beginning(secret: str, text: str) -> str:
-    """Return ``text`` without the beginning of ``secret`` that it may end with."""
+# --- How secrets are spelled by those who repeat them ---
+
+# The escapes of JSON and JavaScript, of Python's bytes, HTML and URLs.
+_ESCAPE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}"
+    r"|\\x[0-9a-fA-F]{2}|\\[\"'\\/bfnrt]"
+    r"|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
+    r"|(?:%[0-9a-fA-F]{2})+"
+)
+# What may be left at the end of a text that was cut amid some of them; octets are characters.
+_HALF_ESCAPE = re.compile(
+    r"(?:\\(?:u[0-9a-fA-F]{0,3}|x[0-9a-fA-F]?)?|&[#A-Za-z0-9]{0,31}|%[0-9a-fA-F]?|[\x80-\xff])\Z"
+)
+_LETTER_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
+def spellings_of(secret: str) -> set[str]:
+    """Return a secret as it may come back in an answer, escapes aside."""
+    spellings = {
+        secret,
+        secret.replace(" ", "+"),  # As in the query of a URL.
+        secret.encode().decode("latin-1"),  # It was UTF-8, and taken for Latin-1.
+    }
+    with contextlib.suppress(UnicodeEncodeError):
+        octets = secret.encode("latin-1")  # As a header has it; our reader takes it for UTF-8.
+        spellings.add(octets.decode("utf-8", "replace"))
+    for spelling in list(spellings):
+        for _level in range(ESCAPE_LEVELS):
+            # What looks like an escape in the secret is resolved with those that are some.
+            spelling = _ESCAPE.sub(resolved, spelling)
+            spellings.add(spelling)
+    return spellings
+
+
+def url_secrets(url: str) -> list[str]:
+    """Return what of a URL that lets in who knows it could be the secret."""
+    rest = rest_of_url(url)
+    parts = [rest, *re.split("[/?&=;#]", rest)]
+    return parts + [unquote(part) for part in parts]
+
+
+def resolved(escape: re.Match[str]) -> str:
+    """Return what an _ESCAPE stands for."""
+    if escape[0][0] == "%":
+        text, _codec = _from_octets(escape[0])
+        return text
+    return _from_name(escape[0])
+
+
+def _from_octets(escape: str) -> tuple[str, str]:
+    """Return what escapes such as %C3%A4 stand for, and the codec that they are in."""
+    octets = bytes.fromhex(escape.replace("%", ""))
+    try:
+        return octets.decode("utf-8"), "utf-8"
+    except UnicodeDecodeError:
+        return octets.decode("latin-1"), "latin-1"
+
+
+@functools.lru_cache(1024)
+def _from_name(escape: str) -> str:
+    """Return what one escape with a backslash or an ampersand stands for."""
+    if escape[0] == "&":
+        return html.unescape(escape)
+    if escape[1] == "u":
+        return str(json.loads(f'"{escape}"'))
+    if escape[1] == "x":
+        return chr(int(escape[2:], 16))
+    return _LETTER_ESCAPES.get(escape[1], escape[1])
+
+
+def characters_of(escape: re.Match[str]) -> list[tuple[str, int]]:
+    """Return the characters that an _ESCAPE stands for, each with its length in it."""
+    if escape[0][0] == "%":
+        text, codec = _from_octets(escape[0])
+        return [(character, 3 * len(character.encode(codec))) for character in text]
+    text = resolved(escape)
+    if text == escape[0]:
+        return [(character, 1) for character in text]  # There is no such entity.
+    lengths = [len(escape[0])] + [0] * len(text)
+    return list(zip(text, lengths, strict=False))
+
+
+class Unescaped:
+    """A text with one level of its escapes resolved, which knows where each character was."""
+
+    def __init__(self, source: str) -> None:
+        pieces: list[str] = []
+        self._indices = [0]  # From each of these on, in the new text, characters follow
+        self._origins = [0]  # one another as in the source from here on.
+        index = 0
+        done = 0  # So much of the source.
+        for match in _ESCAPE.finditer(source):
+            pieces.append(source[done : match.start()])
+            index += match.start() - done
+            done = match.start()
+            for character, length in characters_of(match):
+                pieces.append(character)
+                index += 1
+                done += length
+                self._indices.append(index)
+                self._origins.append(done)
+            if done < match.end():  # It stands for no character at all.
+                done = match.end()
+                self._indices.append(index)
+                self._origins.append(done)
+        pieces.append(source[done:])
+        self.text = "".join(pieces)
+
+    def place(self, index: int) -> int:
+        """Return where in the source a character of the text begins, or the one before ends."""
+        number = bisect_right(self._indices, index) - 1
+        return self._origins[number] + index - self._indices[number]
+
+
+def with_masks(text: str, found: list[tuple[int, int]]) -> str:
+    """Return a text with a mask for each of these places, one for those that overlap."""
+    pieces: list[str] = []
+    done = 0
+    for begin, end in sorted(found):
+        if begin >= done:
+            pieces += [text[done:begin], MASK]
+        done = max(done, end)
+    pieces.append(text[done:])
+    return "".join(pieces)
+
+
+def without_half_escapes(text: str) -> list[str]:
+    """Return a text that was cut off, and what it is without half an escape at its end.
+
+    Half an escape of one level may stand before that of another.
+    """
+    found = [text]
+    while len(found) <= ESCAPE_LEVELS:
+        last = found[-1]
+        half = _HALF_ESCAPE.search(last, max(0, len(last) - 64))
+        if half is None:
+            break
+        found.append(last[: half.start()])
+    return found
+
+
+def length_of_beginning(secret: str, text: str) -> int:
+    """Return how much of the beginning of ``secret`` a text ends with; 0: nothing of it."""
     for length in range(len(secret) - 1, SHORTEST_BEGINNING - 1, -1):
         if text.endswith(secret[:length]):
-            return text[:-length]
-    return text
+            return length
+    return 0
 
 
 def content_type_of(body: str) -> str:
@@ -5568,7 +5770,7 @@ class Version:
         self.timeout = parse_duration(self.config["timeout"])
         attempt_timeout = self.retry_policy["attempt_timeout"] or self.config["timeout"]
         self.attempt_timeout = parse_duration(attempt_timeout)
-        self.webhook = Webhook(self.config["webhook"])
+        self.webhook = Webhook(self.config["webhook"], hides_url=self.job_id == ALERTS_ID)
         self.fire_ids = uuid.UUID(self.job_id)  # The namespace of its executions' ids.
         if not self.config["webhook"]["verify_tls"]:
             message = "%s takes any certificate: its verify_tls is false"
@@ -7600,7 +7802,7 @@ class JobHandlers(Handlers):
         patches = bottle.request.method == "PATCH"
         data = body
         if patches:
-            shown = masked_config(base.config)
+            shown = masked_config(base.config, base.id)
             data = patched_config(shown | {"enabled": base.enabled}, body)
         now = self.clock.now()
         config, enabled = validate_job(data, self._retry_policy, now, base.config)
@@ -7648,7 +7850,7 @@ class JobHandlers(Handlers):
         """Return a version as the API shows it: secrets masked; null where it can't be read."""
         config = version["config"]
         if config is not None:
-            config = masked_config(config)
+            config = masked_config(config, version["job_id"])
         created_at = format_time(version["created_at"])
         return version | {"config": config, "created_at": created_at}
 
@@ -7753,7 +7955,7 @@ class ExecutionHandlers(Handlers):
         """Return what an execution sends; None: its version is lost, or can't be read."""
         try:
             version = self.store.jobs.version(execution.job_id, execution.job_version)
-            config = masked_config(version["config"])["webhook"]
+            config = masked_config(version["config"], execution.job_id)["webhook"]
             headers = {}
             for name, value in Webhook(config).request.headers.items():
                 headers[name] = MASK if is_secret_header(name) else value

@@ -46,6 +46,7 @@ import concurrent.futures
 import contextlib
 import copy
 import hashlib
+import html
 import http.client
 import http.server
 import importlib.resources
@@ -2141,6 +2142,20 @@ def test_a_stored_secret_does_not_go_to_another_virtual_host(service, target):
     service.expect(200, "PATCH", path_of(job), {"webhook": {"headers": {"X-More": "1"}}})
 
 
+def test_an_api_key_in_the_host_header_is_a_virtual_host_like_any(service, target):
+    host = {"type": "api_key", "header": "host", "api_key": "a.test"}
+    job = service.create(target.url, webhook={"headers": {"X-Token": CANARY}, "auth": host})
+    other = service.create(target.url, webhook={"headers": {"X-Token": CANARY, "Host": "a.test"}})
+
+    assert put(service, job, job) == job
+    for changed, auth in ((job, {"api_key": "b.test"}), (job, None), (other, host)):
+        body = {"webhook": {"auth": auth}}
+        wrong = wrong_fields(service, "PATCH", path_of(changed), body)
+        assert wrong == ["webhook.headers.X-Token"]
+    service.post(trigger_path(job))
+    assert target.take()[2]["Host"] == "a.test"
+
+
 # --- secrets that a target repeats ----------------------------------------------------
 
 
@@ -2191,6 +2206,64 @@ def test_no_part_of_a_secret_that_a_target_repeats_is_kept(send, hostile, webhoo
 
     assert outcome.error or outcome.response
     assert not re.search(parts, f"{outcome.error}{outcome.response}")
+
+
+def as_json(secret):
+    return json.dumps(secret)[1:-1]
+
+
+def in_capitals(escaped):
+    return re.sub(r"\\u[0-9a-f]{4}", lambda match: "\\u" + match[0][2:].upper(), escaped)
+
+
+SPELLED = [
+    ("Zm9v/YmFy+abc==", lambda secret: as_json(secret).replace("/", r"\/")),  # PHP
+    ("Zm9v/YmFy+abc==", lambda secret: quote(secret, safe="")),
+    ("Zm9v/YmFy+abc==", lambda secret: quote(secret).lower().replace("zm9v/ymfy", "Zm9v/YmFy")),
+    ("p&ssword<123", lambda secret: secret.replace("&", r"\u0026").replace("<", r"\u003c")),  # Go
+    ("p&ssword<123", lambda secret: secret.replace("&", r"\x26").replace("<", r"\x3C")),
+    ("p&ss'word\"<123", html.escape),
+    ("p&ss'word<123", lambda secret: "".join(f"&#{ord(character)};" for character in secret)),
+    ("p\u00ffss word-\u00fe", lambda secret: in_capitals(as_json(secret))),
+    ("p\u00ffss word-\u00fe", lambda secret: "p&yuml;ss word-&#xfe;"),
+    ("p\u00ffss word-\u00fe", quote), ("p\u00ffss word-\u00fe", lambda secret: "p%FFss+word-%FE"),
+    ("p\u00ffss word-\u00fe", lambda secret: repr(secret.encode())[2:-1]),
+    ("\U0001f511-and-lock", as_json), ("\U0001f511-and-lock", quote),
+    ('s3cr"et\\p\u00e4ss', lambda secret: as_json(as_json(secret))),
+    ('s3cr"et/p\u00e4ss', lambda secret: html.escape(as_json(as_json(secret)))),
+    ("100%41&amp;more", lambda secret: secret), ('100%41"&amp;more', as_json),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("secret", "spell"), SPELLED, ids=range(len(SPELLED)))
+def test_a_secret_is_masked_however_it_is_spelled(secret, spell):
+    auth = {"type": "basic", "username": "ada", "password": secret}
+    webhook = chronos.Webhook(WEBHOOK | {"auth": auth})
+    echo = spell(secret)
+
+    assert webhook.masked(f'{{"a": "\\u00e4%41", "b": "{echo}", "c&lt;"}}') == (
+        '{"a": "\\u00e4%41", "b": "********", "c&lt;"}'
+    )
+    for length in range(len(spell(secret[:3])), len(echo)):  # where the text may be cut
+        kept = webhook.masked("\\u00e4: " + echo[:length], cut=True)
+        assert kept in ("\\u00e4: ", "\\u00e4: ********"), length
+
+
+def test_a_header_that_comes_back_in_latin_1_is_masked(send, hostile):
+    server = hostile(answers(typed(b"text/plain", "<p\u00e4ssw\u00f6rd>".encode("latin-1"))))
+
+    assert send(server.url, headers={"X-Token": "p\u00e4ssw\u00f6rd"}).response == f"<{MASK}>"
+
+
+@pytest.mark.parametrize(
+    "text", ["\\" * 65_536, r"\u0041" * 10_000, "%2541" * 13_000, "&#65;" * 13_000]
+)
+def test_a_text_full_of_escapes_costs_little(text):
+    webhook = chronos.Webhook(WEBHOOK | {"headers": {"X-Token": "A" * 6 + CANARY}})
+    began = time.process_time()
+
+    assert webhook.masked(text) == text
+    assert time.process_time() - began < 0.5
 
 
 # ======================================================================================
@@ -7196,6 +7269,34 @@ def test_a_bug_in_alerts_is_in_the_way_of_nothing_else(watched, target, bell, mo
     watched.advance(60)
 
     assert [body["event"] for body in rings(bell)] == ["failed"]
+
+
+def test_nobody_sees_the_key_in_the_url_of_the_alerts(make_service, clock, target, bell, caplog):
+    def refuses(handler):
+        return 404, f"No {handler.path}", f"no hook {handler.path[7:]}".encode()
+
+    caplog.set_level("DEBUG", "chronos")
+    bell.behave = refuses
+    hook = {"url": f"{bell.url}/hooks/{CANARY}?room=dog%2D{CANARY}"}
+    webhook = chronos.validate(chronos.ALERT_FIELDS, hook)
+    service = make_service(clock, alerts__webhook=webhook)
+    service.post(trigger_path(service.create(target.url + "/status/404")))
+    clock.advance(10)
+    assert bell.take()[1].count(CANARY) == 2
+
+    [alert] = wait_until(lambda: ended_of(service, ALERTS))
+    paths = ("", "/versions", "/versions/1", f"/executions/{alert['id']}", "/executions")
+    shown = [service.get(f"/jobs/{ALERTS}{path}") for path in paths]
+
+    assert shown[0]["webhook"]["url"] == shown[3]["request"]["url"] == f"{bell.url}/********"
+    assert "no hook ********" in alert["response"] and "No ********" in alert["error"]
+    assert CANARY not in json.dumps(shown) + caplog.text
+
+
+def ended_of(service, job_id):
+    """Return the executions of a job that have ended."""
+    found = service.get(f"/jobs/{job_id}/executions")["executions"]
+    return [execution for execution in found if execution["completed_at"]]
 
 
 def test_the_built_in_job_is_in_no_list_and_no_total(watched, target, bell):

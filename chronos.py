@@ -2561,7 +2561,18 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
 
 
 def ended(execution: Execution, status: Status, reason: Reason, error: str, now: int) -> Execution:
-    """Return the execution as one that has ended for a reason that is not its own."""
+    """Return the execution as one that has ended for a reason that is not its own.
+
+    Where it runs, its attempt is broken off by that, and in its log like any other.
+    """
+    if execution.status == Status.RUNNING:
+        started_at = execution.attempt_at or now
+        duration = max(0, now - started_at)  # By the wall clock, which may have gone back.
+        broken_off = Outcome(execution, started_at, duration, ended_at_mono=0, error=error)
+        execution = execution._replace(
+            spent=execution.spent + duration,
+            attempt_log=_with_attempt(execution.attempt_log, broken_off),
+        )
     return execution._replace(
         status=status,
         due_at=None,
@@ -3584,6 +3595,22 @@ class ExecutionTable:
             SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
                 SELECT (SELECT seq FROM executions WHERE job_id = jobs.id {condition}
                          ORDER BY seq DESC LIMIT 1)
+                  FROM jobs WHERE id IN (:list))
+            """  # noqa: S608
+        rows = self._database.run_with_list(sql, job_ids)
+        found = [Execution.from_row(row) for row in rows]
+        return {execution.job_id: execution for execution in found}
+
+    def retries_of(self, job_ids: list[str]) -> dict[str, Execution]:
+        """Return by job id the oldest execution of each job that waits for its next attempt.
+
+        Of a job only the 10 oldest that have not ended are looked at.
+        """
+        sql = f"""
+            SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
+                SELECT (SELECT seq FROM (SELECT seq, status, attempts FROM active
+                                          WHERE job_id = jobs.id ORDER BY seq LIMIT 10) AS oldest
+                         WHERE status = 'pending' AND attempts > 0 ORDER BY seq LIMIT 1)
                   FROM jobs WHERE id IN (:list))
             """  # noqa: S608
         rows = self._database.run_with_list(sql, job_ids)
@@ -7068,25 +7095,23 @@ class Submissions:
                 log.exception("a change failed")
             return error
 
-    def answer(self, turn: Turn) -> None:
-        """Tell everybody whose change is on disk what it returned or raised."""
-        for future, result in turn.results:
-            self._answer(future, result)
-
     def fail(self, turn: Turn, error: Exception) -> None:
         """Tell everybody whose change was rolled back, or was not begun, why."""
         for future, _result in turn.results:
-            self._answer(future, error)
+            self.answer(future, error)
         self.refuse(error)
 
     def refuse(self, error: Exception) -> None:
         """Tell everybody whose change was not begun why."""
         for submission in self._waiting:
             if submission.future.set_running_or_notify_cancel():
-                self._answer(submission.future, error)
+                self.answer(submission.future, error)
         self._waiting.clear()
 
-    def _answer(self, future: Future[Any], result: Any) -> None:
+    def answer(self, future: Future[Any], result: Any) -> None:
+        """Tell who waits for a future what its change returned or raised."""
+        if future.done():
+            return  # A second answer would raise, and keep others from theirs.
         if isinstance(result, ApiError):
             future.set_exception(result)
         elif isinstance(result, Exception):
@@ -7101,7 +7126,7 @@ class Reporter:
     def __init__(self, metrics: Metrics, clock: Clock) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._failures: dict[str, int] = {}  # Kind of error -> when it was last logged.
+        self._failures: dict[str, int] = {}  # Kind of failure -> when it was last logged.
 
     def tell_of_attempt(self, turn: Turn, outcome: Outcome) -> None:
         """Count an attempt; log it where its execution goes on after it."""
@@ -7139,16 +7164,27 @@ class Reporter:
         """Count a turn."""
         self._metrics.count("chronos_engine_passes_total")
 
+    def tell_of_bug(self, error: Exception, step: str) -> None:
+        """Log a bug in what follows a commit, each step's once a minute."""
+        if self._is_new(step):
+            message = "a bug: the engine could not %s, it goes on with the rest"
+            log.error(message, step, exc_info=error)
+
+    def _is_new(self, kind: str) -> bool:
+        """Return whether this kind of failure was not logged for a minute; now it is."""
+        now = self._clock.monotonic()
+        told_at = self._failures.get(kind)
+        if told_at is not None and now - told_at <= MINUTE:
+            return False
+        self._failures[kind] = now
+        return True
+
     def tell_of_failure(self, error: Exception, problem: str) -> None:
         """Log why a turn has failed, each kind of error once a minute."""
         if isinstance(error, StoreError):
             self._metrics.count("chronos_store_errors_total")
-        kind = type(error).__name__
-        now = self._clock.monotonic()
-        told_at = self._failures.get(kind)
-        if told_at is not None and now - told_at <= MINUTE:
+        if not self._is_new(type(error).__name__):
             return
-        self._failures[kind] = now
         trace = None if isinstance(error, StoreError) else error  # A bug needs its traceback.
         log.error("the engine failed, it tries again: %s", problem, exc_info=trace)
 
@@ -7374,30 +7410,55 @@ class Engine:
     # --- After a turn ---
 
     def _after_commit(self, turn: Turn) -> None:
-        """Tell everybody, abort what ended otherwise, start what was taken."""
-        for outcome in self._outcomes:
-            self._reporter.tell_of_attempt(turn, outcome)
-        self._outcomes.clear()
-        self.run_queue.after_commit(turn)
-        self._submissions.answer(turn)
-        for execution in turn.ended.values():
-            waiter = self.waiters.get(execution.id)
+        """Start what was taken, abort what ended otherwise, tell everybody.
+
+        Those who wait come before the logs, and a bug in one step stops none of the others: an
+        API thread that got no answer would wait for ever.
+        """
+        outcomes = self._outcomes
+        self._outcomes = []
+        with self._isolated("start what was taken"):
+            self.run_queue.after_commit(turn)
+        for future, result in turn.results:
+            with self._isolated("answer who has submitted a change"):
+                self._submissions.answer(future, result)
+        with self._isolated("wake those who wait for an end"):
+            self._wake_waiters(turn)
+        with self._isolated("tell of attempts"):
+            for outcome in outcomes:
+                self._reporter.tell_of_attempt(turn, outcome)
+        with self._isolated("tell of ends"):
+            for execution in turn.ended.values():
+                if execution.has_ended:  # Else its job was deleted.
+                    self._reporter.tell_of_end(execution)
+
+    def _wake_waiters(self, turn: Turn) -> None:
+        for execution_id in turn.ended:
+            waiter = self.waiters.get(execution_id)
             if waiter:
                 waiter.set()
-            if execution.has_ended:  # Else its job was deleted.
-                self._reporter.tell_of_end(execution)
+
+    @contextlib.contextmanager
+    def _isolated(self, step: str) -> Iterator[None]:
+        """Log what is raised inside, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self._reporter.tell_of_bug(error, step)
 
     def _fail(self, turn: Turn, error: Exception) -> None:
         """The turn was rolled back: say why; the outcomes wait for the next turn."""
         self.problem = str(error) or repr(error)
-        self._reporter.tell_of_failure(error, self.problem)
-        self._submissions.fail(turn, error)
+        with self._isolated("refuse the changes of a turn that failed"):
+            self._submissions.fail(turn, error)
         self.versions.clear()  # What was rolled back may be in it.
         self.scheduler.turn_failed()
         self.zone_rules.turn_failed()
         self.retention.turn_failed()
         self._heartbeat_at = 0
         self._wake_at = turn.now + SECOND
+        with self._isolated("tell of a turn that failed"):
+            self._reporter.tell_of_failure(error, self.problem)
 
 
 # ======================================================================================
@@ -8129,8 +8190,10 @@ class ServerHandlers(Handlers):
             return b""
         page, _total = self.store.jobs.page({}, 1000, 0)
         jobs = self.jobs_json(page, has_ended=True)
+        retries = self.store.executions.retries_of([job.id for job in page])
         for job in jobs:
             del job["webhook"]  # It may be large.
+            job["retrying"] = self._retrying(retries.get(job["id"]))
         active = [execution.to_json() for execution in self.store.executions.in_progress(50)]
         now = self.clock.now()
         return {
@@ -8143,6 +8206,17 @@ class ServerHandlers(Handlers):
             "active": active,
             "jobs": jobs,
             "last_24h": self.store.history.ends_since(now - DAY),
+        }
+
+    def _retrying(self, execution: Execution | None) -> Json | None:
+        """Return what /stats shows of a run that waits for its next attempt."""
+        if execution is None:
+            return None
+        return {
+            "id": execution.id,
+            "attempts": execution.attempts,
+            "due_at": format_time(execution.due_at),
+            "error": execution.error,
         }
 
     def page(self) -> bytes:
@@ -9233,7 +9307,7 @@ function morph(parent, wanted) {
 
 const ICONS = { ok: "\u2713", fail: "\u2717", run: "\u25b6", wait: "\u2026", skip: "\u00bb", miss: "!", idle: "\u2016" };
 const KINDS = {
-  success: "ok", ok: "ok", failed: "fail", failing: "fail", cancelled: "fail", running: "run", pending: "wait",
+  success: "ok", ok: "ok", failed: "fail", failing: "fail", cancelled: "fail", running: "run", pending: "wait", retrying: "wait",
   skipped: "skip", replaced: "skip", missed: "miss", overdue: "miss", paused: "idle", "never ran": "new",
 };
 const badge = word => h("span.state." + KINDS[word], { "data-state": word },
@@ -9443,7 +9517,10 @@ function strip(letters) { // the newest at the right
   return h("div.strip", s("svg", { role: "img", viewBox: "0 0 180 24", "aria-label": letters ? `Last ${count(letters.length, "run")}: ` +
     `${counts.join(", ")}, last ${LETTERS[letters.at(-1)]}` : "No run yet" }, s("path.rail", { d: "M0 23.5h180" }), [...letters].reverse().map(bar)));
 }
-const wordOf = run => ["missed", "cancelled", "replaced"].includes(run.reason) ? run.reason : run.status;
+function wordOf(run) {
+  if (["missed", "cancelled", "replaced"].includes(run.reason)) return run.reason;
+  return run.status === "pending" && run.attempts ? "retrying" : run.status;
+}
 function runTable(runs, named) {
   const row = run => h("tr", { id: run.id, "data-state": wordOf(run) },
     td(runLink(run.job_id, run.id, when(run.scheduled_time, zoneOf(run.job_id)))), named && td(jobLink(run.job_id, run.job_name)),
@@ -9473,11 +9550,13 @@ function differences(before, after) {
 function stateOf(job) {
   if (job.enabled && (job.failures || !job.next_run)) return "failing";
   if (running(job.id)) return "running";
+  if (job.retrying) return "retrying";
   if (!job.enabled) return "paused";
   if (!stats.paused && Date.parse(job.next_run) < clock() - 30000) return "overdue";
   return !job.strip ? "never ran" : job.strip.endsWith("K") ? "skipped" : "ok";
 }
-const RANKS = ["paused", "ok", "running", "overdue", "failing"];
+const RANKS = ["paused", "ok", "running", "retrying", "overdue", "failing"];
+const nextAttempt = (run, zone) => run && h("div.dim", `attempt ${run.attempts + 1} `, when(run.due_at, zone, "due"));
 const rank = job => Math.max(1, RANKS.indexOf(stateOf(job))) - !job.enabled;
 const matches = job => [job.name, job.schedule, job.timezone, job.id, stateOf(job), ...pairsOf(job.tags)].join("\n")
   .toLowerCase().includes(searched.toLowerCase());
@@ -9494,7 +9573,7 @@ function jobRow(job) { // the one that is there, if nothing has changed
   return Object.assign(h("tr", { id: "job-" + id, "data-job": id, "data-state": state }, td(badge(state)),
     h("th", { scope: "row" }, jobLink(id, job.name), cut("div.mono", `${job.schedule}  ${zone}`), cut("div", pairsOf(job.tags).join(", "))),
     td(strip(job.strip)), td(run ? [runLink(id, run.id, badge(wordOf(run)), " ", when(run.completed_at, zone, "ago")),
-      cut("div.dim", run.error ?? "")] : h("span.dim", "never ran")),
+      cut("div.dim", run.error ?? "")] : h("div.dim", "never ran"), nextAttempt(job.retrying, zone)),
     td(job.next_run ? [!stats.paused && when(job.next_run, zone, "due"), h("div.dim", when(job.next_run, zone))]
       : h("span.dim", job.enabled ? "not known" : "paused")), td(line(actions(job)))), { sig });
 }
@@ -9517,7 +9596,7 @@ function summary() {
 function activePanel() {
   const tell = run => run.status === "running" ? [`attempt ${run.attempts}, for `, when(run.started_at, MINE, "for")]
     : run.due_at ? [`attempt ${run.attempts + 1} `, when(run.due_at, MINE, "due")] : "after an older run";
-  const item = run => h("li", badge(run.status), runLink(run.job_id, run.id, cut("div", run.job_name)), h("span.dim", tell(run)),
+  const item = run => h("li", badge(wordOf(run)), runLink(run.job_id, run.id, cut("div", run.job_name)), h("span.dim", tell(run)),
     stats.may_write && button("Cancel", `cancel:${run.id}`, () => cancel(run), { "aria-label": `Cancel ${run.job_name}` }));
   return stats.active.length > 0 && box("active", `${stats.running} running, ${stats.pending} waiting`, h("ul.scroll", stats.active.map(item)));
 }
@@ -9592,7 +9671,7 @@ function jobPage(id) {
   };
   const draw = () => {
     const row = known(id) ?? { ...job, failures: 0, strip: "" }, zone = job.timezone, { name, description, ...settings } = flatten(job);
-    return [line(h("div.grow", line(heading(job.name), badge(stateOf(row))), description && dim(description)),
+    return [line(h("div.grow", line(heading(job.name), badge(stateOf(row)), nextAttempt(row.retrying, zone)), description && dim(description)),
       stats.may_write && line({ id: "actions" }, actions(job),
     !job.managed_by && button("Delete", `delete:${id}`, () => remove(job, runs.total), { class: "danger" }))),
     job.problem && h("p.bar.fail", job.problem),

@@ -6199,6 +6199,42 @@ def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, 
     assert target.received.qsize() == 2
 
 
+@pytest.mark.parametrize("how", ["replaced", "cancelled"])
+def test_an_attempt_that_was_broken_off_is_in_the_log_of_attempts(world, target, how):
+    target.script = ["/status/503", "/hang"]
+    job = world.create(target.url, concurrency="replace")
+    first = run_once(world, job)
+    world.clock.advance(1)
+    world.engine.run_turn()
+    assert target.hanging.acquire(timeout=10)
+    world.clock.advance(2.5)
+
+    if how == "cancelled":
+        world.do(world.engine.run_queue.cancel, job.id, first, "ada")
+    else:
+        trigger(world, job)
+
+    execution = world.store.executions.get(job.id, first)
+    _answered, broken_off = json.loads(execution.attempt_log)
+    assert (broken_off["number"], broken_off["status_code"]) == (2, None)
+    assert (broken_off["started_at"], broken_off["duration"]) == (
+        "2027-03-01T12:00:01Z",
+        25 * 10**8,
+    )
+    assert broken_off["error"] == execution.error and how in execution.error
+    assert execution.to_json()["duration"] == 35 * 10**8
+
+
+def test_a_retry_that_was_cancelled_while_it_waited_has_no_attempt_more(world, target):
+    job = world.create(target.url + "/status/503")
+    first = run_once(world, job)
+
+    world.do(world.engine.run_queue.cancel, job.id, first, "ada")
+
+    [execution] = world.executions(job)
+    assert len(json.loads(execution.attempt_log)) == execution.attempts == 1
+
+
 def test_a_job_that_never_catches_up_has_a_thousand_runs_waiting_and_skips_more(world, target):
     target.script = ["/hang"]
     job = world.create(target.url, enabled=False, concurrency="allow")
@@ -7695,11 +7731,46 @@ def test_an_error_without_words_is_shown_too(world, monkeypatch):
     assert world.engine.problem
 
 
-def test_an_error_after_the_commit_of_a_pass_loses_nothing_that_it_took(world, target, monkeypatch):
+@pytest.mark.parametrize("step", [
+    "_reporter.tell_of_attempt", "_reporter.tell_of_end", "run_queue.after_commit",
+    "_submissions.answer", "_wake_waiters",
+])  # fmt: skip
+def test_a_bug_after_a_commit_stops_none_of_the_other_steps(
+    world, target, monkeypatch, caplog, step
+):
+    job = world.create(target.url)
+    execution_id = trigger(world, job)
+    waiter = world.engine.waiters[execution_id] = threading.Event()
+    wait_until(world.engine._inbox.qsize)
+    writer = set_number(world, "a")
+    owner, _dot, name = step.rpartition(".")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(world.engine, owner) if owner else world.engine, name, a_bug)
+        world.engine.run_turn()
+
+    assert writer.done() or name == "answer"
+    assert waiter.is_set() or name == "_wake_waiters"
+    [told] = tracebacks(caplog)
+    assert told.startswith("a bug: the engine could not ")
+    assert states(world, job) == ["success"] and run_once(world, job)
+
+
+def test_a_bug_in_telling_of_a_failed_turn_leaves_no_writer_without_an_answer(world, monkeypatch):
+    writer = set_number(world, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store.jobs, "due", a_bug)
+        patch.setattr(world.engine._reporter, "tell_of_failure", a_bug)
+        world.engine.run_turn()
+
+    assert isinstance(writer.exception(timeout=0), chronos.InternalError)
+
+
+def test_what_was_taken_runs_though_there_was_a_bug_in_answering(world, target, monkeypatch):
     job = world.create(target.url)
     world.engine.enqueue(world.engine.run_queue.trigger, job.id, "exec-1")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+    with monkeypatch.context() as patch:
         patch.setattr(world.engine._submissions, "answer", a_bug)
         world.engine.run_turn()
     world.settle()
@@ -9089,6 +9160,27 @@ def test_stats_say_in_one_answer_how_all_is(service, target):
     assert (stats["problem"], stats["paused"], stats["may_write"]) == (None, False, True)
 
 
+def test_stats_say_of_a_job_that_its_run_waits_for_another_attempt(service, target):
+    target.script = ["/ok", "/status/503"]
+    retry = {"initial_interval": "60s"}
+    job = service.create(target.url, retry_policy=retry)
+    other = service.create(target.url + "/hang", concurrency="allow")
+    service.post(trigger_path(job))
+    waiting = service.expect(202, "POST", trigger_path(job, "?wait=1s"))
+    service.start(other)
+
+    shown, running = poll(service)[1]["jobs"]
+
+    assert (waiting["status"], shown["last_execution"]["status"]) == ("pending", "success")
+    assert shown["retrying"] == {
+        "id": waiting["id"],
+        "attempts": 1,
+        "due_at": waiting["due_at"],
+        "error": "the server answered 503 Service Unavailable",
+    }
+    assert running["retrying"] is None
+
+
 def test_stats_are_not_sent_again_until_something_has_changed(service, target):
     job = service.create(target.url, name="old")
     etag = poll(service)[2]
@@ -10139,7 +10231,7 @@ def test_the_page_asks_no_other_server_and_writes_no_markup():
 def test_the_page_stays_within_its_limits():
     lines = PAGE.splitlines()
 
-    assert len(lines) <= 800 and len(PAGE.encode()) <= 49 * 1024
+    assert len(lines) <= 1200 and len(PAGE.encode()) <= 90 * 1024
     assert max(map(len, lines)) < 155
 
 
@@ -10255,6 +10347,20 @@ def test_a_failure_shows_in_title_banner_and_strip(page, service, target):
     assert page.browser.title.startswith("(1 failed) ")
     label = page.js("return document.querySelector('.strip svg').getAttribute('aria-label')")
     assert label.startswith("Last 1 run: 1 failed")
+
+
+def test_a_retry_that_waits_is_shown_with_when_it_goes_on(page, service, target):
+    target.script = ["/ok", "/status/503"]
+    retry = {"initial_interval": "1h", "max_interval": "1h"}
+    job = service.create(target.url, name="report", retry_policy=retry, timeout="24h")
+    service.post(trigger_path(job))
+    service.expect(202, "POST", trigger_path(job, "?wait=1s"))
+
+    for place, shown in (("", "#jobs"), (f"#/job/{job['id']}", "main")):
+        page.open(service, place, "retrying")
+        page.see("retrying", shown)
+        page.see("attempt 2 in", shown)
+    assert page.console() == []
 
 
 def test_a_run_is_shown_in_full_and_as_text_only(page, service, target):

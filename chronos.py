@@ -164,6 +164,7 @@ MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among 
 
 # --- Sizes ---
 
+MAX_NESTING = 32  # Levels of lists and objects, in a body as in a configuration.
 MAX_BODY_BYTES = 1 << 20  # Of a request to the API.
 MAX_HEADERS = 100  # How many header lines an answer may have.
 MAX_LINE_BYTES = 1 << 16  # One line of an answer.
@@ -278,6 +279,7 @@ ALARMING_REASONS = frozenset(
 #         ├── PayloadTooLarge       413 PAYLOAD_TOO_LARGE
 #         ├── TooManyRequests       429 TOO_MANY_REQUESTS
 #         ├── StoreError            500 STORE_ERROR
+#         │   └── PartlyDeclared    some of the declared jobs are not yet as they are declared
 #         ├── ExecutionError        500 EXECUTION_ERROR
 #         ├── InternalError         500 INTERNAL_ERROR
 #         └── Unavailable           503 UNAVAILABLE
@@ -405,6 +407,10 @@ class StoreError(ApiError):
 
     status = 500
     code = "STORE_ERROR"
+
+
+class PartlyDeclared(StoreError):
+    """The database has failed amid the declared jobs; the next reload takes up the rest."""
 
 
 class ExecutionError(ApiError):
@@ -1974,11 +1980,15 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _a_readable_file(value: Any) -> str:
-    """The path of a file that can be read now."""
+def _authorities(value: Any) -> str:
+    """The path of a file with certificates in PEM, which is read now."""
     path: str = a_text(4096)(value)
-    if not os.access(path, os.R_OK):
-        raise ValueError("must be a readable file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError as error:
+        raise ValueError(f"must be a file with certificates in PEM form, not {path}") from error
+    except OSError as error:
+        raise ValueError(f"must be a readable file: {path}: {error.strerror}") from error
     return path
 
 
@@ -2090,7 +2100,7 @@ class DispatcherSettings:
     )
     # If any are named, all others are closed.
     allowed_networks: Sequence[str] = setting(list_of(_a_network, 1000), [])
-    ca_bundle: str | None = setting(_a_readable_file, None)  # None: that of requests.
+    ca_bundle: str | None = setting(_authorities, None)  # None: that of requests.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2299,18 +2309,30 @@ def _declaration(data: Json, retry: Mapping[str, Any]) -> Declaration:
 # --- YAML ---
 
 
-def read_yaml(content: str, environment: Mapping[str, str]) -> tuple[Any, dict[str, int]]:
+# In C where PyYAML was built with libyaml: seven times faster.
+YAML_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+
+
+class Document(NamedTuple):
+    """What a YAML document says, and where."""
+
+    data: Any
+    lines: dict[str, int]  # ``.dotted.path`` -> line, from 1. The path of the whole is empty.
+    variables: set[str]  # The names that its ``${NAME}`` take from the environment.
+
+
+def read_yaml(content: str, environment: Mapping[str, str]) -> Document:
     """Return a YAML document as plain data, and the line of each ``.dotted.path`` in it.
 
     Words are as in JSON: no octals, dates, ``yes``; ``${NAME}`` is replaced from the
-    environment. The path of the whole is empty, items of lists count from 1. Raises ValueError.
+    environment. Items of lists count from 1. Raises ValueError with the line.
     """
+    reader = YamlReader(environment)
     try:
-        for event in yaml.parse(content, yaml.BaseLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"line {event.start_mark.line + 1}: aliases are not supported")
-        root = yaml.compose(content, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+        # Event by event, in one go: other threads get their turn, however large the file is.
+        for event in yaml.parse(content, YAML_LOADER):
+            reader.take(event)
+    except yaml.YAMLError as error:
         place = ""
         mark = getattr(error, "problem_mark", None)
         if mark:
@@ -2318,69 +2340,134 @@ def read_yaml(content: str, environment: Mapping[str, str]) -> tuple[Any, dict[s
         problem = getattr(error, "problem", None) or "this is not YAML"
         hint = 'a value with ":", "#", "@" or "*" wants quotes'
         raise ValueError(f"{place}{problem} ({hint})") from error
-    reader = YamlReader(environment)
-    data = None
-    if root is not None:
-        data = reader.read(root, "")
-    return data, reader.lines
+    return Document(reader.data, reader.lines, reader.variables)
+
+
+@dataclass(slots=True)
+class YamlContainer:
+    """A list or mapping that is being read."""
+
+    items: Any  # A list or a dict.
+    path: str
+    key: str | None = None  # Of a mapping: whose value comes next; None: a key does.
 
 
 class YamlReader:
-    """Turns the nodes of one YAML document into plain data. ``lines``: path -> line, from 1."""
+    """Turns the events of one YAML document into plain data. The attributes: see Document."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """``environment`` has the values of ``${NAME}``."""
+        self.data: Any = None
         self.lines: dict[str, int] = {}
+        self.variables: set[str] = set()
         self._environment = environment
+        self._documents = 0
+        self._open: list[YamlContainer] = []  # Those around what comes next, the outermost first.
 
-    def read(self, node: Any, path: str) -> Any:
-        """Return what a node and everything inside it says. Raises ValueError with the line."""
-        self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return self._read_list(node, path)
-        if isinstance(node, yaml.MappingNode):
-            return self._read_mapping(node, path)
-        return self._read_scalar(node)
+    def take(self, event: Any) -> None:
+        """Take the next event of PyYAML's parser. Raises ValueError with the line."""
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.ScalarEvent):
+            self._take_scalar(event, line)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            self._begin([], event, line)
+        elif isinstance(event, yaml.MappingStartEvent):
+            self._begin({}, event, line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._open.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line}: aliases are not supported")
+        elif isinstance(event, yaml.DocumentStartEvent):
+            self._documents += 1
+            if self._documents > 1:
+                raise ValueError(f"line {line}: a second document begins")
 
-    def _read_list(self, node: Any, path: str) -> list[Any]:
-        items = []
-        for number, item in enumerate(node.value, 1):
-            items.append(self.read(item, f"{path}.{number}"))
-        return items
+    def _begin(self, items: Any, event: Any, line: int) -> None:
+        """Begin to read a list or a mapping."""
+        if len(self._open) >= MAX_NESTING:
+            raise ValueError(f"line {line}: it is nested deeper than {MAX_NESTING} levels")
+        self._check_tag(event, line)
+        path = self._add(items, line)
+        self._open.append(YamlContainer(items, path))
 
-    def _read_mapping(self, node: Any, path: str) -> Json:
-        entries: Json = {}
-        for key, value in node.value:
-            name = str(key.value)
-            if name in entries:
-                raise ValueError(f"line {key.start_mark.line + 1}: {name!r} is there twice")
-            entries[name] = self.read(value, f"{path}.{name}")
-        return entries
+    def _take_scalar(self, event: Any, line: int) -> None:
+        """Take a key or a value."""
+        around = self._open[-1] if self._open else None
+        if around is None or isinstance(around.items, list) or around.key is not None:
+            self._add(self._value_of(event, line), line)
+            return
+        if event.value in around.items:
+            raise ValueError(f"line {line}: {event.value!r} is there twice")
+        around.key = event.value
 
-    def _read_scalar(self, node: Any) -> Any:
+    def _add(self, value: Any, line: int) -> str:
+        """Put a value where it belongs, and return its path."""
+        path = ""
+        if not self._open:
+            self.data = value
+        else:
+            around = self._open[-1]
+            if isinstance(around.items, list):
+                around.items.append(value)
+                path = f"{around.path}.{len(around.items)}"
+            elif around.key is not None:
+                around.items[around.key] = value
+                path = f"{around.path}.{around.key}"
+                around.key = None
+            else:
+                raise ValueError(f"line {line}: a list or a mapping cannot be a key")
+        self.lines[path] = line
+        return path
+
+    def _check_tag(self, event: Any, line: int) -> None:
+        """Refuse tags that would make something else of a value."""
+        if event.tag is not None and event.tag not in YAML_TAGS:
+            raise ValueError(f"line {line}: the tag {event.tag} is not supported")
+
+    def _value_of(self, event: Any, line: int) -> Any:
         """Return what JSON would read, where it is not in quotes and can be; otherwise a text."""
-        line = node.start_mark.line + 1
-        if node.tag != "tag:yaml.org,2002:str":
-            raise ValueError(f"line {line}: the tag {node.tag} is not supported")
+        self._check_tag(event, line)
+        text: str = event.value
+        if "${" in text:
+            text = self._with_variables(text, line)
+        is_quoted = bool(event.style)
+        if is_quoted or text != event.value:
+            return text  # What comes from the environment is a text, whatever it looks like.
+        if text in ("", "~"):
+            return None
+        if text[0] in "-0123456789tfn":  # Nothing else that is not in quotes is of JSON.
+            with contextlib.suppress(ValueError):
+                return json.loads(text, parse_constant=str)
+        return text
+
+    def _with_variables(self, text: str, line: int) -> str:
+        """Return a text with ``${NAME}`` replaced. Raises ValueError."""
 
         def variable(match: re.Match[str]) -> str:
             name = match[1]
             if name not in self._environment:
                 raise ValueError(f"line {line}: the environment variable {name} is not set")
+            self.variables.add(name)
             return self._environment[name]
 
-        text: str = re.sub(r"\$\{([A-Za-z_]\w*)\}", variable, node.value)
-        is_quoted = bool(node.style)
-        if is_quoted or text != node.value:
-            return text  # What comes from the environment is a text, whatever it looks like.
-        if text in ("", "~"):
-            return None
-        with contextlib.suppress(ValueError):
-            return json.loads(text, parse_constant=str)
-        return text
+        return re.sub(r"\$\{([A-Za-z_]\w*)\}", variable, text)
+
+
+# Those that say what is so anyway.
+YAML_TAGS = ("!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")))
 
 
 # --- Loading ---
+
+# Settings that name a file; like cluster.data_dir they count from the directory of chronos.yaml.
+FILE_SETTINGS = ("dispatcher.ca_bundle",)
+
+VARIABLES = {"CHRONOS_" + key.replace(".", "_").upper(): key for key in SETTINGS}
+
+# Kubernetes and Docker set these where a service or container is called chronos.
+_FOREIGN_VARIABLE = re.compile(
+    "CHRONOS_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings:
@@ -2388,51 +2475,63 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings
 
     Raises StartError with up to three lines that say what is wrong, and where it is written.
     """
-    values: Json = {}
-    places: dict[str, str] = {}
+    document = Document({}, {}, set())
     if path is not None:
-        values, places = _read_file(path, environment)
-    for key in SETTINGS:
-        variable = "CHRONOS_" + key.replace(".", "_").upper()
-        if environment.get(variable):
-            values[key] = _read_variable(variable, environment)
-            places[f".{key}"] = f"{variable}: "
+        document = _read_file(path, environment)
+    overriding = _read_variables(environment, document.variables)
+    values = dict(_flatten(document.data)) | overriding
+    directory = (path or Path(__file__)).parent.resolve()
+    for key in FILE_SETTINGS:
+        if isinstance(values.get(key), str):
+            values[key] = str(directory / values[key])
     try:
         settings = build_settings(values)
         check_access(settings)
     except InvalidFields as error:
         sentences = []
         for key, message in error.problems[:3]:
-            sentences.append(f"{_place_of(key, places)}{key} {message}")
+            place = _place_of(key, path, document.lines, overriding)
+            sentences.append(f"{place}{key} {message}")
         raise StartError(EXIT_CONFIG, "\n".join(sentences)) from error
-    beside = path or Path(__file__)
-    data_dir = beside.parent.resolve() / settings.cluster.data_dir
+    data_dir = directory / settings.cluster.data_dir
     return settings.replaced("cluster.data_dir", str(data_dir))
 
 
-def _read_file(path: Path, environment: Mapping[str, str]) -> tuple[Json, dict[str, str]]:
-    """Return a file's settings by dotted keys, and the place of each path. Raises StartError."""
+def _read_file(path: Path, environment: Mapping[str, str]) -> Document:
+    """Return what a file says; its data is a dict. Raises StartError."""
     try:
-        content = path.read_text("utf-8")
-        data, lines = read_yaml(content, environment)
-        if data is None:
-            data = {}
-        if not isinstance(data, dict):
+        document = read_yaml(path.read_text("utf-8"), environment)
+        if document.data is None:
+            document = document._replace(data={})
+        if not isinstance(document.data, dict):
             raise ValueError("must be a mapping of sections, such as server: …")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StartError(EXIT_CONFIG, f"{path}: {reason}") from error
-    places = {name: f"{path}: line {line}: " for name, line in lines.items()}
-    return dict(_flatten(data)), places
+    return document
 
 
-def _read_variable(variable: str, environment: Mapping[str, str]) -> Any:
-    """Return what an environment variable says, as a YAML scalar. Raises StartError."""
-    try:
-        value, _lines = read_yaml(environment[variable], environment)
-    except ValueError as error:
-        raise StartError(EXIT_CONFIG, f"{variable}: {error}") from error
-    return value
+def _read_variables(environment: Mapping[str, str], used: set[str]) -> Json:
+    """Return the settings in the environment by dotted keys, each read as a YAML scalar.
+
+    ``used`` are the names that the file refers to. Raises StartError, also where a name is of no
+    setting: nobody sets one that is to do nothing.
+    """
+    values: Json = {}
+    for name, text in environment.items():
+        if name in VARIABLES and text:
+            try:
+                values[VARIABLES[name]] = read_yaml(text, environment).data
+            except ValueError as error:
+                raise StartError(EXIT_CONFIG, f"{name}: {error}") from error
+        is_ours = name.startswith("CHRONOS_") and not _FOREIGN_VARIABLE.fullmatch(name)
+        if is_ours and name not in VARIABLES and name not in used:
+            message = f"the environment variable {name[:100]} names no setting"
+            nearest = difflib.get_close_matches(name, VARIABLES, 1)
+            if nearest:
+                message += f" (did you mean {nearest[0]}?)"
+            raise StartError(EXIT_CONFIG, message)
+    return values
 
 
 def _flatten(data: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2447,13 +2546,19 @@ def _flatten(data: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _place_of(key: str, places: Mapping[str, str]) -> str:
+def _place_of(
+    key: str, path: Path | None, lines: Mapping[str, int], overriding: Mapping[str, Any]
+) -> str:
     """Return the place of a key, or of the closest part around it that is written somewhere."""
-    found = ""
-    for path, place in places.items():
-        if f".{key}.".startswith(f"{path}."):
-            found = place  # The later ones are further inside.
-    return found
+    for variable, setting_key in VARIABLES.items():
+        if setting_key in overriding and f"{key}.".startswith(f"{setting_key}."):
+            return f"{variable}: "
+    around = f".{key}"
+    while around and around not in lines:
+        around = around.rpartition(".")[0]
+    if around not in lines:
+        return ""
+    return f"{path}: line {lines[around]}: "
 
 
 # ======================================================================================
@@ -5766,6 +5871,7 @@ class Turn:
     now: int
     settings: Settings
     stopping: bool = False  # Nothing is started any more.
+    starting: bool = False  # Nothing is started yet: what the file declares is not in place.
     results: list[tuple[Future[Any], Any]] = field(default_factory=list)  # Value or exception.
     ended: dict[str, Execution] = field(default_factory=dict)  # By id; also of deleted jobs.
     caught_up: set[str] = field(default_factory=set)  # Ids of jobs that had missed fire times.
@@ -6303,7 +6409,7 @@ class Scheduler:
 
     def may_fire(self, turn: Turn) -> bool:
         """Say whether fire times become executions now."""
-        return not (turn.paused or turn.stopping or self._is_held)
+        return not (turn.paused or turn.stopping or turn.starting or self._is_held)
 
     def fire_due(self, turn: Turn) -> None:
         """Turn due fire times into executions; what would take too long stays for the next turn."""
@@ -6328,6 +6434,14 @@ class Scheduler:
             self._fire(turn, DueJob(job_id, job.version, job.next_run_at, job.invalid_from))
             job = self._store.jobs.get(job_id)
         return job
+
+    def give_up_due(self, turn: Turn, job: Job) -> None:
+        """Note as missed what is due of a job: its schedule went while no server was there."""
+        first = job.next_run_at
+        if turn.paused or self._is_held or first is None or not RELEASED_AT <= first <= turn.now:
+            return
+        version = self._versions.get(job.id, job.version)
+        self._catch_up(turn, version, first, 0, self._absence)
 
     # --- Late or missed ---
 
@@ -6388,7 +6502,9 @@ class Scheduler:
         """
         following = version.next_after(fire_time)
         if absence is not None:
-            newest = self._catch_up(turn, version, fire_time, absence)
+            default = turn.settings.scheduler.missed_run_policy
+            most = catch_up_limit(version.config["missed_run_policy"] or default)
+            newest = self._catch_up(turn, version, fire_time, most, absence)
             return version.next_after(newest)
         execution = self._run_queue.new_execution(
             turn, version, Trigger.SCHEDULE, fire_time, turn.now
@@ -6424,13 +6540,12 @@ class Scheduler:
             self._run_queue.add_invalid(turn, job, invalid_from, sentence)
         self._store.jobs.put_off(job.job_id, invalid_from, turn.now + LOOK_AGAIN)
 
-    def _catch_up(self, turn: Turn, version: Version, first: int, absence: str) -> int:
-        """Deal with missed fire times from ``first`` on as the policy says; return the newest.
+    def _catch_up(self, turn: Turn, version: Version, first: int, most: int, absence: str) -> int:
+        """Make up for ``most`` of the missed fire times from ``first`` on; return the newest.
 
-        ``absence`` says why they were missed.
+        They are the newest ones; of those that are passed over there is one row. ``absence`` says
+        why they were missed.
         """
-        default = turn.settings.scheduler.missed_run_policy
-        most = catch_up_limit(version.config["missed_run_policy"] or default)
         known: set[int] = set()
         if first <= self._correction.latest_at:  # The clock went back: some may be in the history.
             known = self._store.executions.fire_times(version.job_id, first, turn.now)
@@ -6580,13 +6695,26 @@ class ZoneRules:
 # --- Changes of jobs ---
 
 
+ToDeclare = tuple[str, Declaration | None]  # The id of a job; None: it is not declared any more.
+
+
+class Declared(NamedTuple):
+    """What declare() has done."""
+
+    done: int  # So many of what it was given.
+    changed: list[Job]  # Those among them that are not as they were.
+
+
 class JobChanges:
     """What the API and the configuration change. Call the methods through Engine.submit()."""
 
-    def __init__(self, store: Store, versions: VersionCache, scheduler: Scheduler) -> None:
+    def __init__(
+        self, store: Store, versions: VersionCache, scheduler: Scheduler, clock: Clock
+    ) -> None:
         self._store = store
         self._versions = versions
         self._scheduler = scheduler
+        self._clock = clock
 
     def create(self, turn: Turn, config: Json, enabled: bool, user: str) -> Job:
         """Add a job and return it; where it is enabled, its schedule counts from now."""
@@ -6594,25 +6722,39 @@ class JobChanges:
         wanted = blank._replace(config=config, enabled=enabled)
         return self._save(turn, blank, wanted, user)
 
-    def declare(self, turn: Turn, declarations: Mapping[str, Declaration]) -> list[Job]:
-        """Make jobs as they are declared, by their ids; return those that have changed.
+    def to_declare(self, declarations: Mapping[str, Declaration]) -> list[ToDeclare]:
+        """Return what declare() is to be given for these, by their ids: also what is gone.
+
+        Any thread may call this.
+        """
+        found: list[ToDeclare] = list(declarations.items())
+        known = self._store.jobs.declared_ids(declarations)
+        for job_id in sorted(known - declarations.keys()):
+            found.append((job_id, None))
+        return found
+
+    def declare(self, turn: Turn, wanted: Sequence[ToDeclare]) -> Declared:
+        """Make jobs as they are declared, as many as a turn has time for.
 
         A job whose declaration is as before keeps its state, so what somebody has disabled stays
-        so. One that is not declared any more is disabled and no longer managed.
+        so. One that is not declared any more (None) is disabled and no longer managed.
         """
+        start = self._clock.monotonic()
         changed: list[Job] = []
-        known = self._store.jobs.declared_ids(list(declarations))
-        removed = sorted(known - declarations.keys())
-        for job_id in [*declarations, *removed]:
-            if job_id in known:
+        for done, (job_id, declaration) in enumerate(wanted):
+            if done and self._clock.monotonic() - start >= TURN_TARGET // 2:
+                return Declared(done, changed)
+            try:
                 job = self._scheduler.job_up_to_date(turn, job_id)
-            else:
+            except NotFound:
                 job = self._blank(turn, job_id)
-            wanted = self._as_declared(turn, job, declarations.get(job_id))
-            saved = self._save(turn, job, wanted, DECLARED_BY)
+            wanted_job = self._as_declared(turn, job, declaration)
+            if turn.starting and job.enabled and wanted_job.timing() != job.timing():
+                self._scheduler.give_up_due(turn, job)
+            saved = self._save(turn, job, wanted_job, DECLARED_BY)
             if saved != job:
                 changed.append(saved)
-        return changed
+        return Declared(len(wanted), changed)
 
     def _as_declared(self, turn: Turn, job: Job, declaration: Declaration | None) -> Job:
         """Return a job as it is declared; None: it is not declared any more."""
@@ -7211,6 +7353,7 @@ class Engine:
         self.settings = settings
         self.metrics = Metrics()
         self.stopping = False  # Nothing is started any more.
+        self._starting = False  # Nothing is started yet.
         self.problem: str | None = None  # Why the last turn failed.
         self.last_turn = clock.monotonic()
         self.waiters: dict[str, threading.Event] = {}  # By execution id; set when it has ended.
@@ -7221,7 +7364,7 @@ class Engine:
             store, self.versions, self.run_queue, settings, clock, dispatcher.stood_still
         )
         self.zone_rules = ZoneRules(store, clock)
-        self.job_changes = JobChanges(store, self.versions, self.scheduler)
+        self.job_changes = JobChanges(store, self.versions, self.scheduler, clock)
         self.retention = Retention(store, clock)
         self.alerts = Alerts(store, self.versions, self.run_queue, clock)
         self._inbox = queue.SimpleQueue[Outcome | Submission | None]()
@@ -7241,11 +7384,20 @@ class Engine:
         return self.settings.scheduler.paused
 
     def start(self) -> None:
-        """Take up what the last process has left, and begin with the turns."""
+        """Take up what the last process has left, and begin with the turns.
+
+        Nothing fires and nothing runs until begin() is submitted.
+        """
+        self._starting = True
         self.recover()
         self.dispatcher.start()
         self.pool.start()
         self._thread.start()
+
+    def begin(self, turn: Turn) -> None:
+        """Let jobs fire, from the next turn on. Submit it, once they are as they are declared."""
+        self._starting = False
+        turn.follows_at_once = True
 
     def stop(self, grace: int) -> None:
         """Start nothing more, give what runs ``grace`` µs, leave the rest to the next start."""
@@ -7334,7 +7486,7 @@ class Engine:
     def run_turn(self, wait: int = 0) -> int:
         """Wait up to ``wait`` µs for news, do what is due; return the µs until something is."""
         self._collect(wait)
-        turn = Turn(self.clock.now(), self.settings, self.stopping)
+        turn = Turn(self.clock.now(), self.settings, self.stopping, self._starting)
         try:
             step = self.scheduler.clock_step(turn.now)
             is_due = turn.now >= self._wake_at or abs(step) > CLOCK_STEP
@@ -7382,7 +7534,7 @@ class Engine:
         self._submissions.apply(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
         self.store.executions.release_oldest(freed, turn.now)
-        if not (turn.stopping or turn.paused):
+        if not (turn.stopping or turn.starting or turn.paused):
             self.run_queue.take(turn)
         self.store.history.count_ends(turn.ended.values())
         self.alerts.note(turn, freed)
@@ -8718,6 +8870,7 @@ class Service:
         self.engine.start()
         # Before anybody can come in: it sets who may.
         self.reload(self.settings)
+        self.engine.submit(self.engine.begin)
         app = BehindProxies(self.api, self.settings.server.trusted_proxy)
         self._http = HttpServer(app, listener, self.settings)
         self._http.start()
@@ -8736,17 +8889,11 @@ class Service:
     def reload(self, settings: Settings) -> None:
         """Apply what needs no restart: jobs, users, alerts, the log's level.
 
-        Raises ChronosError: nothing has changed.
+        Raises ChronosError: nothing has changed; or PartlyDeclared.
         """
         applied, needing_restart = self.settings.reloaded(settings)
         check_access(applied)
-        changed = self.engine.submit(self.engine.job_changes.declare, applied.jobs)
-        for job in changed:
-            state = "disabled: it is not there any more"
-            if job.declared:
-                state = "as it declares"
-            message = "%s: job %s (%s) is %s"
-            log.info(message, DECLARED_BY, job.id, job.config["name"], state, extra=about(job.id))
+        self._declare(applied.jobs)
         sign_in = None
         if applied.auth.type == "basic":
             sign_in = SignIn(applied.auth, self.api.passwords)
@@ -8756,6 +8903,34 @@ class Service:
         log.setLevel(applied.logging.level.upper())
         if needing_restart:
             log.warning("a restart is needed for %s", ", ".join(needing_restart))
+
+    def _declare(self, jobs: Mapping[str, Declaration]) -> None:
+        """Make the declared jobs as they are declared, over as many turns as that takes.
+
+        Raises StoreError, PartlyDeclared where some of them were made.
+        """
+        waiting = self.engine.job_changes.to_declare(jobs)
+        total = len(waiting)
+        is_done = False  # Also where there is none: a store that can't be written shows it.
+        while not is_done:
+            try:
+                done, changed = self.engine.submit(self.engine.job_changes.declare, waiting)
+            except StoreError as error:
+                if len(waiting) == total:
+                    raise
+                left = f"{len(waiting)} of {total} declared jobs wait for the next reload"
+                raise PartlyDeclared(f"{left}: {error}") from error
+            self._tell_of_declared(changed)
+            waiting = waiting[done:]
+            is_done = not waiting
+
+    def _tell_of_declared(self, changed: list[Job]) -> None:
+        for job in changed:
+            state = "disabled: it is not there any more"
+            if job.declared:
+                state = "as it declares"
+            message = "%s: job %s (%s) is %s"
+            log.info(message, DECLARED_BY, job.id, job.config["name"], state, extra=about(job.id))
 
     def signs_of_life(self) -> list[str]:
         """Return what systemd is told: a full disk is no reason to start anew, a hung thread is."""
@@ -8942,6 +9117,8 @@ def _reload(service: Service, asked: argparse.Namespace) -> None:
     try:
         service.reload(read_settings(asked))
         log.info("the configuration was read again")
+    except PartlyDeclared as error:
+        log.error("not everything was changed: %s", error)
     except ChronosError as error:
         one_line = "; ".join(str(error).splitlines())
         log.error("nothing was changed: %s", one_line)

@@ -119,7 +119,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("CHRONOS_NO_SKIPS") and reporter.stats.get("skipped"):
+    if os.environ.get("TEST_NO_SKIPS") and reporter.stats.get("skipped"):
         session.exitstatus = 1
 
 
@@ -1204,12 +1204,12 @@ ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Chromium that reaches nobody but this machine, driven by Selenium."""
-    chosen = os.environ.get("CHRONOS_TEST_BROWSER", "chromium-headless-shell")
+    chosen = os.environ.get("TEST_BROWSER", "chromium-headless-shell")
     programs = map(shutil.which, (chosen, "chromium", "google-chrome"))
     program, driver = next(filter(None, programs), None), shutil.which("chromedriver")
     if not program or not driver:
         apt = "apt install chromium chromium-driver"
-        pytest.skip(f"no Chromium: {apt}, or set CHRONOS_TEST_BROWSER")
+        pytest.skip(f"no Chromium: {apt}, or set TEST_BROWSER")
     why = "no Selenium: pip install selenium"
     webdriver = pytest.importorskip("selenium.webdriver", reason=why)
     options = webdriver.ChromeOptions()
@@ -2335,7 +2335,10 @@ TAGS_AND_SHAPES = [
     ("- 1", 0, "must be a mapping"), ("a word", 0, "must be a mapping"),
     ("a: \x01", 0, "not YAML"),
     ("a: &x [*x]", 1, "aliases are not supported"), ("a: &x [1]\nb: *x", 0, "aliases"),
-    ("[" * 2000, 0, QUOTES),
+    ("[" * 2000, 0, "nest"), ("a:\n  " + "[" * 32 + "]" * 32, 2, "nested deeper than 32 levels"),
+    ("a: 1\n--- \nb: 1", 2, "a second document"),
+    ("? [a]\n: 1", 1, "a list or a mapping cannot be a key"),
+    ("a: !!python/object:x {}", 1, "the tag tag:yaml.org,2002:python/object:x is not supported"),
     # values
     *((f"server:\n  http:\n    address: {word}", 3, "must be an address")
       for word in ("localhost", "'a:70000'", "'a:'", "':x'")),
@@ -2354,7 +2357,9 @@ TAGS_AND_SHAPES = [
     ("server: {trusted_proxy: ['::1', proxy.lan]}", 0, "server.trusted_proxy 'proxy.lan' does not"),
     ("server: {trusted_proxy: 10.0.0.1/8}", 0, "server.trusted_proxy 10.0.0.1/8 has host bits"),
     ('server: {trusted_proxy: "*"}', 0, "server.trusted_proxy '*' does not appear to be an IPv4"),
-    ("dispatcher: {ca_bundle: /gone.pem}", 0, "dispatcher.ca_bundle must be a readable file"),
+    ("dispatcher: {ca_bundle: /gone.pem}", 1, "dispatcher.ca_bundle must be a readable file"),
+    ("dispatcher: {ca_bundle: .}", 1, "dispatcher.ca_bundle must be a "),
+    ("dispatcher: {ca_bundle: chronos.yaml}", 1, "dispatcher.ca_bundle must be a file with certif"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
     message = refusal(content)
@@ -2436,6 +2441,73 @@ def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load
     assert load("cluster: {data_dir: /var/b}").cluster.data_dir == "/var/b"
     beside = chronos.load_settings(None, {}).cluster.data_dir
     assert Path(beside) == CHRONOS.parent.resolve() / "data"
+
+
+@pytest.mark.parametrize(("content", "is_right"), [
+    ("certificate", True), ("certificate and key", True),
+    ("key", False), ("der", False), ("empty", False), ("half", False),
+])  # fmt: skip
+def test_a_ca_bundle_counts_from_the_file_and_is_read_with_it(
+    load, refusal, tmp_path, certificate, content, is_right
+):
+    pem, key = [path.read_text() for path in certificate]
+    der = ssl.PEM_cert_to_DER_cert(pem)
+    data = {"certificate": pem, "certificate and key": pem + key, "key": key, "empty": ""}
+    data |= {"der": der, "half": pem[: len(pem) // 2]}
+    written = data[content]
+    (tmp_path / "ca.pem").write_bytes(written if isinstance(written, bytes) else written.encode())
+    config = "dispatcher:\n  ca_bundle: ca.pem"
+
+    if is_right:
+        assert load(config).dispatcher.ca_bundle == str(tmp_path / "ca.pem")
+        assert load("", CHRONOS_DISPATCHER_CA_BUNDLE="ca.pem") == load(config)
+    else:
+        assert "line 2: dispatcher.ca_bundle must be a file with certificates" in refusal(config)
+
+
+@pytest.mark.parametrize(("name", "nearest"), [
+    ("CHRONOS_SERVER_HTTP_ADRESS", "CHRONOS_SERVER_HTTP_ADDRESS"),
+    ("CHRONOS_DATA_DIR", "CHRONOS_CLUSTER_DATA_DIR"),
+    ("CHRONOS_CLUSTER_DATADIR", "CHRONOS_CLUSTER_DATA_DIR"), ("CHRONOS_ZZZ", None),
+    ("CHRONOS_SERVER", None), ("CHRONOS_", None),
+])  # fmt: skip
+def test_a_variable_that_names_no_setting_is_refused_with_the_nearest(refusal, name, nearest):
+    message = refusal("", **{name: ""})
+
+    assert f"the environment variable {name} names no setting" in message
+    assert f"did you mean {nearest or 'CHRONOS'}" in message or nearest is None
+
+
+def test_variables_that_the_file_uses_or_that_a_container_has_are_no_settings(load):
+    ports = ("PORT", "PORT_8080_TCP", "PORT_8080_TCP_ADDR", "PORT_8080_UDP_PROTO")
+    service = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP")
+    container = {f"CHRONOS_{name}": "tcp://10.0.0.1:8080" for name in ports + service}
+
+    settings = load("cluster: {node_id: '${CHRONOS_SITE}'}", CHRONOS_SITE="a", **container)
+
+    assert settings.cluster.node_id == "a"
+    load("", CHRONOSPHERE="1", CHRONOS="1", MY_CHRONOS_X="1")
+
+
+@pytest.mark.parametrize("parser", ["CBaseLoader", "BaseLoader"])
+def test_a_configuration_is_read_alike_with_and_without_the_parser_in_c(monkeypatch, parser):
+    if not hasattr(chronos.yaml, parser):
+        pytest.skip("PyYAML was built without libyaml")
+    monkeypatch.setattr(chronos, "YAML_LOADER", getattr(chronos.yaml, parser))
+    content = (
+        "a: !!str 5\n'b b':\n  - {c: ~, d: [1, x y]}\n  -\n    e: |\n      f\n\n  - ${H}\ng:\n"
+    )
+
+    document = chronos.read_yaml(content, {"H": "07"})
+
+    assert document.data == {
+        "a": 5, "b b": [{"c": None, "d": [1, "x y"]}, {"e": "f\n"}, "07"], "g": None
+    }  # fmt: skip
+    lines = {"": 1, ".a": 1, ".b b": 3, ".b b.1": 3, ".b b.1.c": 3, ".b b.1.d": 3, ".b b.1.d.1": 3}
+    lines |= {".b b.1.d.2": 3, ".b b.2": 5, ".b b.2.e": 5, ".b b.3": 8}
+    assert document.lines.pop(".g") in (9, 10)
+    assert document.lines == lines
+    assert document.variables == {"H"}
 
 
 def test_chronos_yaml_holds_every_setting_with_its_default():
@@ -5239,7 +5311,17 @@ def declare(world, *jobs, rest=""):
     """Let the engine have the jobs of such a file; return those that this has changed."""
     path = world.store.database.path.parent / "chronos.yaml"
     path.write_text(declared(*jobs, rest=rest))
-    return world.do(world.engine.job_changes.declare, chronos.load_settings(path, {}).jobs)
+    return declare_all(world, chronos.load_settings(path, {}).jobs)
+
+
+def declare_all(world, declarations):
+    """Let the engine have declarations; return the jobs that this has changed."""
+    changed, waiting = [], world.engine.job_changes.to_declare(declarations)
+    while waiting:
+        declared = world.do(world.engine.job_changes.declare, waiting)
+        changed += declared.changed
+        waiting = waiting[declared.done :]
+    return changed
 
 
 # --- fire times -----------------------------------------------------------------------
@@ -6719,6 +6801,22 @@ def test_a_declared_instant_that_has_passed_is_no_mistake_and_does_not_run_again
 
     assert states(world, job) == ["success"]
     assert not changed.enabled
+
+
+def test_many_declarations_are_spread_over_turns_none_of_which_is_long(tmp_path):
+    clock = HookedClock()
+    clock.hook = lambda: clock.advance(0.002)  # what a job takes
+    world = World(tmp_path / "data", clock)
+    bodies = [job_body(NOBODY, name=f"{n}") for n in range(100)]
+
+    declarations = chronos.build_settings({"jobs": bodies}).jobs
+    first = world.do(world.engine.job_changes.declare, list(declarations.items()))
+    changed = declare_all(world, declarations)
+    world.close()
+
+    assert 5 <= first.done == len(first.changed) <= 20
+    names = [job.config["name"] for job in first.changed + changed]
+    assert names == [body["name"] for body in bodies]
 
 
 def test_declared_jobs_are_listed_in_the_order_of_the_file(world):
@@ -9566,7 +9664,7 @@ def test_a_hang_up_signal_applies_the_jobs_of_the_file(make_process):
 
 
 @pytest.mark.parametrize(("broken", "said"), [
-    ("jobs: [", "line 1: "),
+    ("jobs: [", "node content"),
     (declared(job_body(NOBODY, name="new"), {"name": "x"}), "jobs.2.schedule is required; "),
     ("auth: {type: basic}", "auth.users must name somebody"),
     ("a: 1\nb: 1\nc: 1\nd: 1", "; "),
@@ -9636,6 +9734,79 @@ def test_a_reload_opens_no_door_to_everybody(make_service, caplog):
     assert requests.get(url, timeout=5).status_code == 401
 
 
+EACH_MINUTE = {"name": "a", "schedule": "* * * * *"}
+
+
+@pytest.mark.parametrize(("file", "webhook_path", "rows"), [
+    ({"url": "/new"}, "/new", [("success", None)]),
+    ({"schedule": "*/5 * * * *"}, None, [("skipped", 2)]),
+    ({"enabled": False}, None, [("skipped", 2)]),
+    (None, None, [("skipped", 2)]),
+])  # fmt: skip
+def test_what_the_file_says_now_counts_before_anything_is_fired(
+    make_service, target, clock, file, webhook_path, rows
+):
+    def start(url="/old", **fields):
+        return make_service(clock, jobs=[job_body(target.url + url, **EACH_MINUTE | fields)])
+
+    before = start()
+    [job] = before.get("/jobs")["jobs"]
+    before.service.stop()
+    clock.advance(130)
+
+    after = make_service(clock) if file is None else start(**file)
+
+    wait_until(lambda: not target.received.empty() or webhook_path is None)
+    history = wait_until(lambda: after.get(path_of(job, "/executions"))["executions"])
+    assert rows == [(run["status"], run.get("missed_count")) for run in history][: len(rows)]
+    paths = [target.take()[1] for _ in range(target.received.qsize())]
+    assert set(paths) == ({webhook_path} if webhook_path else set())
+
+
+def test_a_database_that_fails_amid_the_declared_jobs_is_told_and_the_rest_comes_later(
+    make_service, monkeypatch
+):
+    service = make_service().service
+    changes = service.engine.job_changes
+    declare, calls = changes.declare, []
+
+    def declare_few(turn, wanted):
+        calls.append(wanted)
+        if len(calls) == 3:
+            raise chronos.StoreError("the disk is full")
+        return declare(turn, wanted[:4])._replace(done=min(4, len(wanted)))
+
+    monkeypatch.setattr(changes, "declare", declare_few)
+    bodies = [job_body(NOBODY, name=f"{n}") for n in range(10)]
+    fresh = service.settings.replaced("jobs", chronos.build_settings({"jobs": bodies}).jobs)
+
+    with pytest.raises(chronos.PartlyDeclared, match=r"^2 of 10 declared jobs wait .* is full"):
+        service.reload(fresh)
+    assert service.store.counts()["jobs_total"] == 8
+    service.reload(fresh)
+
+    assert service.store.counts()["jobs_total"] == 10
+
+
+def test_a_large_reload_holds_up_no_job(make_process, target):
+    process = make_process()
+    for _ in range(5):
+        process.create(target.url, schedule="@every 1s", enabled=True)
+        time.sleep(0.2)
+    bodies = [job_body(NOBODY, name=f"job {n}", tags={"n": str(n)}) for n in range(8000)]
+    process.config.write_text(declared(*bodies))
+    next_lateness(target)
+
+    process.process.send_signal(signal.SIGHUP)
+    late = []
+    while not any("was read again" in line for line in process.log[-500:]):
+        late.append(next_lateness(target))
+    late += [next_lateness(target) for _ in range(10)]
+
+    assert max(late) < 0.5
+    assert process.get("/jobs?limit=1")["total"] == 8005
+
+
 # --- systemd is told ------------------------------------------------------------------
 
 
@@ -9688,6 +9859,19 @@ def test_systemd_is_told_of_readiness_life_and_stopping(
     assert 8 < time.monotonic() - begun < 12  # WatchdogSec is 60
     assert process.end(signal.SIGTERM) == 0
     assert manager.take() == {"STOPPING": "1"}
+
+
+def test_signs_of_life_come_while_the_main_thread_is_busy(make_manager, make_service, monkeypatch):
+    manager, service = make_manager(), make_service().service
+    monkeypatch.setattr(chronos, "SIGN_OF_LIFE_S", 0.01)
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.environment["NOTIFY_SOCKET"])
+    signs = chronos.SignsOfLife(service)
+
+    signs.start()
+    life = [manager.take() for _ in range(5)]
+    signs.stop()
+
+    assert life == [{"STATUS": f"listens on {service.url}", "WATCHDOG": "1"}] * 5
 
 
 def test_a_store_that_fails_is_the_status_and_no_reason_to_be_killed(make_manager, make_process):
@@ -11201,8 +11385,8 @@ def check_attempts(client, job, executions, received, interrupted):
 def test_kill_9_at_any_instant_loses_nothing_and_doubles_nothing(
     make_process, target, background, tmp_path, rounds
 ):
-    seed = os.environ.get("CHRONOS_SEED") or str(time.time_ns() % 1_000_000)
-    print(f"CHRONOS_SEED={seed}")
+    seed = os.environ.get("TEST_SEED") or str(time.time_ns() % 1_000_000)
+    print(f"TEST_SEED={seed}")
     chance, config, data = random.Random(seed), "scheduler: {missed_run_grace: 1s}", "home/data"
     callers = [Caller(chance.random(), target.url) for _ in range(4)]
     interrupted, received = set(), defaultdict(list)
@@ -11488,7 +11672,7 @@ def test_only_the_promised_files_stand_at_the_top_level():
 # Bad input, made from the tables of routes and fields
 # ======================================================================================
 
-SEED = int(os.environ.get("CHRONOS_SEED", 1))
+SEED = int(os.environ.get("TEST_SEED", 1))
 
 
 def as_bytes(text):
@@ -11604,7 +11788,7 @@ class Fuzzer:
             if status >= 500 and status != 501:  # Transfer-Encoding: gzip
                 assert "/trigger" in path and envelope["error"]["code"] == "EXECUTION_ERROR"
         except Exception as error:
-            raise AssertionError(f"CHRONOS_SEED={SEED}: {sent[:500]!r}") from error
+            raise AssertionError(f"TEST_SEED={SEED}: {sent[:500]!r}") from error
         if method == "DELETE":
             self.renew()
         return status, envelope and envelope["data"]
@@ -11616,7 +11800,7 @@ class Fuzzer:
         if status < 300:
             volatile = {"next_run": None, "last_execution": None}
             for shown in (self.service.get(path_of(job)), put(self.service, job, job)):
-                assert shown | volatile == job | volatile, f"CHRONOS_SEED={SEED}: {odd[:99]!r}"
+                assert shown | volatile == job | volatile, f"TEST_SEED={SEED}: {odd[:99]!r}"
         if status == 201:
             assert self.service.expect(200, "DELETE", path_of(job)) == {"id": job["id"]}
 

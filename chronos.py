@@ -41,6 +41,11 @@ The threads:
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform not in ("linux", "darwin"):  # Others lack some of the modules below.
+    sys.exit(f"chronos: it runs on Linux and macOS, not on {sys.platform}")
+
 import argparse
 import base64
 import contextlib
@@ -70,7 +75,6 @@ import socket
 import sqlite3
 import ssl
 import stat
-import sys
 import threading
 import time
 import uuid
@@ -4764,6 +4768,27 @@ class Metrics:
         return [f'{name}{{{label}="{value}"}} {number}' for value, number in numbers.items()]
 
 
+PROCESS_FILES = Path("/proc/self")  # Only Linux has them.
+
+
+def resident_memory() -> int:
+    """Return how many bytes of the process are in RAM; 0 where the system does not say."""
+    try:
+        numbers = (PROCESS_FILES / "statm").read_text().split()
+    except OSError:
+        return 0
+    pages = int(numbers[1])  # proc(5)
+    return pages * resource.getpagesize()
+
+
+def open_files() -> int:
+    """Return how many file descriptors the process has open; 0 where the system does not say."""
+    for directory in (PROCESS_FILES / "fd", Path("/dev/fd")):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory))
+    return 0
+
+
 # ======================================================================================
 # 13. Requests: what goes over the wire for a webhook, made ready once per job version
 # ======================================================================================
@@ -7651,9 +7676,33 @@ def read_json() -> Any:
     body = bottle.request.environ["wsgi.input"].read()
     try:
         text = body.decode()
+        check_nesting(text)
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=no_constant)
     except ValueError as error:
         raise InvalidJson(f"the body is not JSON: {error}") from error
+
+
+# A string, whether it ends or not (*+ never goes back, so that this takes one walk through the
+# text), or where a list or object begins or ends.
+_NESTING = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def check_nesting(text: str) -> None:
+    """Raise ValueError where JSON is nested deeper than MAX_NESTING.
+
+    The parser's own limit differs from one Python to the next.
+    """
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return
+    depth = 0
+    for match in _NESTING.finditer(text):
+        character = match[0][0]
+        if character in "[{":
+            depth += 1
+        elif character != '"':
+            depth -= 1
+        if depth > MAX_NESTING:
+            raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
@@ -8257,8 +8306,6 @@ class ServerHandlers(Handlers):
         """Return the metrics that nobody counts: what is true now, and what the store knows."""
         counts = self.store.counts()
         began_at = self.clock.now() - (self.clock.monotonic() - self._started_at_mono)
-        # The second number is that of the pages in RAM: proc(5).
-        memory_pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {
             "chronos_build_info": {__version__: 1},
             "chronos_is_leader": 1,
@@ -8275,8 +8322,8 @@ class ServerHandlers(Handlers):
             },
             "chronos_executions_ended_total": self.store.history.ends_since(0),
             "process_start_time_seconds": began_at // SECOND,
-            "process_resident_memory_bytes": memory_pages * resource.getpagesize(),
-            "process_open_fds": len(os.listdir("/proc/self/fd")),
+            "process_resident_memory_bytes": resident_memory(),
+            "process_open_fds": open_files(),
         }
 
     def status(self) -> Json:
@@ -8469,8 +8516,6 @@ class Api:
             return self._refuse(error)
         except UnicodeDecodeError:
             return self._refuse(ValidationError("the URL is not UTF-8"))
-        except RecursionError:
-            return self._refuse(InvalidJson("the body is nested too deep"))
         except Exception:
             log.exception("%s %s failed", bottle.request.method, bottle.request.path)
             return self._refuse(InternalError("a bug: the server's log has more"))
@@ -9055,13 +9100,22 @@ def run_serve(asked: argparse.Namespace) -> None:
         signal.signal(number, signal.SIG_IGN)
     start_logging(settings.logging.format)
     return_large_blocks()
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _raise_file_limit()
     try:
         _serve(Service(settings), asked)
         log.info("stopped")
     finally:
         logging.shutdown()
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets us have."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says that there is no limit, and takes no more than its OPEN_MAX.
+    for limit in (hard, 10_240):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
 
 
 def _serve(service: Service, asked: argparse.Namespace) -> None:

@@ -97,6 +97,9 @@ def all_errors(kind):
     return [kind, *(error for child in kind.__subclasses__() for error in all_errors(child))]
 
 
+# The processes that the tests start take every warning for an error, too.
+os.environ["PYTHONWARNINGS"] = "error,ignore:'cgi' is deprecated:DeprecationWarning"
+
 CHRONOS = Path(chronos.__file__)
 SECOND = chronos.SECOND
 STATUS_OF_CODE = {error.code: error.status for error in all_errors(chronos.ApiError)}
@@ -3708,6 +3711,15 @@ def test_an_event_is_one_line_of_the_log_whatever_it_is_about(make_process, targ
     assert len(about) == 3  # created, triggered, failed
     assert r"a\u202eb\u2028CRITICAL c" in about[0]
     assert r"Sorry\x1b[31m\x85CRITICAL" in about[2]
+
+
+def test_a_system_without_proc_has_metrics_all_the_same(service, monkeypatch):
+    monkeypatch.setattr(chronos, "PROCESS_FILES", Path("/nowhere"))
+
+    samples = scrape(service)
+
+    assert samples["process_resident_memory_bytes"] == 0
+    assert samples["process_open_fds"] > 0
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody_and_tells_later_what_was_dropped(caplog):
@@ -8068,12 +8080,25 @@ def test_a_wrong_method_is_answered_with_what_is_allowed(service, method, path, 
     (b'{"webhook": {"url": "a", "url": "b"}}', "'url'"),
     (b"[" * 100_000, "nested"),
     (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
+    (b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", "nested deeper than 32 levels"),
+    (b'["\\"", ' * 40 + b"1" + b"]" * 40, "nested deeper than 32 levels"),
+    (b'"' + b'\\"[' * 300_000, "Unterminated"),
 ])  # fmt: skip
 def test_a_body_that_is_no_json_is_refused(service, body, hint):
     error = service.error(400, "POST", "/jobs", body)
 
     assert error["code"] == "INVALID_JSON"
     assert hint in error["message"]
+
+
+def test_brackets_in_texts_and_beside_each_other_are_no_nesting(service):
+    body = job_body(NOBODY, description='[{"\\' * 100, tags={"[" * 40: "{" * 40})
+    deep = {"a": [[]] * 100 + [{"b": {}}] * 100}
+    for _ in range(27):
+        deep = [deep]
+
+    assert service.post("/jobs", body)["description"] == body["description"]
+    assert wrong_fields(service, "POST", "/jobs", body | {"x": deep}) == ["x"]
 
 
 @pytest.mark.parametrize("body", ["[]", '"job"', "1", "null", "true"])
@@ -10144,6 +10169,19 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, package):
     result = run_chronos("--version", PYTHONPATH=str(tmp_path))
 
     check_refused(result, 1, repr(package), "pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize("system", ["win32", "freebsd15", "emscripten"])
+def test_another_system_is_refused_in_one_line_before_anything_is_missing(system):
+    lacking = "sys.modules.update(fcntl=None, resource=None)"
+    start = f"runpy.run_path({str(CHRONOS)!r}, run_name='__main__')"
+    script = f"import runpy, sys; sys.platform = {system!r}; {lacking}; {start}"
+    command = [sys.executable, "-c", script]
+
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+    expected = f"chronos: it runs on Linux and macOS, not on {system}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
 
 
 def test_a_port_in_use_is_told_in_one_line(configure):

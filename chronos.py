@@ -8732,6 +8732,8 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         """Return waitress's error as one of ours."""
         if error.code == 413:
             return PayloadTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes")
+        if error.code == 500:
+            return InternalError("a bug: the server's log has more")
         return ValidationError(f"{error.reason}: {error.body}")
 
 

@@ -3194,9 +3194,9 @@ def test_an_alert_that_0_1_0_owed_is_sent_and_what_it_had_told_is_not_told_again
 def test_a_job_that_0_1_0_declared_stays_managed_and_as_it_was(old, world, load):
     before = world.store.jobs.get(DECLARED_JOB)
 
-    assert world.do(world.engine.job_changes.declare, load(declared(OLD_DECLARED)).jobs) == []
+    assert declare_all(world, load(declared(OLD_DECLARED)).jobs) == []
     assert world.store.jobs.get(DECLARED_JOB) == before
-    [removed] = world.do(world.engine.job_changes.declare, {})
+    [removed] = declare_all(world, {})
 
     assert before.enabled and before.to_json(None)["managed_by"] == chronos.DECLARED_BY
     assert (removed.id, removed.enabled, removed.declared) == (DECLARED_JOB, False, None)
@@ -9947,6 +9947,29 @@ def test_a_manager_that_does_not_listen_is_no_problem(make_manager, make_process
 
 
 # --- connections, and what waitress does not do ---------------------------------------
+
+
+@pytest.mark.parametrize("header", [
+    'X-Forwarded-For: "', "X-Forwarded-For: unknown, _x", 'X-Forwarded-Host: "a',
+    "X-Forwarded-By: [", "X-Forwarded-Proto: gopher", "X-Forwarded-Proto: http, https",
+    "X-Forwarded-Port: x, y",
+    'Forwarded: for="', "Forwarded: for=a;for=b;=;proto=x, host=",
+])  # fmt: skip
+def test_what_a_trusted_proxy_says_wrongly_is_answered_in_the_envelope(make_service, header):
+    service = make_service(server__trusted_proxy="127.0.0.1")
+    head = f"GET /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n"
+
+    ((status, _envelope),) = read_answers(exchange(service, head.encode()))
+
+    assert status in (200, 400, 403)
+
+
+def test_an_error_that_only_waitress_sees_is_answered_in_the_envelope(service, monkeypatch):
+    monkeypatch.setattr(service.service.api, "app", a_bug)
+
+    error = service.error(500, "GET", "/jobs")
+
+    assert error == {"code": "INTERNAL_ERROR", "message": "a bug: the server's log has more"}
 
 
 @pytest.mark.parametrize(("request_line", "headers", "status"), [

@@ -5,7 +5,8 @@
     python chronos.py check-config        say what is wrong in chronos.yaml
     python chronos.py --help              every command and option
 
-The file is read from top to bottom; each section leans only on those above it.
+The file is read from top to bottom; each section leans only on those above it (the page, which
+stands last, is the one exception).
 
     Ground             1 Constants and words   2 Errors   3 Time
     What people write  4 Schedules   5 Checks   6 Jobs   7 Settings
@@ -24,6 +25,14 @@ The life of an execution:
                   ▼            └──────────────────────────┘
                skipped          retry: pending again, due later, attempts kept
 
+To add …
+
+    a field of a job        its table in section 6; Webhook in 13 if it is sent; GROUPS in the page
+    a reason                Reason and ENDINGS in section 1; LETTERS, KINDS, SHAPES in the page
+    a column of executions  Execution in section 6; SCHEMA, SCHEMA_VERSION, MIGRATIONS in 9
+    a setting               its dataclass in section 7, and chronos.yaml
+    a route                 ROUTES in section 17
+
 The threads:
 
     thread      started by    what it does, and what it may touch
@@ -31,10 +40,10 @@ The threads:
     signs       main          tells systemd that the service lives
     log         main          writes to stderr, which may block
     engine      Engine        is the only writer of the database; makes one turn after another
-    worker-N    Engine        makes one HTTP request at a time; never touches the database
+    worker-N    WorkerPool    makes one HTTP request at a time; never touches the database
     watchdog    Dispatcher    cuts attempts off at their limit, closes idle connections
-    dns-HOST    Dispatcher    looks up one name; it may hang, so nobody waits for it without limit
-    http        Service       waitress: accepts connections
+    dns-HOST    Resolver      looks up one name; it may hang, so nobody waits for it without limit
+    http        HttpServer    waitress: accepts connections
     waitress-N  waitress      answers one API call at a time; reads the database, submits changes
     sign-in_0   Passwords     hashes the passwords of those who sign in, one after another
 """
@@ -91,7 +100,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast, get_type_hints
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -233,24 +242,31 @@ class CutReason(StrEnum):
 
     TIMEOUT = "timeout"  # The execution's time ends with it.
     ATTEMPT_TIMEOUT = "attempt_timeout"  # Only this attempt's time is over.
-    CANCELLED = "cancelled"
-    REPLACED = "replaced"
+    CANCELLED = "cancelled"  # Somebody ended its execution.
+    REPLACED = "replaced"  # A newer execution takes the place of its own.
     DELETED = "deleted"  # Its job is gone.
-    SHUTDOWN = "shutdown"
+    SHUTDOWN = "shutdown"  # The grace of a stop is over; the next start takes it up.
 
 
-# How an execution ended, in one letter: jobs keep the letters of their last 30.
-RESULT_LETTERS = {
-    "success": "S",
-    "failed": "F",
-    "cancelled": "C",
-    "replaced": "R",
-    "overlap": "K",
-    "missed": "M",
+class Ending(NamedTuple):
+    """What the end of an execution means for its job."""
+
+    letter: str  # A job keeps those of its last 30; they are counted for each hour.
+    is_verdict: bool  # It says whether the job is well; else the job stays as it was.
+
+
+# How executions end, by the word that /metrics and the counts have for it.
+ENDINGS = {
+    "success": Ending("S", is_verdict=True),
+    "failed": Ending("F", is_verdict=True),
+    "cancelled": Ending("C", is_verdict=False),
+    "replaced": Ending("R", is_verdict=False),
+    "overlap": Ending("K", is_verdict=False),
+    "missed": Ending("M", is_verdict=True),
 }
 
-# An end for one of these reasons is a warning in the log: somebody should look.
-ALARMING_REASONS = frozenset(
+# These have no ending of their own: they are "failed".
+FAILED_REASONS = frozenset(
     {
         Reason.TIMEOUT,
         Reason.BLOCKED,
@@ -258,9 +274,14 @@ ALARMING_REASONS = frozenset(
         Reason.HTTP_STATUS,
         Reason.INTERRUPTED,
         Reason.INVALID,
-        Reason.MISSED,
     }
 )
+
+# An end for one of these reasons is a warning in the log: somebody should look.
+ALARMING_REASONS = FAILED_REASONS | {Reason.MISSED}
+
+# Whoever adds a reason says here or there what it means: else it would count as a failure.
+assert set(Reason) - FAILED_REASONS - {Reason.DELETED} <= ENDINGS.keys()
 
 # ======================================================================================
 # 2. Errors: each is a status, a stable code and a sentence for people
@@ -1506,7 +1527,15 @@ def read_config(text: str | bytes | None) -> Json:
         wrong = _wrong_part(config["webhook"], _STORED_WEBHOOK_TYPES)
     if wrong is not None:
         raise UnusableConfig(f"the job's stored configuration is damaged: {wrong} is wrong")
-    return cast(Json, config)
+    return _completed(config)
+
+
+def _completed(config: Json) -> Json:
+    """Return a stored configuration with the defaults of the fields that have come since."""
+    complete = _STORED_DEFAULTS | config
+    complete["webhook"] = _STORED_WEBHOOK_DEFAULTS | config["webhook"]
+    complete["retry_policy"] = _STORED_RETRY_DEFAULTS | config["retry_policy"]
+    return complete
 
 
 def _wrong_part(data: Any, types: Mapping[str, Any]) -> str | None:
@@ -1541,6 +1570,17 @@ def stand_in_config(name: str, problem: str) -> Json:
 
 def _defaults(table: Mapping[str, Field]) -> Json:
     return {name: wanted.default for name, wanted in table.items()}
+
+
+def _optional(table: Mapping[str, Field]) -> Json:
+    """Return the defaults of the fields that have one."""
+    return {name: value for name, value in _defaults(table).items() if value is not REQUIRED}
+
+
+_STORED_DEFAULTS = _optional(JOB_FIELDS)
+del _STORED_DEFAULTS["enabled"]  # It is the job's state, not part of its configuration.
+_STORED_WEBHOOK_DEFAULTS = _optional(WEBHOOK_FIELDS)
+_STORED_RETRY_DEFAULTS = _optional(RETRY_FIELDS)
 
 
 def next_fire_time(config: Json, after: int) -> int | None:
@@ -1820,19 +1860,21 @@ class Execution(NamedTuple):
     missed_to: int | None = None  # to this one.
     attempt_log: str = "[]"  # JSON in ASCII: what the API shows.
     response: str | None = None  # The body of the last answer.
+    # New columns go above this line.
     job_name: str = ""  # Only where it is to be shown: the table has no such column.
 
     @classmethod
     def from_row(cls, row: Row) -> Execution:
         """Return the execution of a row with exactly these columns; job_name may be missing.
 
-        Raises KeyError for a word that is no Trigger, Status or Reason.
+        Raises KeyError for a word that is no Trigger or Status, which the schema forbids. A
+        reason of another release stays the word that it is.
         """
         read = _READ_ALL if len(row) == len(cls._fields) else _READ_STORED
         values = list(read(row))
         values[_TRIGGER] = _TRIGGERS[values[_TRIGGER]]
         values[_STATUS] = _STATUSES[values[_STATUS]]
-        values[_REASON] = _REASONS[values[_REASON]]
+        values[_REASON] = _REASONS.get(values[_REASON], values[_REASON])
         return cls(*values)
 
     @property
@@ -1851,9 +1893,9 @@ class Execution(NamedTuple):
         return EXECUTION_BYTES + len(self.attempt_log) + of_response
 
     @property
-    def result_letter(self) -> str:
-        """How it ended, as RESULT_LETTERS has it; other reasons are failures like any."""
-        return RESULT_LETTERS.get(self.reason or self.status, "F")
+    def ending(self) -> Ending:
+        """What its end means for the job."""
+        return ENDINGS.get(self.reason or self.status, ENDINGS["failed"])
 
     def to_summary(self) -> Json:
         """Return what a job shows of its last execution."""
@@ -1898,7 +1940,8 @@ class Execution(NamedTuple):
 
 # How rows are read: each column by its name, all of them in one call, since this is done for
 # every execution that runs. Looking a word up in a table is five times faster than Status(word).
-_READ_STORED = operator.itemgetter(*Execution._fields[:-1])  # All but job_name.
+STORED_FIELDS = tuple(name for name in Execution._fields if name != "job_name")
+_READ_STORED = operator.itemgetter(*STORED_FIELDS)
 _READ_ALL = operator.itemgetter(*Execution._fields)
 _TRIGGER = Execution._fields.index("trigger")
 _STATUS = Execution._fields.index("status")
@@ -2836,7 +2879,7 @@ CREATE INDEX executions_listed ON executions (status, seq)
 CREATE INDEX executions_failed ON executions (job_id, seq) WHERE status = 'failed';
 CREATE TABLE ends (                      -- how many executions ended in an hour, and how
     hour          INTEGER NOT NULL,      -- hours since the epoch
-    letter        TEXT NOT NULL,         -- one of RESULT_LETTERS
+    letter        TEXT NOT NULL,         -- one of ENDINGS
     number        INTEGER NOT NULL,
     PRIMARY KEY (hour, letter)
 );
@@ -2939,6 +2982,7 @@ DROP TABLE old_ends;
 MIGRATIONS: dict[int, str] = {
     1: SCHEMA_1_ASIDE + SCHEMA + FROM_SCHEMA_1,
 }
+assert MIGRATIONS.keys() == set(range(1, SCHEMA_VERSION)), "an older schema has no way to this one"
 
 
 def split_script(script: str) -> list[str]:
@@ -3132,14 +3176,14 @@ class Database:
 
     attribute      written by             guarded by
     _connections   each thread            itself  (a dict; a thread touches its own key only)
-    changes        the engine's thread    nothing (others read it: a number is whole)
+    commits        the engine's thread    nothing (others read it: a number is whole)
     _inode         open()                 nothing (it stays until the next open())
     """
 
     def __init__(self, path: Path, synchronous: str = "FULL") -> None:
         """``path`` is absolute; ``synchronous`` is SQLite's pragma, FULL or NORMAL."""
         self.path = path
-        self.changes = 0  # Commits so far.
+        self.commits = 0  # So far.
         self._file = DatabaseFile(path)
         self._synchronous = synchronous
         self._connections: dict[int, sqlite3.Connection] = {}  # By threading.get_ident().
@@ -3313,7 +3357,7 @@ class Database:
                 self.run(boundaries.roll_back)
             raise
         if boundaries is TRANSACTION:
-            self.changes += 1
+            self.commits += 1
 
     def _store_error(self, error: sqlite3.Error) -> StoreError:
         return StoreError(f"the database failed: {error} ({self.path})")
@@ -3356,8 +3400,11 @@ NO_LIMIT = 2**63 - 1  # As a LIMIT, and as a seq that no row reaches.
 NO_HOUR = 0  # In 1970: what ended then counts in the sum of all hours only.
 
 JOB_COLUMNS = ", ".join(Job._fields)
-EXECUTION_COLUMNS = ", ".join(name for name in Execution._fields if name != "job_name")
-EXECUTION_VALUES = ", ".join(f":{name}" for name in Execution._fields if name != "job_name")
+EXECUTION_COLUMNS = ", ".join(STORED_FIELDS)
+EXECUTION_VALUES = ", ".join(f":{name}" for name in STORED_FIELDS)
+
+# The ends that say nothing about whether a job is well.
+NO_VERDICTS = ", ".join(f"'{word}'" for word, end in ENDINGS.items() if not end.is_verdict)
 
 FEW_TARGETS = 250  # To go from one target to the next takes 3 µs.
 
@@ -3684,10 +3731,10 @@ class ExecutionTable:
     def last_verdicts(self, job_id: str, most: int) -> list[Execution]:
         """Return the newest executions whose end says whether the job is well, newest first."""
         return self._select_named(
-            """
+            f"""
             named_executions
              WHERE job_id = :job_id AND completed_at IS NOT NULL
-               AND coalesce(reason, '') NOT IN ('cancelled', 'replaced', 'overlap')
+               AND coalesce(reason, '') NOT IN ({NO_VERDICTS})
              ORDER BY seq DESC LIMIT :most
             """,
             job_id=job_id,
@@ -3947,12 +3994,20 @@ class History:
             if execution.completed_at is None:
                 continue
             letter = ""
+            fails = False
             at = execution.completed_at
             if execution.job_id != ALERTS_ID:
-                letter = execution.result_letter
+                letter = execution.ending.letter
+                fails = execution.ending.is_verdict and execution.status != Status.SUCCESS
                 numbers[at // HOUR, letter] += execution.missed_count or 1
-            width = execution.width
-            ending = {"job_id": execution.job_id, "letter": letter, "at": at, "width": width}
+            ending = {
+                "job_id": execution.job_id,
+                "letter": letter,
+                "succeeds": execution.status == Status.SUCCESS,
+                "fails": fails,
+                "at": at,
+                "width": execution.width,
+            }
             endings.append(ending)
         if endings:
             self._note_in_jobs(endings)
@@ -3964,11 +4019,11 @@ class History:
             UPDATE jobs
                SET strip = CASE WHEN length(strip) < 30 THEN strip
                                 ELSE substr(strip, 2) END || :letter,
-                   failures = CASE WHEN :letter = 'S' THEN 0
-                                   WHEN :letter IN ('F', 'M') THEN failures + 1
+                   failures = CASE WHEN :succeeds THEN 0
+                                   WHEN :fails THEN failures + 1
                                    ELSE failures END,
-                   failing_since = CASE WHEN :letter = 'S' THEN NULL
-                                        WHEN :letter IN ('F', 'M') THEN coalesce(failing_since, :at)
+                   failing_since = CASE WHEN :succeeds THEN NULL
+                                        WHEN :fails THEN coalesce(failing_since, :at)
                                         ELSE failing_since END,
                    history_bytes = history_bytes + :width
              WHERE id = :job_id
@@ -3994,10 +4049,10 @@ class History:
         for execution in executions:
             if execution.completed_at is None:
                 continue
-            letter = execution.result_letter
+            letter = execution.ending.letter
             before, _letter, after = strip.rpartition(letter)
             strip = before + after
-            if letter in ("F", "M"):
+            if execution.ending.is_verdict and execution.status != Status.SUCCESS:
                 failures = max(0, failures - 1)
             hour = execution.completed_at // HOUR
             if hour <= now // HOUR:  # Else forget_later_hours() has done it.
@@ -4026,7 +4081,7 @@ class History:
     def ends_since(self, at: int) -> dict[str, int]:
         """Return how many executions have ended since the hour of ``at``, by how they ended.
 
-        The names are those of RESULT_LETTERS, each of them there.
+        The names are those of ENDINGS, each of them there.
         """
         sql = """
             SELECT letter, CAST(sum(number) AS BIGINT) AS number FROM ends
@@ -4034,7 +4089,7 @@ class History:
             """
         rows = self._database.run(sql, hour=at // HOUR)
         numbers = {row["letter"]: row["number"] for row in rows}
-        return {name: numbers.get(letter, 0) for name, letter in RESULT_LETTERS.items()}
+        return {word: numbers.get(ending.letter, 0) for word, ending in ENDINGS.items()}
 
     def prune(self, job_id: str, before: int, keep: int) -> int:
         """Remove some executions of a job that are not to be kept; return how many.
@@ -4635,7 +4690,7 @@ METRICS: dict[str, Metric] = {
         "counter",
         "Executions that have ended since the database began, by how they ended.",
         "result",
-        tuple(RESULT_LETTERS),
+        tuple(ENDINGS),
     ),
     "chronos_log_events_dropped_total": Metric(
         "counter",
@@ -5898,7 +5953,9 @@ class Turn:
     stopping: bool = False  # Nothing is started any more.
     starting: bool = False  # Nothing is started yet: what the file declares is not in place.
     results: list[tuple[Future[Any], Any]] = field(default_factory=list)  # Value or exception.
-    ended: dict[str, Execution] = field(default_factory=dict)  # By id; also of deleted jobs.
+    ended: dict[str, Execution] = field(default_factory=dict)  # By id.
+    deleted: dict[str, Execution] = field(default_factory=dict)  # By id: their jobs went.
+    counted: int = 0  # So many of ``ended`` are in the counts.
     caught_up: set[str] = field(default_factory=set)  # Ids of jobs that had missed fire times.
     to_prune: dict[str, None] = field(default_factory=dict)  # Ids of jobs with new history.
     taken: list[Attempt] = field(default_factory=list)
@@ -6101,7 +6158,7 @@ class RunQueue:
         if execution.has_ended:
             turn.ended[execution.id] = execution
         for other in to_replace:
-            self.end(turn, other, Reason.REPLACED, f"replaced by {execution.id}")
+            self.fail(turn, other, Reason.REPLACED, f"replaced by {execution.id}")
 
     def _overlap(self, job_id: str, concurrency: str) -> str | None:
         """Return what is in the way of one more execution of this job; None: nothing."""
@@ -6113,7 +6170,7 @@ class RunQueue:
             return f"{older.id} was still {older.status}"
         return None
 
-    def end(self, turn: Turn, execution: Execution, reason: Reason, error: str) -> Execution:
+    def fail(self, turn: Turn, execution: Execution, reason: Reason, error: str) -> Execution:
         """Fail an execution that has not ended; its request is aborted after the commit."""
         failed = ended(execution, Status.FAILED, reason, error, turn.now)
         self._store.executions.save(failed)
@@ -6152,7 +6209,7 @@ class RunQueue:
         execution = self._store.executions.get(job_id, execution_id)
         if execution.has_ended:
             raise Conflict(f"{execution_id} has ended: {execution.status}")
-        return self.end(turn, execution, Reason.CANCELLED, f"cancelled by {user}")
+        return self.fail(turn, execution, Reason.CANCELLED, f"cancelled by {user}")
 
     # --- What is taken, and what comes back ---
 
@@ -6187,6 +6244,7 @@ class RunQueue:
         limit, cut_reason = attempt_limit(version.timeout, version.attempt_timeout, execution.spent)
         running = execution._replace(  # As ExecutionTable.start() writes it.
             status=Status.RUNNING,
+            due_at=None,
             attempts=execution.attempts + 1,
             attempt_at=turn.now,
             started_at=execution.started_at or turn.now,
@@ -6201,7 +6259,7 @@ class RunQueue:
         except NotFound:  # Its job was deleted.
             self._store.executions.delete(execution.id)
         except UnusableConfig as error:
-            self.end(turn, execution, Reason.INVALID, str(error))
+            self.fail(turn, execution, Reason.INVALID, str(error))
             self._store.executions.release_oldest({execution.job_id}, turn.now)
         turn.to_prune[execution.job_id] = None
         turn.follows_at_once = True  # Others may be due behind it.
@@ -6243,15 +6301,18 @@ class RunQueue:
             self._in_flight[taken.execution.id] = taken
             self._pool.submit(taken)
         for execution in turn.ended.values():
-            attempt = self._in_flight.get(execution.id)
-            if attempt is None:
-                continue
-            if execution.reason == Reason.CANCELLED:
-                attempt.abort(CutReason.CANCELLED)
-            elif execution.reason == Reason.REPLACED:
-                attempt.abort(CutReason.REPLACED)
-            else:
-                attempt.abort(CutReason.DELETED)
+            reason = CutReason.CANCELLED
+            if execution.reason == Reason.REPLACED:
+                reason = CutReason.REPLACED
+            self._abort(execution.id, reason)
+        for execution_id in turn.deleted:
+            self._abort(execution_id, CutReason.DELETED)
+
+    def _abort(self, execution_id: str, reason: CutReason) -> None:
+        """Abort the request of an execution, if it is on its way."""
+        attempt = self._in_flight.get(execution_id)
+        if attempt is not None:
+            attempt.abort(reason)
 
     def abort_all(self, reason: CutReason) -> None:
         """Abort every request that is on its way."""
@@ -6837,7 +6898,7 @@ class JobChanges:
         self._versions.clear()  # A version that is not found lets nothing of the job start.
         turn.to_prune[job.id] = None
         for execution in self._store.executions.active_of(job.id):
-            turn.ended[execution.id] = execution
+            turn.deleted[execution.id] = execution
 
     def _blank(self, turn: Turn, job_id: str) -> Job:
         """Return a job that is not in the store yet, before its first version."""
@@ -7198,8 +7259,9 @@ class Alerts:
         """Return the line of the alert's text about one job."""
         if job["event"] == "recovered":
             return f"{job['name']} is well again"
-        if last:
-            return f"{job['name']} fails: {last[0].error}"
+        for execution in last:
+            if execution.error:  # The newest may be a success of the very turn that tells.
+                return f"{job['name']} fails: {execution.error}"
         return f"{job['name']} fails"
 
 
@@ -7251,6 +7313,7 @@ class Submissions:
     def _apply(self, turn: Turn, change: Change) -> Any:
         """Make one change; return what it returns or raises."""
         ended_before = dict(turn.ended)
+        deleted_before = dict(turn.deleted)
         try:
             with self._database.transaction():
                 return change(turn)
@@ -7258,6 +7321,7 @@ class Submissions:
             if not self._database.in_transaction:
                 raise  # A full disk rolls back the whole turn, not only the savepoint.
             turn.ended = ended_before
+            turn.deleted = deleted_before
             if not isinstance(error, ApiError):
                 log.exception("a change failed")
             return error
@@ -7447,7 +7511,7 @@ class Engine:
         """Let the turns that come use these settings."""
         self.settings = settings
 
-    def enqueue(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    def hand_in(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Hand in a change for the next turn, which calls it with itself and the arguments.
 
         It is made inside a savepoint of its own: if it raises, nothing of it stays.
@@ -7465,7 +7529,7 @@ class Engine:
         Where this raises, nothing has changed: ApiError of the change's own, or StoreError, also
         where the engine has not begun it within WRITE_PATIENCE_S.
         """
-        future = self.enqueue(change, *arguments)
+        future = self.hand_in(change, *arguments)
         try:
             return future.result(WRITE_PATIENCE_S)
         except TimeoutError:
@@ -7555,19 +7619,26 @@ class Engine:
             self.run_queue.record(turn, outcome)
         self.zone_rules.apply(turn)
         self.scheduler.fire_due(turn)
+        self._count_ends(turn)  # Alerts and the answers to changes show the counts.
         self.alerts.send_due(turn)
         self._submissions.apply(turn)
         freed = turn.caught_up | {execution.job_id for execution in turn.ended.values()}
         self.store.executions.release_oldest(freed, turn.now)
         if not (turn.stopping or turn.starting or turn.paused):
             self.run_queue.take(turn)
-        self.store.history.count_ends(turn.ended.values())
-        self.alerts.note(turn, freed)
+        self._count_ends(turn)
+        self.alerts.note(turn, {execution.job_id for execution in turn.ended.values()})
         self._set_wake_at(turn)
         is_busy = bool(turn.taken or self._outcomes)
         is_untidy = self.retention.work(turn, is_busy)
         if is_untidy or turn.follows_at_once:
             self._wake_at = turn.now
+
+    def _count_ends(self, turn: Turn) -> None:
+        """Count how executions have ended since this was last called in the turn."""
+        uncounted = list(turn.ended.values())[turn.counted :]
+        self.store.history.count_ends(uncounted)
+        turn.counted = len(turn.ended)
 
     def _beat(self, turn: Turn) -> None:
         """Note once a minute that we live: a start compares its clock with that."""
@@ -7606,11 +7677,10 @@ class Engine:
                 self._reporter.tell_of_attempt(turn, outcome)
         with self._isolated("tell of ends"):
             for execution in turn.ended.values():
-                if execution.has_ended:  # Else its job was deleted.
-                    self._reporter.tell_of_end(execution)
+                self._reporter.tell_of_end(execution)
 
     def _wake_waiters(self, turn: Turn) -> None:
-        for execution_id in turn.ended:
+        for execution_id in [*turn.ended, *turn.deleted]:
             waiter = self.waiters.get(execution_id)
             if waiter:
                 waiter.set()
@@ -8382,7 +8452,7 @@ class ServerHandlers(Handlers):
     def stats(self) -> bytes | Json:
         """Return what the dashboard polls, or 304 if it has that; of at most 1,000 jobs."""
         # What is committed after this look makes another entity tag, so nothing is missed.
-        changes = self.store.database.changes
+        changes = self.store.database.commits
         problem = self._problem()
         user = current_user()
         if is_not_modified(f"{self._started_at_mono}-{changes}-{problem}-{user}"):

@@ -658,7 +658,7 @@ class World:
 
     def do(self, change, *arguments):
         """Hand a change in as an API thread would, and turn the engine until it is made."""
-        future = self.engine.enqueue(change, *arguments)
+        future = self.engine.hand_in(change, *arguments)
         while not future.done():
             self.engine.run_turn()
         return future.result()
@@ -831,7 +831,7 @@ def add_executions(world, job, count, status, ended_at=None, **fields):
 
 def set_number(world, key):
     """Hand in a change, which writes ``key``."""
-    return world.engine.enqueue(lambda _turn: world.store.set_number(key, 1))
+    return world.engine.hand_in(lambda _turn: world.store.set_number(key, 1))
 
 
 def numbers(world):
@@ -3611,9 +3611,33 @@ def test_a_strip_has_the_newest_thirty_and_ends_are_counted_by_the_hour(world, t
     add_executions(world, job, 25, "success", NOON)
 
     assert summary(world, job) == ("F" * 5 + "S" * 25, 0, None)
-    none = dict.fromkeys(chronos.RESULT_LETTERS, 0)
+    none = dict.fromkeys(chronos.ENDINGS, 0)
     assert world.store.history.ends_since(NOON) == none | {"failed": 20, "success": 25}
     assert world.store.history.ends_since(NOON + 3600 * SECOND) == none
+
+
+def test_a_reason_that_another_release_has_written_is_shown_as_it_is(world, target):
+    job = world.create(target.url + "/status/404")
+    run_once(world, job)
+    by_hand(world, "UPDATE executions SET reason = 'of_tomorrow'")
+
+    [execution] = world.executions(job)
+
+    assert (execution.reason, execution.ending.letter) == ("of_tomorrow", "F")
+
+
+def test_a_configuration_of_an_older_release_runs_and_is_no_change(world, target):
+    job = world.create(target.url)
+    for field in ("$.webhook.verify_tls", "$.retry_policy.attempt_timeout", "$.missed_run_policy"):
+        by_hand(world, "UPDATE versions SET config = json_remove(config, ?)", field)
+    world.engine.versions.clear()
+    old = world.store.jobs.get(job.id)
+
+    run_once(world, job)
+    changed = world.do(world.engine.job_changes.update, old, job.config, None, "ada")
+
+    assert states(world, job) == ["success"]
+    assert changed.version == 1
 
 
 # ======================================================================================
@@ -4032,7 +4056,7 @@ def test_what_the_store_did_not_take_is_told_and_counted_as_an_end_when_it_is_on
 ):
     caplog.set_level("INFO", "chronos")
     job = world.create(target.url + "/status/404")
-    world.engine.enqueue(world.engine.run_queue.trigger, job.id, "exec-1")
+    world.engine.hand_in(world.engine.run_queue.trigger, job.id, "exec-1")
     world.engine.run_turn()
     target.take()
     wait_until(world.engine._inbox.qsize)
@@ -4057,7 +4081,7 @@ def test_what_the_store_did_not_take_is_told_and_counted_as_an_end_when_it_is_on
 def test_a_run_that_the_last_process_left_without_an_end_counts_as_interrupted(make_world, target):
     world = make_world()
     job = world.create(target.url + "/hang", retry_policy=ONCE)
-    world.engine.enqueue(world.engine.run_queue.trigger, job.id, "exec-1")
+    world.engine.hand_in(world.engine.run_queue.trigger, job.id, "exec-1")
     world.engine.run_turn()
     world.store.database.close()
 
@@ -5531,13 +5555,13 @@ def test_a_job_that_can_not_be_used_is_looked_at_once_a_minute(world, target):
     world.advance(1)
     assert states(world, job) == ["failed"]
 
-    commits = world.store.database.changes
+    commits = world.store.database.commits
     waits = []
     for _ in range(120):
         world.clock.advance(1)
         waits.append(world.engine.run_turn())
 
-    assert world.store.database.changes - commits <= 4  # of them two heartbeats
+    assert world.store.database.commits - commits <= 4  # of them two heartbeats
     assert min(waits) > 0
 
 
@@ -6351,8 +6375,8 @@ def test_ending_a_run_releases_the_one_that_is_made_up_for_behind_it(world, targ
     world.engine.run_turn()
 
     first, _behind = world.executions(job)
-    world.engine.enqueue(
-        lambda turn: world.engine.run_queue.end(turn, first, "replaced", "by another")
+    world.engine.hand_in(
+        lambda turn: world.engine.run_queue.fail(turn, first, "replaced", "by another")
     )
     world.settle()
 
@@ -6495,9 +6519,9 @@ def test_a_run_behind_those_of_a_deleted_job_starts_at_once(make_world, target):
     execution_id = f"exec-{uuid.uuid4()}"
 
     for _ in range(2):
-        world.engine.enqueue(world.engine.run_queue.trigger, gone.id, f"exec-{uuid.uuid4()}")
-    world.engine.enqueue(world.engine.run_queue.trigger, job.id, execution_id)
-    world.engine.enqueue(world.engine.job_changes.delete, gone, False)
+        world.engine.hand_in(world.engine.run_queue.trigger, gone.id, f"exec-{uuid.uuid4()}")
+    world.engine.hand_in(world.engine.run_queue.trigger, job.id, execution_id)
+    world.engine.hand_in(world.engine.job_changes.delete, gone, False)
     world.settle()  # no time passes
 
     assert world.store.executions.get(None, execution_id).status == "success"
@@ -6618,7 +6642,7 @@ def test_after_a_crash_what_ran_is_due_at_once_and_its_attempt_counts(make_world
         before.engine._after_commit = lambda _turn: (
             None
         )  # the process ends between commit and request
-    before.engine.enqueue(before.engine.run_queue.trigger, job.id, "exec-1")
+    before.engine.hand_in(before.engine.run_queue.trigger, job.id, "exec-1")
     before.engine.run_turn()
     assert not is_sent or target.hanging.acquire(timeout=10)
     assert states(before, job, "status", "attempts") == [("running", 1)]
@@ -6704,7 +6728,7 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     left = [5002]
 
     world.engine.waiters |= {execution_id: threading.Event() for execution_id in executions}
-    world.engine.enqueue(world.engine.job_changes.delete, job, False)
+    world.engine.hand_in(world.engine.job_changes.delete, job, False)
     while left[-1]:
         world.engine.run_turn(10_000)
         left.append(world.store.executions.count(job.id))
@@ -6721,7 +6745,7 @@ def test_the_versions_of_a_deleted_job_go_in_batches_and_can_not_be_seen(world, 
     job = world.create(target.url)
     job = add_versions(world, job, 300)
 
-    world.engine.enqueue(world.engine.job_changes.delete, job, False)
+    world.engine.hand_in(world.engine.job_changes.delete, job, False)
     world.engine.run_turn()
     left = [len(version_numbers(world, job))]
     assert world.store.jobs.versions(job.id) == []
@@ -6742,7 +6766,7 @@ def test_what_is_left_of_a_deleted_job_does_not_come_back_with_its_id(world, tar
     job = add_versions(world, job, 300)
     declare(world)
 
-    world.engine.enqueue(world.engine.job_changes.delete, world.store.jobs.get(job.id), False)
+    world.engine.hand_in(world.engine.job_changes.delete, world.store.jobs.get(job.id), False)
     [again] = declare(world, job_body(target.url))
 
     assert (again.id, again.version) == (job.id, 1)
@@ -7564,7 +7588,7 @@ def test_changes_are_one_commit_and_one_that_fails_takes_no_other_with_it(world,
     statements = []
     engine_connection(world).set_trace_callback(statements.append)
     first = set_number(world, "a")
-    second = world.engine.enqueue(fail)
+    second = world.engine.hand_in(fail)
     third = set_number(world, "c")
     world.engine.run_turn()
 
@@ -7628,6 +7652,34 @@ def test_a_pass_with_long_work_to_do_is_cut_short_and_the_next_follows_at_once(t
     world.close()
 
 
+# --- what a turn has seen is counted before it answers --------------------------------
+
+
+def test_a_change_in_the_turn_of_an_end_answers_with_its_count(world, target):
+    job = world.create(target.url + "/status/404")
+    trigger(world, job)
+    wait_until(world.engine._inbox.qsize)  # the outcome, for the turn that makes the change
+
+    changed = world.do(world.engine.job_changes.set_enabled, job.id, False)
+
+    assert (changed.strip, changed.failures) == ("F", 1)
+
+
+def test_an_alert_in_the_turn_of_a_success_tells_why_the_job_had_failed(watched, target, bell):
+    target.script = ["/status/404", "/hang"]
+    job = watched.create(target.url)
+    run_once(watched, job)
+    hang(watched, target, job)
+    watched.clock.advance(10)
+    target.let_go.set()
+    wait_until(watched.engine._inbox.qsize)  # the success, for the turn that sends the alert
+
+    watched.settle()
+
+    told = rings(bell)
+    assert "report fails: the server answered 404" in told[0]["text"]
+
+
 # --- changes that meet outcomes -------------------------------------------------------
 
 
@@ -7687,7 +7739,7 @@ def test_an_outcome_that_came_before_its_run_is_ended_counts(world, target, how,
 
     target.let_go.set()
     wait_until(world.engine._inbox.qsize)
-    change = world.engine.enqueue(*ending(world, job, execution_id, how))
+    change = world.engine.hand_in(*ending(world, job, execution_id, how))
     world.settle()
 
     assert states(world, job) == after
@@ -7769,8 +7821,8 @@ def test_a_version_that_was_rolled_back_with_its_pass_sends_nothing(world, targe
     job = world.create(target.url)
     config = pointed_at(job, target.url + "/refused")
     fill_disk(world)
-    world.engine.enqueue(world.engine.job_changes.update, job, config, None, "tester")
-    world.engine.enqueue(world.engine.run_queue.trigger, job.id, "exec-1")
+    world.engine.hand_in(world.engine.job_changes.update, job, config, None, "tester")
+    world.engine.hand_in(world.engine.run_queue.trigger, job.id, "exec-1")
     set_number(world, "b" * 90_000)
     world.engine.run_turn()
     free_disk(world)
@@ -7878,7 +7930,7 @@ def test_a_bug_in_telling_of_a_failed_turn_leaves_no_writer_without_an_answer(wo
 
 def test_what_was_taken_runs_though_there_was_a_bug_in_answering(world, target, monkeypatch):
     job = world.create(target.url)
-    world.engine.enqueue(world.engine.run_queue.trigger, job.id, "exec-1")
+    world.engine.hand_in(world.engine.run_queue.trigger, job.id, "exec-1")
 
     with monkeypatch.context() as patch:
         patch.setattr(world.engine._submissions, "answer", a_bug)
@@ -7934,7 +7986,7 @@ def test_an_outcome_that_arrives_during_the_stop_is_written(make_service, target
     def hook():
         if threading.current_thread() is threading.main_thread():  # it begins to count the grace
             clock.hook = HookedClock.hook
-            engine.enqueue(last_pass)
+            engine.hand_in(last_pass)
             assert begun.wait(10)
 
     client.start(job)
@@ -8001,7 +8053,7 @@ def send_as_is(client, method, path, body=None):
 def held(engine):
     """Hold the engine in a pass: what is handed in meanwhile is made in the next one."""
     begun, let_go = threading.Event(), threading.Event()
-    engine.enqueue(lambda _turn: begun.set() or let_go.wait(10))
+    engine.hand_in(lambda _turn: begun.set() or let_go.wait(10))
     assert begun.wait(10)
     try:
         yield engine._inbox

@@ -7351,6 +7351,41 @@ class Submissions:
             future.set_result(result)
 
 
+class Waiters:
+    """The API threads that wait for the end of an execution, each with an event of its own.
+
+    attribute   written by     guarded by
+    _events     API threads    nothing: each adds and removes an entry of its own
+    """
+
+    def __init__(self) -> None:
+        self._events: dict[str, threading.Event] = {}  # By the id of the execution.
+
+    @contextlib.contextmanager
+    def waiting_for(self, execution_id: str) -> Iterator[threading.Event]:
+        """Yield the event that is set when the execution has ended, or the server stops.
+
+        Whoever makes the execution enters this before, so that no end is missed.
+        """
+        event = threading.Event()
+        self._events[execution_id] = event
+        try:
+            yield event
+        finally:
+            del self._events[execution_id]
+
+    def wake(self, execution_ids: Iterable[str]) -> None:
+        """Wake those who wait for one of these executions."""
+        for execution_id in execution_ids:
+            event = self._events.get(execution_id)
+            if event is not None:
+                event.set()
+
+    def wake_all(self) -> None:
+        """Wake everybody."""
+        self.wake(list(self._events))
+
+
 class Reporter:
     """Tells the log and /metrics what has happened, after the commit of a turn."""
 
@@ -7401,6 +7436,14 @@ class Reporter:
             message = "a bug: the engine could not %s, it goes on with the rest"
             log.error(message, step, exc_info=error)
 
+    @contextlib.contextmanager
+    def isolated(self, step: str) -> Iterator[None]:
+        """Log what is raised inside, and go on; ``step`` says in words what is done there."""
+        try:
+            yield
+        except Exception as error:
+            self.tell_of_bug(error, step)
+
     def _is_new(self, kind: str) -> bool:
         """Return whether this kind of failure was not logged for a minute; now it is."""
         now = self._clock.monotonic()
@@ -7425,7 +7468,7 @@ class Engine:
 
     attribute     written by              guarded by
     _inbox        workers, API threads    itself (a queue of outcomes and submissions)
-    waiters       API threads             nothing: each adds and removes an entry of its own
+    waiters       API threads             itself
     stopping      who stops               nothing: it is set once
     _stopped      who stops               nothing: it is set once
     settings      who reloads             nothing: it is replaced as a whole
@@ -7445,7 +7488,7 @@ class Engine:
         self._starting = False  # Nothing is started yet.
         self.problem: str | None = None  # Why the last turn failed.
         self.last_turn = clock.monotonic()
-        self.waiters: dict[str, threading.Event] = {}  # By execution id; set when it has ended.
+        self.waiters = Waiters()
         self.pool = WorkerPool(dispatcher, settings.dispatcher.max_concurrent_jobs, self._hand_over)
         self.versions = VersionCache(store.jobs)
         self.run_queue = RunQueue(store, self.versions, self.pool, settings, clock)
@@ -7493,8 +7536,7 @@ class Engine:
         if not self._thread.is_alive():
             return  # The start did not get so far.
         self.stopping = True
-        for waiter in list(self.waiters.values()):
-            waiter.set()
+        self.waiters.wake_all()
         with contextlib.suppress(ApiError):
             self.submit(lambda _turn: None)  # After it no turn is under way that starts something.
         deadline = self.clock.monotonic() + grace
@@ -7665,38 +7707,24 @@ class Engine:
         """
         outcomes = self._outcomes
         self._outcomes = []
-        with self._isolated("start what was taken"):
+        with self._reporter.isolated("start what was taken"):
             self.run_queue.after_commit(turn)
         for future, result in turn.results:
-            with self._isolated("answer who has submitted a change"):
+            with self._reporter.isolated("answer who has submitted a change"):
                 self._submissions.answer(future, result)
-        with self._isolated("wake those who wait for an end"):
-            self._wake_waiters(turn)
-        with self._isolated("tell of attempts"):
+        with self._reporter.isolated("wake those who wait for an end"):
+            self.waiters.wake([*turn.ended, *turn.deleted])
+        with self._reporter.isolated("tell of attempts"):
             for outcome in outcomes:
                 self._reporter.tell_of_attempt(turn, outcome)
-        with self._isolated("tell of ends"):
+        with self._reporter.isolated("tell of ends"):
             for execution in turn.ended.values():
                 self._reporter.tell_of_end(execution)
-
-    def _wake_waiters(self, turn: Turn) -> None:
-        for execution_id in [*turn.ended, *turn.deleted]:
-            waiter = self.waiters.get(execution_id)
-            if waiter:
-                waiter.set()
-
-    @contextlib.contextmanager
-    def _isolated(self, step: str) -> Iterator[None]:
-        """Log what is raised inside, and go on."""
-        try:
-            yield
-        except Exception as error:
-            self._reporter.tell_of_bug(error, step)
 
     def _fail(self, turn: Turn, error: Exception) -> None:
         """The turn was rolled back: say why; the outcomes wait for the next turn."""
         self.problem = str(error) or repr(error)
-        with self._isolated("refuse the changes of a turn that failed"):
+        with self._reporter.isolated("refuse the changes of a turn that failed"):
             self._submissions.fail(turn, error)
         self.versions.clear()  # What was rolled back may be in it.
         self.scheduler.turn_failed()
@@ -7704,7 +7732,7 @@ class Engine:
         self.retention.turn_failed()
         self._heartbeat_at = 0
         self._wake_at = turn.now + SECOND
-        with self._isolated("tell of a turn that failed"):
+        with self._reporter.isolated("tell of a turn that failed"):
             self._reporter.tell_of_failure(error, self.problem)
 
 
@@ -8214,17 +8242,12 @@ class ExecutionHandlers(Handlers):
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
         wait = read_query(TRIGGER_QUERY)["wait"]
         execution_id = f"exec-{uuid.uuid4()}"
-        has_ended = threading.Event()
-        # It is there before the execution is, so that no end can be missed.
-        self.engine.waiters[execution_id] = has_ended
-        try:
+        with self.engine.waiters.waiting_for(execution_id) as has_ended:
             self.engine.submit(self.engine.run_queue.trigger, job_id, execution_id)
             message = "job %s was triggered by %s: %s"
             ids = about(job_id, execution_id)
             log.info(message, job_id, current_user(), execution_id, extra=ids)
             self._wait_for(has_ended, wait)
-        finally:
-            del self.engine.waiters[execution_id]
         return self._show_triggered(job_id, execution_id)
 
     def _wait_for(self, has_ended: threading.Event, wait: int | None) -> None:

@@ -6305,7 +6305,7 @@ def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, 
     old = trigger(world, job)
     turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
 
-    told = world.engine.waiters[old] = threading.Event()
+    told = world.engine.waiters._events[old] = threading.Event()
     new = trigger(world, job)
     assert told.is_set()
     world.advance(60)  # though the target still holds the old request
@@ -6727,12 +6727,12 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     add_executions(world, job, 5000, status)
     left = [5002]
 
-    world.engine.waiters |= {execution_id: threading.Event() for execution_id in executions}
+    world.engine.waiters._events |= {id_: threading.Event() for id_ in executions}
     world.engine.hand_in(world.engine.job_changes.delete, job, False)
     while left[-1]:
         world.engine.run_turn(10_000)
         left.append(world.store.executions.count(job.id))
-    assert all(told.is_set() for told in world.engine.waiters.values())
+    assert all(told.is_set() for told in world.engine.waiters._events.values())
     world.settle()  # though the target still holds the request
 
     assert [job.id for job in world.all_jobs()] == [other.id]
@@ -7895,24 +7895,24 @@ def test_an_error_without_words_is_shown_too(world, monkeypatch):
 
 @pytest.mark.parametrize("step", [
     "_reporter.tell_of_attempt", "_reporter.tell_of_end", "run_queue.after_commit",
-    "_submissions.answer", "_wake_waiters",
+    "_submissions.answer", "waiters.wake",
 ])  # fmt: skip
 def test_a_bug_after_a_commit_stops_none_of_the_other_steps(
     world, target, monkeypatch, caplog, step
 ):
     job = world.create(target.url)
     execution_id = trigger(world, job)
-    waiter = world.engine.waiters[execution_id] = threading.Event()
+    waiter = world.engine.waiters._events[execution_id] = threading.Event()
     wait_until(world.engine._inbox.qsize)
     writer = set_number(world, "a")
     owner, _dot, name = step.rpartition(".")
 
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(world.engine, owner) if owner else world.engine, name, a_bug)
+        patch.setattr(getattr(world.engine, owner), name, a_bug)
         world.engine.run_turn()
 
     assert writer.done() or name == "answer"
-    assert waiter.is_set() or name == "_wake_waiters"
+    assert waiter.is_set() or name == "wake"
     [told] = tracebacks(caplog)
     assert told.startswith("a bug: the engine could not ")
     assert states(world, job) == ["success"] and run_once(world, job)

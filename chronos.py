@@ -122,7 +122,7 @@ except ImportError as error:
 # 1. Constants and words: what is fixed, with its unit, and the words that programs read
 # ======================================================================================
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("chronos")
 
@@ -137,7 +137,7 @@ DAY = 86_400 * SECOND
 
 # --- The clock ---
 
-RELEASED_AT = 1_795_392_000 * SECOND  # 2026-11-23: a clock that shows an earlier date is wrong.
+RELEASED_AT = 1_795_996_800 * SECOND  # 2026-11-30: a clock that shows less is wrong
 CLOCK_STEP = SECOND  # A change of the wall clock by more than this counts as a step.
 CLOCK_FAR_BACK = 3 * HOUR  # After a step back by more than this every cursor is computed anew.
 CLOCK_SETTLED = 2 * MINUTE  # A clock that has stood for so long (two heartbeats) is trusted.

@@ -157,7 +157,8 @@ RULES_TARGET = 10_000  # A turn applies new rules of time zones to cursors for s
 RULES_BATCHES = 25  # and to so many batches
 RULES_JOBS = 20  # of so many jobs.
 PRUNE_ROWS = 250  # Executions that one turn removes: more than the 100 failed ones it spares.
-PRUNE_VERSIONS = 4  # Versions of a job that are removed at once: one may have 1 MB, or 12 ms.
+PRUNE_VERSIONS = 4  # Versions that one turn removes: one may have 1 MB, which is overwritten.
+VERSION_IN_ROWS = PRUNE_ROWS // PRUNE_VERSIONS + 1  # What removing one is worth in executions.
 PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
 VERSIONS_PAGE = 1000  # Versions that one turn of the daily walk looks at.
 PRUNE_INTERVAL = 100_000  # Pause between two looks (100 ms) while there is other work.
@@ -4121,7 +4122,7 @@ class History:
         return len(removed)
 
     def prune_versions(self, job_id: str, keep: int) -> int:
-        """Remove some old versions of a job; return how many.
+        """Remove some old versions of a job; return how many executions that is worth.
 
         The newest ``keep`` stay, and those that executions have used which are still there.
         """
@@ -4136,7 +4137,7 @@ class History:
                  ORDER BY version LIMIT :most)
             """
         values = {"id": job_id, "old": newest - keep, "most": PRUNE_VERSIONS}
-        return self._database.change(sql, **values)
+        return self._database.change(sql, **values) * VERSION_IN_ROWS
 
     def newest_version(self, job_id: str) -> int | None:
         """Return the number of a job's newest version; None: the job is deleted."""
@@ -4145,7 +4146,7 @@ class History:
         return found
 
     def prune_deleted(self, job_id: str) -> int:
-        """Remove some executions of a job that is deleted, then some versions; return how many."""
+        """Remove some executions of a deleted job, then some versions; return what it is worth."""
         sql = """
             DELETE FROM executions WHERE seq IN (
                 SELECT seq FROM executions WHERE job_id = :id ORDER BY seq LIMIT :most)
@@ -4157,7 +4158,8 @@ class History:
             DELETE FROM versions WHERE job_id = :id AND version IN (
                 SELECT version FROM versions WHERE job_id = :id ORDER BY version LIMIT :most)
             """
-        return self._database.change(sql, id=job_id, most=PRUNE_VERSIONS)
+        versions = self._database.change(sql, id=job_id, most=PRUNE_VERSIONS)
+        return versions * VERSION_IN_ROWS
 
     def with_old_versions(self, after: str, keep: int) -> tuple[str | None, list[str]]:
         """Return job ids that have had more than ``keep`` versions, or whose job is deleted.

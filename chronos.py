@@ -6528,8 +6528,17 @@ class Scheduler:
         first = job.next_run_at
         if turn.paused or self._is_held or first is None or not RELEASED_AT <= first <= turn.now:
             return
-        version = self._versions.get(job.id, job.version)
-        self._catch_up(turn, version, first, 0, self._absence)
+        try:
+            version = self._versions.get(job.id, job.version)
+            begin: int | None = first
+            if job.invalid_from is not None:
+                begin = version.next_after(job.invalid_from)
+            if begin is not None and begin <= turn.now:
+                self._catch_up(turn, version, begin, 0, self._absence)
+        except StoreError:
+            raise
+        except Exception as error:  # The declaration may be what mends it.
+            self._put_off(turn, DueJob(job.id, job.version, first, job.invalid_from), error)
 
     # --- Late or missed ---
 

@@ -3783,7 +3783,8 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_tells_later_what_was_droppe
     assert took < 5
     assert (writer.dropped, len(lines)) == (dropped, 20_000 - dropped)
     assert lines == [f"event {n} {'x' * 100}" for n in range(len(lines))]
-    assert 1 << 20 <= sum(map(len, lines)) <= (1 << 20) + (1 << 17) + len(lines)
+    kept = sum(map(len, lines)) + len(lines)  # The queue, and what the pipe may have taken of it.
+    assert (1 << 20) - 200 <= kept <= (1 << 20) + (1 << 17)
 
 
 DROPPED = "events were dropped here: nobody was reading the log"
@@ -11329,8 +11330,8 @@ def test_50000_due_executions_cost_no_more_memory_than_500(make_process, target,
     fill_store(data, target.url + "/hang", 1, "@daily", None)
     add = """
         INSERT INTO executions (id, job_id, job_version, trigger, status, scheduled_at, target,
-                                due_at, attempts, spent, attempt_log)
-        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, '[]' FROM jobs WHERE seq > 0"""
+                                due_at, attempts, spent, width, attempt_log)
+        SELECT ?, id, 1, 'manual', 'pending', 0, ?, ?, 0, 0, 0, '[]' FROM jobs WHERE seq > 0"""
 
     for count in (500, 50_000):
         ids = [f"exec-{count}-{n}" for n in range(count)]

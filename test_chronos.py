@@ -9884,10 +9884,11 @@ def test_what_the_file_says_now_counts_before_anything_is_fired(
 
     after = make_service(clock) if file is None else start(**file)
 
-    path = path_of(job, "/executions")
-    wait_until(lambda: after.get(path)["executions"][0]["completed_at"])
-    history = after.get(path)["executions"]
-    assert rows == [(run["status"], run.get("missed_count")) for run in history][: len(rows)]
+    def history():
+        return after.get(path_of(job, "/executions"))["executions"]
+
+    wait_until(lambda: history() and history()[0]["completed_at"])
+    assert rows == [(run["status"], run.get("missed_count")) for run in history()][: len(rows)]
     paths = [target.take()[1] for _ in range(target.received.qsize())]
     assert set(paths) == ({webhook_path} if webhook_path else set())
 

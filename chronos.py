@@ -1495,21 +1495,47 @@ def validate_job(
     return config, enabled
 
 
+class StoredShape:
+    """The fields that a stored object has to have, each with its type."""
+
+    def __init__(self, types: Mapping[str, Any]) -> None:
+        self._types = types
+        # In one call for all of them: this is done whenever a version is read.
+        self._read = operator.itemgetter(*types)
+        self._kinds = tuple(types.values())
+
+    def wrong_part(self, data: Any) -> str | None:
+        """Return the name of a field that is missing or not of its type; None: all are right."""
+        if not isinstance(data, dict):
+            return "all of it"
+        with contextlib.suppress(KeyError):
+            if all(map(isinstance, self._read(data), self._kinds)):
+                return None
+        for name, kind in self._types.items():
+            if not isinstance(data.get(name), kind):
+                return name
+        return None
+
+
 # --- Stored configurations, which may have become unusable ---
 
 # What the whole program takes for granted of a stored configuration, and of its webhook.
-_STORED_TYPES = {
-    "name": str,
-    "description": str | None,
-    "schedule": str,
-    "timezone": str,
-    "webhook": dict,
-    "retry_policy": dict,
-    "timeout": str,
-    "concurrency": str,
-    "tags": dict,
-}
-_STORED_WEBHOOK_TYPES = {"url": str, "method": str, "headers": dict, "auth": dict | None}
+_STORED_JOB = StoredShape(
+    {
+        "name": str,
+        "description": (str, type(None)),
+        "schedule": str,
+        "timezone": str,
+        "webhook": dict,
+        "retry_policy": dict,
+        "timeout": str,
+        "concurrency": str,
+        "tags": dict,
+    }
+)
+_STORED_WEBHOOK = StoredShape(
+    {"url": str, "method": str, "headers": dict, "auth": (dict, type(None))}
+)
 
 
 def read_config(text: str | bytes | None) -> Json:
@@ -1523,9 +1549,9 @@ def read_config(text: str | bytes | None) -> Json:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UnusableConfig(f"the job's stored configuration is damaged: {error}") from error
-    wrong = _wrong_part(config, _STORED_TYPES)
+    wrong = _STORED_JOB.wrong_part(config)
     if wrong is None:
-        wrong = _wrong_part(config["webhook"], _STORED_WEBHOOK_TYPES)
+        wrong = _STORED_WEBHOOK.wrong_part(config["webhook"])
     if wrong is not None:
         raise UnusableConfig(f"the job's stored configuration is damaged: {wrong} is wrong")
     return _completed(config)
@@ -1537,16 +1563,6 @@ def _completed(config: Json) -> Json:
     complete["webhook"] = _STORED_WEBHOOK_DEFAULTS | config["webhook"]
     complete["retry_policy"] = _STORED_RETRY_DEFAULTS | config["retry_policy"]
     return complete
-
-
-def _wrong_part(data: Any, types: Mapping[str, Any]) -> str | None:
-    """Return the name of a field that is not of its type; None: all are."""
-    if not isinstance(data, dict):
-        return "all of it"
-    for name, kind in types.items():
-        if not isinstance(data.get(name), kind):
-            return name
-    return None
 
 
 def stand_in_config(name: str, problem: str) -> Json:
@@ -4121,14 +4137,11 @@ class History:
         self._note_freed(job_id, sum(row["width"] for row in removed))
         return len(removed)
 
-    def prune_versions(self, job_id: str, keep: int) -> int:
+    def prune_versions(self, job_id: str, oldest: int) -> int:
         """Remove some old versions of a job; return how many executions that is worth.
 
-        The newest ``keep`` stay, and those that executions have used which are still there.
+        Those up to number ``oldest`` go, but for what executions have used that are still there.
         """
-        newest = self.newest_version(job_id) or 0
-        if newest <= keep:
-            return 0
         sql = """
             DELETE FROM versions WHERE job_id = :id AND version IN (
                 SELECT version FROM versions
@@ -4136,7 +4149,7 @@ class History:
                    AND version NOT IN (SELECT job_version FROM executions WHERE job_id = :id)
                  ORDER BY version LIMIT :most)
             """
-        values = {"id": job_id, "old": newest - keep, "most": PRUNE_VERSIONS}
+        values = {"id": job_id, "old": oldest, "most": PRUNE_VERSIONS}
         return self._database.change(sql, **values) * VERSION_IN_ROWS
 
     def newest_version(self, job_id: str) -> int | None:
@@ -7106,10 +7119,13 @@ class Retention:
     def _prune_job(self, job_id: str, before: int, limits: RetentionSettings) -> int:
         """Remove some history of a job, and some versions; return how many."""
         history = self._store.history
-        if history.newest_version(job_id) is None:
+        newest = history.newest_version(job_id)
+        if newest is None:
             return history.prune_deleted(job_id)
         removed = history.prune(job_id, before, limits.executions_per_job)
-        return removed + history.prune_versions(job_id, limits.versions_per_job)
+        if newest > limits.versions_per_job:
+            removed += history.prune_versions(job_id, newest - limits.versions_per_job)
+        return removed
 
     def _walk_on_over_versions(self, keep: int) -> None:
         """Add the next jobs that may have more than ``keep`` versions, also deleted ones."""

@@ -152,7 +152,6 @@ TURN_TARGET = 50_000  # A turn that has taken so long (50 ms) leaves the rest to
 HEARTBEAT = MINUTE  # An idle engine writes last_seen this often.
 MAX_CATCH_UP = 100  # Missed fire times of a job that execute_all makes up for.
 MAX_ACTIVE = 1000  # Executions of a job that may be pending or running at once.
-VERSION_CACHE = 2048  # Job versions that are kept parsed, with their requests prepared.
 RULES_TARGET = 10_000  # A turn applies new rules of time zones to cursors for so long (10 ms),
 RULES_BATCHES = 25  # and to so many batches
 RULES_JOBS = 20  # of so many jobs.
@@ -169,9 +168,11 @@ EXECUTION_BYTES = 400  # What one takes in the database, less its attempt_log an
 
 WRITE_PATIENCE_S = 10.0  # An API thread waits this long for the engine to begin its change.
 WATCHDOG_TICK_S = 0.1  # The watchdog looks at the limits of attempts this often.
+SWITCH_INTERVAL_S = 0.0005  # A thread has to let another one run after this; Python's is 5 ms.
 SIGN_OF_LIFE_S = 10  # systemd is told this often that the service lives.
 SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so long hangs.
 IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
+READ_LIMIT = 5 * SECOND  # What is read for an API call takes no longer, or each piece of it.
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
 LOG_PATIENCE_S = 2.0  # The exit waits this long for somebody to read the end of the log.
 MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among them.
@@ -180,6 +181,10 @@ MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among 
 
 MAX_NESTING = 32  # Levels of lists and objects, in a body as in a configuration.
 MAX_BODY_BYTES = 1 << 20  # Of a request to the API.
+PAGE_BYTES = 1 << 18  # Rows of a list that are in memory at once, but for one that is larger.
+PAGE_ROWS = 100  # And no more than so many of them.
+VERSION_CACHE_BYTES = 1 << 25  # Versions of jobs that are kept ready to run, together.
+VERSION_BYTES = 1 << 13  # What each of them takes at least.
 MAX_HEADERS = 100  # How many header lines an answer may have.
 MAX_LINE_BYTES = 1 << 16  # One line of an answer.
 MAX_HEAD_BYTES = 1 << 18  # All lines of an answer that are not its body.
@@ -1882,12 +1887,12 @@ class Execution(NamedTuple):
 
     @classmethod
     def from_row(cls, row: Row) -> Execution:
-        """Return the execution of a row with exactly these columns; job_name may be missing.
+        """Return the execution of a row with these columns; job_name may be the missing one.
 
         Raises KeyError for a word that is no Trigger or Status, which the schema forbids. A
         reason of another release stays the word that it is.
         """
-        read = _READ_ALL if len(row) == len(cls._fields) else _READ_STORED
+        read = _READ_ALL if len(row) >= len(cls._fields) else _READ_STORED
         values = list(read(row))
         values[_TRIGGER] = _TRIGGERS[values[_TRIGGER]]
         values[_STATUS] = _STATUSES[values[_STATUS]]
@@ -2914,6 +2919,12 @@ CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
 CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
 """
 
+# It came after files of this schema were written, so every start sees to it.
+SUCCESSES_INDEX = """
+CREATE INDEX IF NOT EXISTS executions_successful ON executions (status, seq)
+    WHERE status = 'success'
+"""
+
 # The job whose executions are the alerts is there from the start; its versions come with them.
 ALERTS_JOB = """
 INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, strip, failures, declared,
@@ -3030,6 +3041,31 @@ class Boundaries(NamedTuple):
     roll_back: str
 
 
+class Page(NamedTuple):
+    """The first rows that a SELECT finds."""
+
+    rows: list[Row]
+    has_more: bool  # It was left off because these are enough.
+
+
+class ReadBound:
+    """The time that one thread's statements may take; it asks is_over() while one runs."""
+
+    def __init__(self, monotonic: Callable[[], int]) -> None:
+        """``monotonic`` is a clock, in µs."""
+        self._monotonic = monotonic
+        self._until = 0
+
+    def begin(self) -> None:
+        """Count from now: another statement begins."""
+        self._until = self._monotonic() + READ_LIMIT
+
+    def is_over(self) -> bool:
+        """Say whether the statement has taken too long."""
+        return self._monotonic() > self._until
+
+
+READ_STEPS = 100_000  # Of SQLite's machine, some ms: after so many it is seen if a read is over.
 TRANSACTION = Boundaries("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 SAVEPOINT = Boundaries("SAVEPOINT nested", "RELEASE nested", "ROLLBACK TO nested")
 
@@ -3195,6 +3231,8 @@ class Database:
     _connections   each thread            itself  (a dict; a thread touches its own key only)
     commits        the engine's thread    nothing (others read it: a number is whole)
     _inode         open()                 nothing (it stays until the next open())
+    _bounds        each thread            itself  (as _connections)
+    _is_closing    who stops              nothing (it is set once)
     """
 
     def __init__(self, path: Path, synchronous: str = "FULL") -> None:
@@ -3205,6 +3243,8 @@ class Database:
         self._synchronous = synchronous
         self._connections: dict[int, sqlite3.Connection] = {}  # By threading.get_ident().
         self._inode: int | None = None  # Of the file as it was opened; None: not yet.
+        self._bounds: dict[int, ReadBound] = {}  # Of the threads whose reads are bounded.
+        self._is_closing = False  # Bounded reads end at once.
 
     # --- Opening and closing ---
 
@@ -3225,12 +3265,14 @@ class Database:
         with self.transaction():
             if version == 0:
                 self._create_schema()
+            self.run(SUCCESSES_INDEX)
             # Also where it is right already: a file that cannot be written shows it now.
             self.run(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
         self._inode = self.path.stat().st_ino
 
     def close(self) -> None:
-        """Close the connections of all threads; none may be in use."""
+        """Close the connections of all threads; bounded reads that are under way end."""
+        self.end_reads()
         while self._connections:
             _thread, connection = self._connections.popitem()
             connection.close()
@@ -3299,15 +3341,41 @@ class Database:
 
     @property
     def _connection(self) -> sqlite3.Connection:
-        """The connection of the calling thread."""
-        connection = self._connections.get(threading.get_ident())
+        """The connection of the calling thread, for one statement."""
+        thread = threading.get_ident()
+        bound = self._bounds.get(thread)
+        if bound is not None:
+            bound.begin()
+        connection = self._connections.get(thread)
         if connection is None:
             connection = self._file.connect("rw")
+            if bound is not None:
+                must_end = functools.partial(self._must_end, bound)
+                connection.set_progress_handler(must_end, READ_STEPS)
             connection.row_factory = sqlite3.Row
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             connection.execute("PRAGMA journal_size_limit = 16777216")
-            self._connections[threading.get_ident()] = connection
+            self._connections[thread] = connection
         return connection
+
+    def bound_reads(self, monotonic: Callable[[], int]) -> None:
+        """Let each statement of the calling thread take READ_LIMIT at most, from its first one on.
+
+        One that takes longer raises Unavailable, and so does this where the server stops.
+        ``monotonic`` is a clock, in µs.
+        """
+        if self._is_closing:
+            raise Unavailable("the server is stopping")
+        thread = threading.get_ident()
+        if thread not in self._bounds:
+            self._bounds[thread] = ReadBound(monotonic)
+
+    def end_reads(self) -> None:
+        """End all bounded reads, those to come, too: nobody waits for them any more."""
+        self._is_closing = True
+
+    def _must_end(self, bound: ReadBound) -> bool:
+        return self._is_closing or bound.is_over()
 
     def run(self, statement: str, /, **values: Any) -> list[Row]:
         """Run a statement with named parameters, return all its rows. Raises StoreError."""
@@ -3331,9 +3399,27 @@ class Database:
 
         Raises StoreError.
         """
-        # One parameter that holds them all: SQLite takes no more than 32,766 parameters.
-        statement = statement.replace("IN (:list)", "IN (SELECT value FROM json_each(:list))")
-        return self.run(statement, list=json.dumps(list(items)), **values)
+        return self.run(with_list(statement), list=json.dumps(list(items)), **values)
+
+    def run_page(self, statement: str, items: Iterable[str], /, **values: Any) -> Page:
+        """Run a statement as run_with_list() does, but leave off when PAGE_BYTES have come.
+
+        Raises StoreError.
+        """
+        rows: list[Row] = []
+        left = PAGE_BYTES
+        texts = json.dumps(list(items))
+        try:
+            found = self._connection.execute(with_list(statement), values | {"list": texts})
+            with contextlib.closing(found):
+                for row in found:
+                    rows.append(row)
+                    left -= sum(len(value) for value in row if isinstance(value, str | bytes))
+                    if left <= 0:
+                        return Page(rows, has_more=True)
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+        return Page(rows, has_more=False)
 
     def run_many(self, statement: str, rows: Iterable[Json], /) -> None:
         """Run a statement that returns nothing once for each row of values, in their order.
@@ -3376,8 +3462,18 @@ class Database:
         if boundaries is TRANSACTION:
             self.commits += 1
 
-    def _store_error(self, error: sqlite3.Error) -> StoreError:
+    def _store_error(self, error: sqlite3.Error) -> ApiError:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+            if self._is_closing:
+                return Unavailable("the server is stopping")
+            return Unavailable(f"to read that took more than {READ_LIMIT // SECOND} s")
         return StoreError(f"the database failed: {error} ({self.path})")
+
+
+def with_list(statement: str) -> str:
+    """Return a statement whose ``IN (:list)`` means: among the texts of a list in JSON."""
+    # One parameter that holds them all: SQLite takes no more than 32,766 parameters.
+    return statement.replace("IN (:list)", "IN (SELECT value FROM json_each(:list))")
 
 
 def read_pragma(connection: sqlite3.Connection, name: str) -> Any:
@@ -3418,6 +3514,10 @@ NO_HOUR = 0  # In 1970: what ended then counts in the sum of all hours only.
 
 JOB_COLUMNS = ", ".join(Job._fields)
 EXECUTION_COLUMNS = ", ".join(STORED_FIELDS)
+# Less what may be large, and is not shown everywhere.
+EXECUTION_SUMMARY = EXECUTION_COLUMNS.replace(
+    "attempt_log, response", "'[]' AS attempt_log, NULL AS response"
+)
 EXECUTION_VALUES = ", ".join(f":{name}" for name in STORED_FIELDS)
 
 # The ends that say nothing about whether a job is well.
@@ -3460,6 +3560,60 @@ def like_pattern(text: str) -> str:
     return f"%{pattern}%"
 
 
+def matching_jobs(filters: Json) -> str:
+    """Return the condition for JobTable.pages(), which names what it needs only."""
+    conditions = ["seq > 0"]
+    if filters.get("enabled") is not None:
+        conditions.append("enabled = :enabled")
+    if filters.get("q") is not None:
+        # Asked for each job, and not once for all of them: a list is read page by page.
+        conditions.append(
+            """
+            EXISTS (SELECT 1 FROM job_search
+                     WHERE job_id = jobs.id AND words LIKE :pattern ESCAPE '!')
+            """
+        )
+    if filters.get("status") is not None:
+        conditions.append(
+            """
+            :status = (SELECT status FROM executions WHERE job_id = jobs.id
+                        ORDER BY seq DESC LIMIT 1)
+            """
+        )
+    if filters.get("tags"):
+        # No tag has a line end in it, so the two texts together are as unique as apart.
+        conditions.append(
+            """
+            :tag_count = (SELECT count(*) FROM job_tags
+                           WHERE job_id = jobs.id AND name || :line_end || value IN (:list))
+            """
+        )
+    return " AND ".join(conditions)
+
+
+def matching_executions(job_id: str | None, status: str | None) -> str:
+    """Return the condition for ExecutionTable.newest(), such that the right index is used."""
+    conditions = ["seq < :place"]
+    if job_id is not None:
+        conditions.append("job_id = :job_id")
+    if status is not None and job_id is not None:
+        # The || keeps the index of all executions in this status from being walked.
+        conditions.append("status || '' = :status")
+    elif status == Status.PENDING:
+        # The + keeps the whole history from being walked: what is pending is in no order
+        # of seq, but much less.
+        conditions = [
+            """
+            seq IN (SELECT seq FROM pending WHERE +seq < :place
+                     ORDER BY +seq DESC LIMIT :most)
+            """
+        ]
+    elif status is not None:
+        # A literal, else SQLite does not see that it may use the index of this status.
+        conditions.append(f"status = '{Status(status)}'")
+    return " AND ".join(conditions)
+
+
 class JobTable:
     """Jobs with their newest configuration, their versions and their tags."""
 
@@ -3475,15 +3629,18 @@ class JobTable:
             return Job.from_row(row)
         raise NotFound(f"there is no job {job_id}")
 
-    def page(self, filters: Json, most: int | None, offset: int) -> tuple[list[Job], int]:
-        """Return some of the jobs that match, in the order of their creation; and how many match.
+    def pages(
+        self, filters: Json, most: int | None, offset: int
+    ) -> tuple[Iterator[list[Job]], int]:
+        """Return jobs that match, in the order of their creation, and how many match.
 
-        ``filters`` may have: enabled (a bool), q (a text that is in the name or the
-        description, whatever the case), status (of the newest execution) and tags (pairs of
-        name and value, the job has them all); None or no tags at all: whatever. ``most`` None:
-        all of them after ``offset``.
+        They come in lists that are read when they are asked for, so there may be as many as
+        one likes; what is created after this call is not among them. ``filters`` may have:
+        enabled (a bool), q (a text that is in the name or the description, whatever the case),
+        status (of the newest execution) and tags (pairs of name and value, the job has them
+        all); None or no tags at all: whatever. ``most`` None: all of them after ``offset``.
         """
-        matching = self._matching(filters)
+        matching = matching_jobs(filters)
         tags = {f"{name}\n{value}" for name, value in filters.get("tags") or ()}
         values = {
             "enabled": filters.get("enabled"),
@@ -3492,44 +3649,37 @@ class JobTable:
             "line_end": "\n",
             "tag_count": len(tags),
         }
+        count = f"SELECT count(*) AS number, max(seq) AS last FROM jobs WHERE {matching}"  # noqa: S608
+        [found] = self._database.run_with_list(count, tags, **values)
+        values["last"] = found["last"]
+        limit = NO_LIMIT if most is None else most
+        return self._read_pages(matching, tags, values, limit, offset), found["number"]
+
+    def _read_pages(
+        self, matching: str, tags: set[str], values: Json, most: int, offset: int
+    ) -> Iterator[list[Job]]:
+        """Yield the lists of pages(); ``matching`` is the condition, ``values`` are its own."""
         # What is to be shown is found in the small table first: an offset passes over 50,000
         # jobs without a look at their configurations.
-        page = f"""
-            SELECT {JOB_COLUMNS}, name FROM configured_jobs WHERE seq IN (
-                SELECT seq FROM jobs WHERE {matching} ORDER BY seq LIMIT :most OFFSET :offset)
+        sql = f"""
+            SELECT seq, {JOB_COLUMNS}, name FROM configured_jobs WHERE seq IN (
+                SELECT seq FROM jobs
+                 WHERE {matching} AND seq > :after AND seq <= :last
+                 ORDER BY seq LIMIT :most OFFSET :offset)
              ORDER BY seq
             """  # noqa: S608
-        limit = NO_LIMIT if most is None else most
-        rows = self._database.run_with_list(page, tags, **values, most=limit, offset=offset)
-        count = f"SELECT count(*) AS number FROM jobs WHERE {matching}"  # noqa: S608
-        [total] = self._database.run_with_list(count, tags, **values)
-        return [Job.from_row(row) for row in rows], total["number"]
-
-    def _matching(self, filters: Json) -> str:
-        """Return the condition for page(), which names what it needs only."""
-        conditions = ["seq > 0"]
-        if filters.get("enabled") is not None:
-            conditions.append("enabled = :enabled")
-        if filters.get("q") is not None:
-            conditions.append(
-                "id IN (SELECT job_id FROM job_search WHERE words LIKE :pattern ESCAPE '!')"
-            )
-        if filters.get("status") is not None:
-            conditions.append(
-                """
-                :status = (SELECT status FROM executions WHERE job_id = jobs.id
-                            ORDER BY seq DESC LIMIT 1)
-                """
-            )
-        if filters.get("tags"):
-            # No tag has a line end in it, so the two texts together are as unique as apart.
-            conditions.append(
-                """
-                id IN (SELECT job_id FROM job_tags WHERE name || :line_end || value IN (:list)
-                        GROUP BY job_id HAVING count(*) = :tag_count)
-                """
-            )
-        return " AND ".join(conditions)
+        after = 0
+        while most > 0:
+            rows = min(most, PAGE_ROWS)
+            place = {"after": after, "most": rows, "offset": offset}
+            page = self._database.run_page(sql, tags, **values, **place)
+            if page.rows:
+                yield [Job.from_row(row) for row in page.rows]
+                after = page.rows[-1]["seq"]
+                most -= len(page.rows)
+                offset = 0
+            if len(page.rows) < rows and not page.has_more:
+                return
 
     def declared_ids(self, ids: Iterable[str]) -> set[str]:
         """Return the ids of the jobs that chronos.yaml declared, or that are among ``ids``."""
@@ -3538,23 +3688,27 @@ class JobTable:
             """
         return {row["id"] for row in self._database.run_with_list(sql, ids)}
 
-    def versions(self, job_id: str) -> list[Json]:
-        """Return all versions of a job, the newest first; none if there is no such job.
+    def versions(self, job_id: str) -> Iterator[Json]:
+        """Yield all versions of a job, the newest first; none if there is no such job.
 
         The ``config`` of one that can't be read is None.
         """
         sql = """
             SELECT job_id, version, config, created_at, created_by FROM stored_versions
              WHERE job_id = :id AND EXISTS (SELECT 1 FROM jobs WHERE id = :id)
-             ORDER BY version DESC
+               AND version < :before
+             ORDER BY version DESC LIMIT :most
             """
-        found = []
-        for row in self._database.run(sql, id=job_id):
-            config = None
-            with contextlib.suppress(UnusableConfig):
-                config = read_config(row["config"])
-            found.append(self._read_version(row, config))
-        return found
+        page = Page([], has_more=True)
+        before = NO_LIMIT
+        while page.has_more or len(page.rows) == PAGE_ROWS:
+            page = self._database.run_page(sql, (), id=job_id, before=before, most=PAGE_ROWS)
+            for row in page.rows:
+                before = row["version"]
+                config = None
+                with contextlib.suppress(UnusableConfig):
+                    config = read_config(row["config"])
+                yield self._read_version(row, config)
 
     def version(self, job_id: str, number: int) -> Json:
         """Return one version of a job.
@@ -3651,7 +3805,7 @@ class JobTable:
             self._save_for_search(job)
 
     def _save_for_search(self, job: Job) -> None:
-        """Write what page() looks for: the words and tags of the newest configuration."""
+        """Write what pages() looks for: the words and tags of the newest configuration."""
         sql = """
             INSERT INTO job_search (job_id, words) VALUES (:id, :words)
                 ON CONFLICT (job_id) DO UPDATE SET words = excluded.words
@@ -3721,29 +3875,45 @@ class ExecutionTable:
         return found[0]
 
     def newest(
-        self, job_id: str | None, most: int, before: str | None = None, status: str | None = None
-    ) -> list[Execution]:
-        """Return the newest executions of a job (None: of all), the newest first.
+        self,
+        job_id: str | None,
+        most: int,
+        before: str | None = None,
+        status: str | None = None,
+        columns: str = EXECUTION_COLUMNS,
+    ) -> Iterator[Execution]:
+        """Yield the newest executions of a job (None: of all), the newest first.
 
         ``before``: only those older than this execution. ``status``: only those in it.
+        Raises NotFound if there is no execution ``before``.
         """
-        conditions = ["seq < coalesce((SELECT seq FROM executions WHERE id = :before), :end)"]
-        if job_id is not None:
-            conditions.append("job_id = :job_id")
-        if status is not None and job_id is not None:
-            # The || keeps the index of all executions in this status from being walked.
-            conditions.append("status || '' = :status")
-        elif status is not None:
-            # A literal, else SQLite does not see that it may use the index of this status.
-            conditions.append(f"status = '{Status(status)}'")
-        return self._select_named(
-            f"named_executions WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT :most",
-            before=before,
-            end=NO_LIMIT,
-            job_id=job_id,
-            status=status,
-            most=most,
-        )
+        sql = f"""
+            SELECT seq, {columns}, job_name FROM named_executions
+             WHERE {matching_executions(job_id, status)}
+             ORDER BY seq DESC LIMIT :most
+            """  # noqa: S608
+        place = NO_LIMIT
+        if before is not None:
+            place = self._seq_of(job_id, before)
+        while most > 0:
+            values = {"place": place, "job_id": job_id, "status": status, "most": most}
+            page = self._database.run_page(sql, (), **values)
+            for row in page.rows:
+                yield Execution.from_row(row)
+            if not page.has_more:
+                return
+            place = page.rows[-1]["seq"]
+            most -= len(page.rows)
+
+    def _seq_of(self, job_id: str | None, execution_id: str) -> int:
+        """Return the place of an execution of this job (None: of any). Raises NotFound."""
+        sql = """
+            SELECT seq FROM executions WHERE id = :id AND job_id = coalesce(:job_id, job_id)
+            """
+        found = self._database.value(sql, id=execution_id, job_id=job_id)
+        if found is None:
+            raise NotFound(f"there is no such execution: {execution_id}")
+        return int(found)
 
     def last_verdicts(self, job_id: str, most: int) -> list[Execution]:
         """Return the newest executions whose end says whether the job is well, newest first."""
@@ -3761,11 +3931,11 @@ class ExecutionTable:
     def last_of(self, job_ids: list[str], has_ended: bool = False) -> dict[str, Execution]:
         """Return by job id the newest execution of each of these jobs that has one.
 
-        ``has_ended``: the newest that has ended.
+        They are without response and log. ``has_ended``: the newest that has ended.
         """
         condition = "AND completed_at IS NOT NULL" if has_ended else ""
         sql = f"""
-            SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
+            SELECT {EXECUTION_SUMMARY} FROM executions WHERE seq IN (
                 SELECT (SELECT seq FROM executions WHERE job_id = jobs.id {condition}
                          ORDER BY seq DESC LIMIT 1)
                   FROM jobs WHERE id IN (:list))
@@ -3777,10 +3947,11 @@ class ExecutionTable:
     def retries_of(self, job_ids: list[str]) -> dict[str, Execution]:
         """Return by job id the oldest execution of each job that waits for its next attempt.
 
+        They are without response and log.
         Of a job only the 10 oldest that have not ended are looked at.
         """
         sql = f"""
-            SELECT {EXECUTION_COLUMNS} FROM executions WHERE seq IN (
+            SELECT {EXECUTION_SUMMARY} FROM executions WHERE seq IN (
                 SELECT (SELECT seq FROM (SELECT seq, status, attempts FROM active
                                           WHERE job_id = jobs.id ORDER BY seq LIMIT 10) AS oldest
                          WHERE status = 'pending' AND attempts > 0 ORDER BY seq LIMIT 1)
@@ -3798,7 +3969,10 @@ class ExecutionTable:
         return int(self._database.value(sql, id=job_id, status=status))
 
     def in_progress(self, most: int) -> list[Execution]:
-        """Return what runs, the oldest first, and then what is due soonest."""
+        """Return what runs, the oldest first, and then what is due soonest.
+
+        They are without response and log.
+        """
         sql = f"""
             WITH shown (number, at) AS (
                 SELECT * FROM (
@@ -3809,7 +3983,7 @@ class ExecutionTable:
                     SELECT seq, due_at FROM executions
                      WHERE status = 'pending' AND due_at > 0
                      ORDER BY due_at, seq LIMIT :most) AS soonest)
-            SELECT {EXECUTION_COLUMNS}, job_name
+            SELECT {EXECUTION_SUMMARY}, job_name
               FROM shown JOIN named_executions ON seq = number
              ORDER BY at, number LIMIT :most
             """  # noqa: S608
@@ -4603,6 +4777,11 @@ def dropped_events() -> int:
     return sum(handler.dropped for handler in handlers if isinstance(handler, LogWriter))
 
 
+def _is_no_api_error(record: logging.LogRecord) -> bool:
+    """Return False for a traceback of an error that is a sentence for who asked."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ApiError))
+
+
 STDERR = 2  # Its descriptor.
 
 
@@ -4619,6 +4798,8 @@ def start_logging(kind: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     # waitress would write a line for each request that waits for a thread.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    # Why an answer was broken off amid its body is in our own line already.
+    logging.getLogger("waitress").addFilter(_is_no_api_error)
     # A stderr that somebody has closed must not end the service.
     logging.raiseExceptions = False
 
@@ -5319,6 +5500,7 @@ def check_address(host: str, blocked: Sequence[str], allowed: Sequence[str]) -> 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
 _CONTENT_LENGTH = re.compile("[0-9]{1,18}")
 _CHUNK_SIZE = re.compile("[0-9A-Fa-f]{1,16}")
+_PLAIN_CHUNK_HEAD = re.compile(b"([0-9A-Fa-f]{1,8})\r\n")
 
 
 class Head(NamedTuple):
@@ -5476,6 +5658,7 @@ class Connection:
         # There may be so much around it because each chunk may have a single byte.
         self._line_bytes_left += 8 * limit
         while len(body) <= limit:
+            self._take_whole_chunks(body, limit)
             size = self._read_chunk_size()
             if size == 0:
                 self._skip_trailers()
@@ -5484,6 +5667,27 @@ class Connection:
             if len(body) <= limit and self._read_line() != "":
                 raise ValueError("a chunk longer than its size")
         return bytes(body)
+
+    def _take_whole_chunks(self, body: bytearray, limit: int) -> None:
+        """Move to ``body`` the chunks in plain form that have come as a whole.
+
+        Line by line, thousands of chunks of a single byte would cost five times as much. What
+        comes next is for others: the end, the chunk that passes ``limit``, whatever is special.
+        """
+        place = 0
+        around = 0
+        while head := _PLAIN_CHUNK_HEAD.match(self._received, place):
+            size = int(head[1], 16)
+            begin = head.end()
+            end = begin + size
+            is_whole = self._received.startswith(b"\r\n", end)
+            if size == 0 or not is_whole or len(body) + size > limit:
+                break
+            body += self._received[begin:end]
+            around += begin - place + 2
+            place = end + 2
+        del self._received[:place]
+        self._line_bytes_left -= around  # Whether that was too much, the next line shows.
 
     def _read_chunk_size(self) -> int:
         digits = self._read_line().partition(";")[0].strip()  # Extensions come after a semicolon.
@@ -5497,12 +5701,12 @@ class Connection:
 
     def _read_line(self) -> str:
         """Return a line without its end, which may be a bare line feed (RFC 9112, 2.2)."""
-        end = self._received.find(b"\n")
-        while end < 0:
-            if len(self._received) > MAX_LINE_BYTES:
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            if searched > MAX_LINE_BYTES:
                 raise ValueError("a line too long")
-            self._wait_for(len(self._received) + 1)
-            end = self._received.find(b"\n")
+            self._wait_for(searched + 1)
         self._line_bytes_left -= end + 1
         if self._line_bytes_left < 0:
             raise ValueError("too much around its body")
@@ -6001,6 +6205,7 @@ class Version:
         attempt_timeout = self.retry_policy["attempt_timeout"] or self.config["timeout"]
         self.attempt_timeout = parse_duration(attempt_timeout)
         self.webhook = Webhook(self.config["webhook"], hides_url=self.job_id == ALERTS_ID)
+        self.size = self._size()
         self.fire_ids = uuid.UUID(self.job_id)  # The namespace of its executions' ids.
         if not self.config["webhook"]["verify_tls"]:
             message = "%s takes any certificate: its verify_tls is false"
@@ -6017,13 +6222,24 @@ class Version:
         """Return the first fire time later than ``after``. Raises UnusableConfig."""
         return next_fire_time(self.config, after)
 
+    def _size(self) -> int:
+        """Return about how many bytes of memory it takes, with its prepared request."""
+        # All that can be large are the texts of the webhook, and those are there twice: as they
+        # were parsed, where a character has up to 4 bytes, and in the request.
+        texts = json.dumps(self.config["webhook"], ensure_ascii=False)
+        return VERSION_BYTES + 2 * sys.getsizeof(texts)
+
 
 class VersionCache:
-    """The versions that were used last. What a turn has rolled back may be in it: clear() it."""
+    """The versions that were used last, as many as VERSION_CACHE_BYTES hold, for the engine.
+
+    What a turn has rolled back may be in it: clear() it.
+    """
 
     def __init__(self, jobs: JobTable) -> None:
         self._jobs = jobs
-        self._cached = functools.lru_cache(VERSION_CACHE)(self._load)
+        self._cached: dict[tuple[str, int], Version] = {}  # The one longest unused stands first.
+        self._size = 0  # Of all of them, in bytes.
 
     def _load(self, job_id: str, number: int) -> Version:
         try:
@@ -6041,11 +6257,25 @@ class VersionCache:
         Raises NotFound where the job is gone, StoreError, and UnusableConfig where the version
         is lost, damaged or written by another release of Chronos.
         """
-        return self._cached(job_id, number)
+        key = (job_id, number)
+        version = self._cached.pop(key, None)
+        if version is None:
+            version = self._load(job_id, number)
+            self._make_room(version.size)
+            self._size += version.size
+        self._cached[key] = version
+        return version
+
+    def _make_room(self, size: int) -> None:
+        """Forget those that were not used for longest, until one of this size fits in."""
+        while self._cached and self._size + size > VERSION_CACHE_BYTES:
+            oldest = self._cached.pop(next(iter(self._cached)))
+            self._size -= oldest.size
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._cached.cache_clear()
+        self._cached.clear()
+        self._size = 0
 
 
 # --- What may run ---
@@ -6069,8 +6299,19 @@ class WorkerPool:
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
-        while attempt := self._attempts.get():
-            self._hand_over(self._dispatcher.send(attempt))
+        while self._make_next():
+            pass
+
+    def _make_next(self) -> bool:
+        """Make the next attempt; False: there are none to come.
+
+        It returns, so that an idle worker keeps nothing of an attempt, whose body may be large.
+        """
+        attempt = self._attempts.get()
+        if attempt is None:
+            return False
+        self._hand_over(self._dispatcher.send(attempt))
+        return True
 
     def submit(self, attempt: Attempt) -> None:
         """Let the next free worker make this attempt."""
@@ -7840,13 +8081,31 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
     return members
 
 
-def read_query(table: dict[str, Field]) -> Json:
+def read_query(table: Mapping[str, Field]) -> Json:
     """Return what the query of the URL says, with the defaults of ``table``.
 
-    Names that are not in the table are ignored. Raises InvalidFields.
+    It is as strict as a body: who misspells a filter must not get what it was to leave out.
+    Raises ValidationError.
     """
+    if bottle.request.query_string.count("&") >= MAX_QUERY_PARTS:
+        raise ValidationError(f"the query has more than {MAX_QUERY_PARTS} parts")
     query = bottle.request.query.decode()
-    return validate(table, dict(query), ignored=frozenset(query))
+    given: Json = {}
+    for name in query:
+        values = query.getall(name)
+        if name in REPEATABLE:
+            given[name] = values
+        elif len(values) == 1:
+            given[name] = values[0]
+        else:
+            raise InvalidFields([(name[:100], "is there more than once")])
+    return validate(table, given)
+
+
+def current_query() -> Json:
+    """Return the query of this request, checked, as its table in QUERIES has it."""
+    query: Json = bottle.request.environ["chronos.query"]
+    return query
 
 
 def _true_or_false(word: str) -> bool:
@@ -7854,6 +8113,23 @@ def _true_or_false(word: str) -> bool:
     known = one_of("true", "false")
     return bool(known(word) == "true")
 
+
+def _tags(texts: list[str]) -> list[tuple[str, str]]:
+    """Pairs of name and value, each written with a colon between them."""
+    if len(texts) > MAX_TAGS:
+        raise ValueError(f"must not be there more than {MAX_TAGS} times")
+    pairs = []
+    for text in texts:
+        name, colon, value = text.partition(":")
+        if not colon:
+            raise ValueError("must be a name, a colon and a value")
+        pairs.append((name, value))
+    return pairs
+
+
+MAX_QUERY_PARTS = 100  # Of a URL; no query means anything with so many.
+MAX_TAGS = 20  # That a list of jobs can be filtered by.
+REPEATABLE = frozenset({"tag"})  # Each value counts; of others there is one.
 
 # fmt: off
 EXECUTIONS_QUERY = {
@@ -7868,6 +8144,7 @@ JOBS_QUERY = {
     "enabled":  Field(_true_or_false,                 None),
     "q":        Field(a_text(200),                    None),
     "status":   Field(one_of(*Status),                None),
+    "tag":      Field(_tags,                          ()),
 }
 PREVIEW_QUERY = {
     "schedule": Field(a_schedule),
@@ -7881,7 +8158,114 @@ TRIGGER_QUERY = {
 UPCOMING_QUERY = {
     "hours":    Field(query_number(1, 168),           24),
 }
+QUERIES: dict[str, dict[str, Field]] = {
+    # handler              what its URL may ask; all others take no query
+    "jobs.list_all":       JOBS_QUERY,
+    "executions.list_all": EXECUTIONS_QUERY,
+    "executions.of_job":   EXECUTIONS_QUERY,
+    "executions.trigger":  TRIGGER_QUERY,
+    "server.preview":      PREVIEW_QUERY,
+    "server.upcoming":     UPCOMING_QUERY,
+}
 # fmt: on
+
+# --- Long answers: piece by piece ---
+
+CHUNK_BYTES = 1 << 16  # A long answer is made and sent in chunks of about so many bytes,
+CHUNK_TIME = 10_000  # or of what so many µs give.
+SHORT_ANSWER = 1 << 20  # Bytes: an answer up to this is sent as a whole, with its length.
+SPARE_PLACES = 2  # For long answers, where all who may hold a thread are there already.
+CHUNKS_AT_ONCE = 2  # That all threads together make: the engine waits for the interpreter, too.
+
+
+def json_pieces(value: Any, depth: int = 2) -> Iterator[str]:
+    """Yield the JSON of a value in pieces, of which a few are in memory at once.
+
+    An iterator in it stands for a list, and each of its items is a piece. It may be the value
+    itself, or a member of an object, ``depth`` objects deep at most.
+    """
+    if isinstance(value, Iterator):
+        separator = "["
+        for item in value:
+            yield separator + json.dumps(item, allow_nan=False)
+            separator = ", "
+        yield "]" if separator == ", " else "[]"
+    elif isinstance(value, dict) and value and depth > 0:
+        separator = "{"
+        for name, member in value.items():
+            yield f"{separator}{json.dumps(name)}: "
+            yield from json_pieces(member, depth - 1)
+            separator = ", "
+        yield "}"
+    else:
+        yield json.dumps(value, allow_nan=False)
+
+
+class LongAnswers:
+    """Makes the bodies of answers, however long, such that the engine is not kept waiting.
+
+    attribute   written by     guarded by
+    _making     API threads    itself (who makes a chunk has a place in it)
+    _places     API threads    each itself (who sends a long answer has a place in one)
+    """
+
+    def __init__(self, store: Store, clock: Clock, places: threading.BoundedSemaphore) -> None:
+        """``places`` are the threads that may be held for long: see ExecutionHandlers."""
+        self._store = store
+        self._clock = clock
+        self._places = (places, threading.BoundedSemaphore(SPARE_PLACES))
+        self._making = threading.BoundedSemaphore(CHUNKS_AT_ONCE)
+
+    def body(self, data: Any) -> bytes | Iterator[bytes]:
+        """Return the envelope of ``data``; of a long one an iterator. Raises ApiError.
+
+        Iterators in it are lists: see json_pieces().
+        """
+        pieces = json_pieces({"success": True, "data": data, "error": None})
+        begin = bytearray()
+        while len(begin) < SHORT_ANSWER:
+            chunk = self._make_chunk(pieces)
+            if not chunk:
+                return bytes(begin) + b"\n"
+            begin += chunk
+        for places in self._places:
+            if places.acquire(blocking=False):
+                return self._send(bytes(begin), pieces, places)
+        raise Unavailable("too many long answers are under way: try again, or set a limit")
+
+    def _make_chunk(self, pieces: Iterator[str]) -> bytes:
+        """Return the next pieces, as many as CHUNK_BYTES and CHUNK_TIME allow; empty: the end."""
+        found: list[str] = []
+        size = 0
+        with self._making:
+            self._store.database.bound_reads(self._clock.monotonic)
+            until = self._clock.monotonic() + CHUNK_TIME
+            for piece in pieces:
+                found.append(piece)
+                size += len(piece)
+                if size >= CHUNK_BYTES or self._clock.monotonic() > until:
+                    break
+        return "".join(found).encode()
+
+    def _send(
+        self, begin: bytes, pieces: Iterator[str], places: threading.BoundedSemaphore
+    ) -> Iterator[bytes]:
+        """Yield the chunks of a long answer, for which there is a place.
+
+        What goes wrong breaks the connection off.
+        """
+        place = f"{bottle.request.method} {bottle.request.path}"
+        try:
+            yield begin
+            while chunk := self._make_chunk(pieces):
+                yield chunk
+            yield b"\n"
+        except ApiError as error:
+            log.warning("%s was broken off: %s", place, error)
+            raise
+        finally:
+            places.release()
+
 
 # --- Sign-in ---
 
@@ -8115,13 +8499,15 @@ class Handlers:
         self.store = store
         self.clock = clock
 
-    def jobs_json(self, jobs: list[Job], has_ended: bool = False) -> list[Json]:
-        """Return jobs as the API shows them, each with its newest execution.
+    def jobs_json(self, pages: Iterable[list[Job]], has_ended: bool = False) -> Iterator[Json]:
+        """Yield jobs as the API shows them, each with its newest execution.
 
         ``has_ended``: with the newest one that has ended.
         """
-        last = self.store.executions.last_of([job.id for job in jobs], has_ended)
-        return [job.to_json(last.get(job.id)) for job in jobs]
+        for jobs in pages:
+            last = self.store.executions.last_of([job.id for job in jobs], has_ended)
+            for job in jobs:
+                yield job.to_json(last.get(job.id))
 
 
 # --- Jobs and their versions ---
@@ -8136,15 +8522,11 @@ class JobHandlers(Handlers):
 
     def list_all(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
-        filters = read_query(JOBS_QUERY)
-        limit = filters.pop("limit")
-        offset = filters.pop("offset")
-        filters["tags"] = []
-        for tag in bottle.request.query.decode().getall("tag"):
-            name, _colon, value = tag.partition(":")
-            filters["tags"].append((name, value))
-        jobs, total = self.store.jobs.page(filters, limit, offset)
-        return {"jobs": self.jobs_json(jobs), "total": total}
+        query = current_query()
+        filters = {name: query[name] for name in ("enabled", "q", "status")}
+        filters["tags"] = query["tag"]
+        pages, total = self.store.jobs.pages(filters, query["limit"], query["offset"])
+        return {"jobs": self.jobs_json(pages), "total": total}
 
     def create(self) -> Reply:
         """Create a job."""
@@ -8220,13 +8602,13 @@ class JobHandlers(Handlers):
     def _show(self, job: Job) -> Json:
         """Return a job as the API shows it, and give the answer its entity tag."""
         bottle.response.set_header("ETag", etag_of(job))
-        [shown] = self.jobs_json([job])
+        [shown] = self.jobs_json([[job]])
         return shown
 
-    def list_versions(self, job_id: str) -> list[Json]:
+    def list_versions(self, job_id: str) -> Iterator[Json]:
         """Return the versions of a job, the newest first."""
         self.store.jobs.get(job_id)  # Raises NotFound.
-        return [self._show_version(version) for version in self.store.jobs.versions(job_id)]
+        return map(self._show_version, self.store.jobs.versions(job_id))
 
     def get_version(self, job_id: str, number: str) -> Json:
         """Return one version of a job."""
@@ -8262,12 +8644,13 @@ class ExecutionHandlers(Handlers):
 
     def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
         super().__init__(engine, store, clock)
-        # Whoever waits for an end holds a thread, and four of them stay free for all other calls.
-        self._may_wait = threading.BoundedSemaphore(settings.server.http.threads - 4)
+        # Whoever waits for an end, or sends a long answer, holds a thread, and four of them stay
+        # free for all other calls.
+        self.may_wait = threading.BoundedSemaphore(settings.server.http.threads - 4)
 
     def trigger(self, job_id: str) -> Reply:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
-        wait = read_query(TRIGGER_QUERY)["wait"]
+        wait = current_query()["wait"]
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiters.waiting_for(execution_id) as has_ended:
             self.engine.submit(self.engine.run_queue.trigger, job_id, execution_id)
@@ -8279,7 +8662,7 @@ class ExecutionHandlers(Handlers):
 
     def _wait_for(self, has_ended: threading.Event, wait: int | None) -> None:
         """Wait at most ``wait`` µs (None: however long), but not if that would hold up others."""
-        if self.engine.stopping or not self._may_wait.acquire(blocking=False):
+        if self.engine.stopping or not self.may_wait.acquire(blocking=False):
             return
         try:
             seconds = None
@@ -8287,7 +8670,7 @@ class ExecutionHandlers(Handlers):
                 seconds = min(wait, DAY) / SECOND  # An Event can't wait for centuries.
             has_ended.wait(seconds)
         finally:
-            self._may_wait.release()
+            self.may_wait.release()
 
     def _show_triggered(self, job_id: str, execution_id: str) -> Reply:
         """Answer a trigger with how its execution stands. Raises ExecutionError: no answer came."""
@@ -8300,30 +8683,31 @@ class ExecutionHandlers(Handlers):
 
     def of_job(self, job_id: str) -> Json:
         """Return the newest executions of a job, and how many match in all."""
-        query = read_query(EXECUTIONS_QUERY)
+        query = current_query()
+        status = query["status"]
         self.store.jobs.get(job_id)  # Raises NotFound.
-        found = self._newest(job_id, query, query["limit"])
+        found = self.store.executions.newest(job_id, query["limit"], query["before"], status)
         return {
-            "executions": [execution.to_json() for execution in found],
-            "total": self.store.executions.count(job_id, query["status"]),
+            "executions": map(Execution.to_json, found),
+            "total": self.store.executions.count(job_id, status),
         }
 
     def list_all(self) -> Json:
         """Return the newest executions over all jobs, without what was answered."""
-        query = read_query(EXECUTIONS_QUERY)
+        query = current_query()
         limit = query["limit"]
-        found = self._newest(None, query, limit + 1)  # One more tells whether there are more.
+        newest = self.store.executions.newest(
+            None,
+            limit + 1,  # One more tells whether there are more.
+            query["before"],
+            query["status"],
+            EXECUTION_SUMMARY,
+        )
+        found = list(newest)
         shown = [execution.to_json() for execution in found[:limit]]
         for execution in shown:
             del execution["response"]  # It may be large.
         return {"executions": shown, "has_more": len(found) > limit}
-
-    def _newest(self, job_id: str | None, query: Json, most: int) -> list[Execution]:
-        """Return the newest executions that match. Raises NotFound if ``before`` names none."""
-        before = query["before"]
-        if before:
-            self.store.executions.get(job_id, before)
-        return self.store.executions.newest(job_id, most, before, query["status"])
 
     def get(self, job_id: str, exec_id: str) -> Json:
         """Return one execution with its attempts and what it sends, secrets masked."""
@@ -8463,26 +8847,26 @@ class ServerHandlers(Handlers):
 
     def preview(self) -> Json:
         """Return the next fire times of a schedule that no job needs to have."""
-        query = read_query(PREVIEW_QUERY)
+        query = current_query()
         schedule = parse_schedule(query["schedule"])
         after = query["from"]
         if after is None:
             after = self.clock.now()
         runs = preview(schedule, after, query["timezone"], query["count"])
-        return {"next_runs": list(runs), "warnings": schedule.warnings}
+        return {"next_runs": runs, "warnings": schedule.warnings}
 
     def upcoming(self) -> Json:
         """Return the next fire times of the 100 jobs that fire soonest, at most 50 of each."""
-        hours = read_query(UPCOMING_QUERY)["hours"]
-        until = self.clock.now() + hours * HOUR
-        found = []
+        until = self.clock.now() + current_query()["hours"] * HOUR
+        return {"upcoming": self._upcoming(until), "until": format_time(until)}
+
+    def _upcoming(self, until: int) -> Iterator[Json]:
         for due in self.store.jobs.soonest(100, until):
             try:
                 job = self.store.jobs.get(due.job_id)
             except NotFound:
                 continue  # It was deleted meanwhile.
-            found.append(self._upcoming_of(job, due.fire_time, until))
-        return {"upcoming": found, "until": format_time(until)}
+            yield self._upcoming_of(job, due.fire_time, until)
 
     def _upcoming_of(self, job: Job, first: int, until: int) -> Json:
         """Return the fire times of a job from ``first`` on, which is one of them."""
@@ -8507,12 +8891,7 @@ class ServerHandlers(Handlers):
         user = current_user()
         if is_not_modified(f"{self._started_at_mono}-{changes}-{problem}-{user}"):
             return b""
-        page, _total = self.store.jobs.page({}, 1000, 0)
-        jobs = self.jobs_json(page, has_ended=True)
-        retries = self.store.executions.retries_of([job.id for job in page])
-        for job in jobs:
-            del job["webhook"]  # It may be large.
-            job["retrying"] = self._retrying(retries.get(job["id"]))
+        pages, _total = self.store.jobs.pages({}, 1000, 0)
         active = [execution.to_json() for execution in self.store.executions.in_progress(50)]
         now = self.clock.now()
         return {
@@ -8523,9 +8902,18 @@ class ServerHandlers(Handlers):
             "paused": self.engine.paused,
             "problem": problem,
             "active": active,
-            "jobs": jobs,
+            "jobs": self._jobs_in_short(pages),
             "last_24h": self.store.history.ends_since(now - DAY),
         }
+
+    def _jobs_in_short(self, pages: Iterable[list[Job]]) -> Iterator[Json]:
+        """Yield jobs as the dashboard needs them: less the webhook, but with what is retried."""
+        for page in pages:
+            retries = self.store.executions.retries_of([job.id for job in page])
+            for job in self.jobs_json([page], has_ended=True):
+                del job["webhook"]  # It may be large.
+                job["retrying"] = self._retrying(retries.get(job["id"]))
+                yield job
 
     def _retrying(self, execution: Execution | None) -> Json | None:
         """Return what /stats shows of a run that waits for its next attempt."""
@@ -8563,6 +8951,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+# What others than programs of the API ask for: a query means nothing there, and is no mistake.
+BARE = frozenset({"server.page", "server.health", "server.metrics"})
 BOTTLE_ERRORS: dict[int, type[ApiError]] = {
     400: ValidationError,
     404: NotFound,
@@ -8608,10 +8998,13 @@ class Api:
 
     def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
         self.engine = engine
+        self._store = store
+        self._clock = clock
         self.jobs = JobHandlers(engine, store, settings, clock)
         self.executions = ExecutionHandlers(engine, store, settings, clock)
         self.server = ServerHandlers(engine, store, settings, clock)
         self.passwords = Passwords(clock, settings.server.http.threads // 2)
+        self.long_answers = LongAnswers(store, clock, self.executions.may_wait)
         self.sign_in: SignIn | None = None  # None: everybody may come in.
         own_names = ["", "localhost", platform.node(), *settings.server.allowed_hosts]
         self._hosts = {name.lower() for name in own_names}
@@ -8622,7 +9015,7 @@ class Api:
             call = getattr(getattr(self, group), handler)
             self.app.route(path, method, functools.partial(self._handle, name, call))
 
-    def _handle(self, name: str, call: Callable[..., Any], **path: str) -> bytes:
+    def _handle(self, name: str, call: Callable[..., Any], **path: str) -> bytes | Iterator[bytes]:
         """Call a handler; put what it returns, or raises, into the envelope.
 
         ``name`` is the handler's in ROUTES, ``path`` has the parts of the URL that are free.
@@ -8631,6 +9024,10 @@ class Api:
         try:
             self._check_path()
             self._check_sender(name)
+            if name not in BARE:
+                query = read_query(QUERIES.get(name, {}))
+                bottle.request.environ["chronos.query"] = query
+            self._store.database.bound_reads(self._clock.monotonic)
             return self._answer(call(**path))
         except ApiError as error:
             return self._refuse(error)
@@ -8649,14 +9046,14 @@ class Api:
         if path.endswith("\n"):  # The patterns of Bottle's routes let that pass.
             raise NotFound("there is nothing")
 
-    def _answer(self, result: Any) -> bytes:
+    def _answer(self, result: Any) -> bytes | Iterator[bytes]:
         """Return the body for what a handler has returned; bytes are not in the envelope."""
         if isinstance(result, bytes):
             return result
         if isinstance(result, Reply):
             bottle.response.status = result.status
-            return envelope(result.data)
-        return envelope(result)
+            return self.long_answers.body(result.data)
+        return self.long_answers.body(result)
 
     def _refuse(self, error: ApiError) -> bytes:
         """Return the body for a request that has failed."""
@@ -8800,6 +9197,8 @@ def _open_lock(directory: Path) -> IO[bytes]:
 
 
 # --- What waitress does not do ---
+
+CLIENT_PATIENCE_S = 30  # A client that takes and sends nothing for so long is gone.
 
 
 class RequestParser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
@@ -8957,16 +9356,30 @@ class HttpServer:
             sockets=[listener],
             threads=settings.server.http.threads,
             connection_limit=1000,
-            channel_timeout=30,  # Seconds after which an idle connection is closed.
-            cleanup_interval=5,  # Seconds between two looks for idle ones.
+            cleanup_interval=5,  # Seconds between two looks for idle connections.
+            outbuf_high_watermark=1 << 20,  # Of an answer no more bytes wait to be taken, and
+            outbuf_overflow=1 << 23,  # only such a piece of one is put into a file.
             ident=None,  # No Server header: nobody needs to know what answers.
             asyncore_use_poll=True,  # With select() the process ends at descriptor 1024.
             max_request_body_size=MAX_BODY_BYTES + 1,  # The first size that waitress refuses.
             clear_untrusted_proxy_headers=False,  # BehindProxies does it.
         )
         parts = {"error_task_class": JsonErrorTask, "parser_class": RequestParser}
+        self._server.maintenance = self._close_idle
         self._server.channel_class = type("Channel", (self._server.channel_class,), parts)
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
+
+    def _close_idle(self, now: float) -> None:
+        """Close connections that nobody has used for CLIENT_PATIENCE_S. The http thread calls it.
+
+        waitress would spare those to which an answer is on its way: a client that does not
+        take it would hold a thread for ever. ``now`` is in seconds, as last_activity is.
+        """
+        for channel in list(self._server.active_channels.values()):
+            is_needed = channel.requests and not channel.total_outbufs_len
+            if not is_needed and channel.last_activity < now - CLIENT_PATIENCE_S:
+                # Not will_close, which waits until the client takes something.
+                channel.handle_close()
 
     @property
     def url(self) -> str:
@@ -9029,6 +9442,7 @@ class Service:
 
     def start(self) -> None:
         """Lock, open, bind, run. Raises StartError or StoreError."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._open.enter_context(lock_data_dir(self.data_dir))
         self._open.callback(self.store.database.close)
         self.store.database.open()
@@ -9112,6 +9526,7 @@ class Service:
         if self._http:
             self._http.refuse_connections()
         self.engine.stop(self.settings.server.shutdown_grace)
+        self.store.database.end_reads()
         if self._http:
             self._http.stop()
         self.api.passwords.stop()

@@ -45,6 +45,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import hashlib
 import html
 import http.client
@@ -76,6 +77,7 @@ import threading
 import time
 import tracemalloc
 import uuid
+import weakref
 import zlib
 import zoneinfo
 from collections import defaultdict
@@ -690,12 +692,12 @@ class World:
 
     def all_jobs(self):
         """Return all jobs in the order of their creation."""
-        anything = {"enabled": None, "q": None, "status": None, "tags": []}
-        return self.store.jobs.page(anything, None, 0)[0]
+        pages, _total = self.store.jobs.pages({}, None, 0)
+        return [job for page in pages for job in page]
 
     def executions(self, job):
         """Return the executions of a job, the oldest first."""
-        return self.store.executions.newest(job.id, 10_000)[::-1]
+        return list(self.store.executions.newest(job.id, 10_000))[::-1]
 
     def close(self):
         self.engine.run_queue.abort_all(chronos.CutReason.SHUTDOWN)
@@ -3397,6 +3399,40 @@ def test_a_lock_that_somebody_has_laid_out_is_refused_and_its_target_is_kept(tmp
     assert how == "dangling" or victim.read_text() == "important\n"
 
 
+# --- reads that take long -------------------------------------------------------------
+
+FOR_EVER = "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
+
+
+def test_a_statement_that_takes_over_5_s_is_ended_and_the_next_one_is_not(world, background):
+    database = world.store.database
+
+    def read():
+        ticks = itertools.count(step=SECOND)
+        database.bound_reads(lambda: next(ticks))
+        with pytest.raises(chronos.Unavailable, match="took more than 5 s"):
+            database.run(FOR_EVER)
+        return database.value("SELECT 1")
+
+    assert background.submit(read).result(10) == 1
+
+
+def test_what_is_read_when_the_server_stops_is_ended(world, background):
+    database, is_begun = world.store.database, threading.Event()
+
+    def read():
+        database.bound_reads(world.clock.monotonic)
+        is_begun.set()
+        database.run(FOR_EVER)
+
+    reading = background.submit(read)
+    assert is_begun.wait(10)
+    database.end_reads()
+
+    with pytest.raises(chronos.Unavailable, match="stopping"):
+        reading.result(10)
+
+
 # --- damage ---------------------------------------------------------------------------
 
 
@@ -3653,6 +3689,80 @@ def test_a_configuration_of_an_older_release_runs_and_is_no_change(world, target
 
     assert states(world, job) == ["success"]
     assert changed.version == 1
+
+
+# --- lists are read in pages ----------------------------------------------------------
+
+
+def test_a_page_of_jobs_has_no_more_bytes_than_it_may(world, target):
+    for size in (100, 100, 300_000, 300_000, 100, 900_000, 100):
+        webhook = {"url": target.url, "body": "x" * size}
+        world.create(target.url, name=str(size), webhook=webhook)
+
+    pages, total = world.store.jobs.pages({}, None, 0)
+
+    names = [[job.config["name"] for job in page] for page in pages]
+    assert names == [["100", "100", "300000"], ["300000"], ["100", "900000"], ["100"]]
+    assert total == 7
+
+
+@pytest.mark.parametrize(("most", "offset", "shown"), [
+    (None, 0, slice(None)), (None, 3, slice(3, None)), (5, 3, slice(3, 8)), (99, 9, slice(9, None)),
+])  # fmt: skip
+def test_the_pages_of_a_list_are_the_list(world, monkeypatch, most, offset, shown):
+    monkeypatch.setattr(chronos, "PAGE_ROWS", 2)
+    ids = [job.id for job in add_jobs(world, 11, "http://a.test", tags={"a": "b"})]
+
+    for filters in ({}, {"tags": [("a", "b")]}, {"enabled": True, "q": "REPORT"}):
+        pages, total = world.store.jobs.pages(filters, most, offset)
+        assert [job.id for page in pages for job in page] == ids[shown]
+        assert total == 11
+
+
+def test_what_comes_or_goes_while_a_list_is_read_moves_nothing_else(world, monkeypatch):
+    monkeypatch.setattr(chronos, "PAGE_ROWS", 2)
+    ids = [job.id for job in add_jobs(world, 7, "http://a.test")]
+
+    pages, _total = world.store.jobs.pages({}, None, 0)
+    found = [job.id for job in next(pages)]
+    world.do(world.engine.job_changes.delete, world.store.jobs.get(ids[0]), False)
+    world.do(world.engine.job_changes.delete, world.store.jobs.get(ids[3]), False)
+    add_jobs(world, 1, "http://a.test")
+    found += [job.id for page in pages for job in page]
+
+    assert found == ids[:3] + ids[4:]
+
+
+@pytest.mark.parametrize("status", [None, *chronos.Status])
+def test_the_history_is_read_in_pages_newest_first(world, target, monkeypatch, status):
+    monkeypatch.setattr(chronos, "PAGE_BYTES", 300)
+    jobs = [world.create(target.url, enabled=False, concurrency="allow") for _ in range(2)]
+    ids = [
+        (job, state, add_executions(world, job, 1, state)[0])
+        for number in range(60)
+        for job, state in [(jobs[number % 2], [*chronos.Status][number % 5])]
+    ]
+
+    for job in (None, *jobs):
+        matching = [e for j, s, e in ids if job in (None, j) and status in (None, s)][::-1]
+        newest = functools.partial(world.store.executions.newest, job and job.id, status=status)
+        assert [execution.id for execution in newest(100)] == matching
+        assert [execution.id for execution in newest(3, matching[1])] == matching[2:5]
+
+
+@pytest.mark.parametrize("status", chronos.Status)
+def test_the_executions_in_one_status_are_found_without_a_walk_through_all(world, status):
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+
+    list(world.store.executions.newest(None, 20, status=status))
+
+    [statement] = statements
+    plan = [row[3] for row in by_hand(world, f"EXPLAIN QUERY PLAN {statement}")]
+    assert not [step for step in plan if re.search(r"executions.*rowid<|SCAN executions$", step)]
+    assert [
+        step for step in plan if re.search("executions_(listed|successful|of_target|due)", step)
+    ], plan
 
 
 # ======================================================================================
@@ -4562,6 +4672,20 @@ def test_an_answer_is_kept_as_text(send, hostile, answer, text):
     assert (outcome.success, outcome.response) == (True, text), outcome.error
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_chunks_are_put_together_wherever_they_were_cut(send, hostile, size):
+    sent = CHUNKED + b"1\r\na\r\n" * 3 + b"4;x=1\r\n\r\n\r\n\r\n01\nb\nA\r\n0123456789\r\n"
+    sent += b"1\r\nc\r\n" * 3 + b"0\r\n\r\n"
+
+    def behave(server, connection):
+        read_request(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for place in range(0, len(sent), size):
+            connection.sendall(sent[place : place + size])
+
+    assert send(hostile(behave).url).response == "aaa\r\n\r\nb0123456789ccc"
+
+
 @pytest.mark.parametrize("code", [204, 304])
 def test_an_answer_that_can_have_no_body_ends_with_its_head(send, hostile, code):
     head = b"HTTP/1.1 %d Fine\r\nTransfer-Encoding: chunked\r\n\r\n" % code
@@ -4580,6 +4704,35 @@ def test_a_body_of_exactly_the_limit_is_whole_and_one_byte_more_is_marked(make_d
     responses = [dispatcher.send(make_attempt(s.url)).response for s in (whole, longer, chunked)]
 
     assert responses == ["x" * 10, "x" * 10 + "\n[cut off after 10 bytes]", "x" * 10]
+
+
+CUT = "\n[cut off after 10 bytes]"
+
+
+@pytest.mark.parametrize(("chunks", "kept"), [
+    (b"5\r\naaaaa\r\n" * 2, "a" * 10), (b"5\r\naaaaa\r\n" * 3, "a" * 10 + CUT),
+    (b"4\r\naaaa\r\n" * 3, "a" * 10 + CUT), (b"1\r\na\r\n" * 11, "a" * 10 + CUT),
+])  # fmt: skip
+def test_chunks_are_kept_up_to_the_limit(make_dispatcher, hostile, chunks, kept):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=10)
+    server = hostile(answers(CHUNKED + chunks + b"0\r\n\r\n"))
+
+    assert dispatcher.send(make_attempt(server.url)).response == kept
+
+
+def test_thousands_of_single_bytes_in_chunks_cost_little(send, hostile):
+    plain, special = [hostile(answers(CHUNKED + chunk * 65536 + b"0\r\n\r\n"))
+                      for chunk in (b"1\r\nx\r\n", b"1;\r\nx\r\n")]  # fmt: skip
+
+    def cost(server):
+        costs = []
+        for _ in range(3):
+            start = time.thread_time()
+            assert send(server.url).response == "x" * 65536
+            costs.append(time.thread_time() - start)
+        return min(costs)
+
+    assert cost(plain) < cost(special) / 2  # those are read line by line
 
 
 @pytest.mark.parametrize("behave", [
@@ -6797,7 +6950,7 @@ def test_the_versions_of_a_deleted_job_go_in_batches_and_can_not_be_seen(world, 
     world.engine.hand_in(world.engine.job_changes.delete, job, False)
     world.engine.run_turn()
     left = [len(version_numbers(world, job))]
-    assert world.store.jobs.versions(job.id) == []
+    assert list(world.store.jobs.versions(job.id)) == []
     with pytest.raises(chronos.NotFound):
         world.store.jobs.version(job.id, 300)
     while left[-1]:
@@ -6846,7 +6999,7 @@ def test_a_changed_declaration_is_a_version_and_moves_no_cursor_that_it_does_not
 
     assert [(job.config["timeout"], job.version) for job in changed] == [("9s", 2)]
     assert changed[0].next_run_at == at("12:01:00")
-    assert len(world.store.jobs.versions(changed[0].id)) == 2
+    assert len(list(world.store.jobs.versions(changed[0].id))) == 2
 
 
 def test_what_somebody_disabled_stays_so_until_its_declaration_is_another(world):
@@ -7470,7 +7623,7 @@ def test_what_turns_while_an_alert_is_under_way_is_told_after_it(watched, target
     for seconds in (5, 10, 10):
         watched.advance(seconds)
     assert watched.engine.run_turn() > 0  # what is due and has to wait keeps nobody busy
-    assert len(watched.store.executions.newest(ALERTS, 10)) == 1
+    assert len(list(watched.store.executions.newest(ALERTS, 10))) == 1
     watched.advance(10)
 
     assert [[job["name"] for job in body["jobs"]] for body in rings(bell)] == [["a"]] * 4 + [["b"]]
@@ -7600,6 +7753,36 @@ def test_killed_before_its_alert_or_during_it_a_process_tells_it_after_the_next_
     assert [call[2]["X-Chronos-Attempt"] for call in calls] == ["1", "2"]
     assert len({call[3] for call in calls}) == 1
     bell.let_go.set()
+
+
+# --- what is kept in memory -----------------------------------------------------------
+
+
+def test_versions_with_large_bodies_are_kept_ready_up_to_a_limit(world, target):
+    webhook = {"url": target.url, "body": "\N{FIRE}" + "x" * 500_000}  # 4 bytes a character
+    jobs = [world.create(target.url, webhook=webhook) for _ in range(20)]
+    world.engine.versions.clear()
+
+    tracemalloc.start()
+    for job in jobs * 2:
+        assert world.engine.versions.get(job.id, 1).webhook.request.body
+    kept, _peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert kept < 1.2 * chronos.VERSION_CACHE_BYTES
+    again = [world.engine.versions.get(jobs[-1].id, 1) for _ in range(2)]
+    assert again[0] is again[1]
+
+
+def test_an_idle_worker_keeps_nothing_of_its_last_attempt(world, target):
+    job = world.create(target.url)
+    webhook = weakref.ref(world.engine.versions.get(job.id, 1).webhook)
+
+    trigger(world, job)
+    world.settle()
+    world.engine.versions.clear()
+
+    wait_until(lambda: webhook() is None)
 
 
 # ======================================================================================
@@ -8136,7 +8319,7 @@ def test_a_store_that_fails_is_a_store_error_which_health_shows_until_it_is_over
 
 def test_an_error_in_a_handler_is_answered_and_logged_once(service, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        patch.setattr(service.service.store.jobs, "page", a_bug)
+        patch.setattr(service.service.store.jobs, "pages", a_bug)
         error = service.error(500, "GET", "/jobs")
 
     assert error["code"] == "INTERNAL_ERROR"
@@ -9355,6 +9538,181 @@ def test_jobs_are_found_by_state_tag_text_and_last_outcome(service, target, quer
 ])  # fmt: skip
 def test_a_wrong_query_is_refused_naming_every_parameter(service, path, fields):
     assert wrong_fields(service, "GET", f"/{path}") == fields
+
+
+TAG = "tag=a:b"
+
+
+@pytest.mark.parametrize(("method", "path", "problem"), [
+    ("GET", "/jobs?nmae=x", ("nmae", "is not a known name")),
+    ("GET", "/jobs?limits=1", ("limits", "is not a known name (did you mean 'limit'?)")),
+    ("GET", "/jobs?limit=1&limit=1", ("limit", "is there more than once")),
+    ("GET", "/jobs?tag=team", ("tag", "must be a name, a colon and a value")),
+    ("GET", "/jobs?" + "&".join([TAG] * 21), ("tag", "must not be there more than 20 times")),
+    ("GET", "{job}?limit=1", ("limit", "is not a known name")),
+    ("GET", "{job}/executions?state=failed",
+        ("state", "is not a known name (did you mean 'status'?)")),
+    ("DELETE", "{job}?dry_run=true", ("dry_run", "is not a known name")),
+    ("POST", "{job}/trigger?wiat=0", ("wiat", "is not a known name (did you mean 'wait'?)")),
+    ("GET", "/stats?x", ("x", "is not a known name")),
+])  # fmt: skip
+def test_a_query_is_as_strict_as_a_body_and_nothing_happens(service, method, path, problem):
+    job = service.create(NOBODY)
+
+    error = service.error(400, method, path.format(job=path_of(job)))
+
+    assert error["code"] == "VALIDATION_ERROR"
+    assert [(detail["field"], detail["message"]) for detail in error["details"]] == [problem]
+    assert service.get(path_of(job))["last_execution"] is None
+
+
+def test_the_page_the_metrics_and_health_mind_no_query(service):
+    for path in ("/?from=mail", "/metrics?x=1&x=2", "/health?x"):
+        assert requests.get(service.url + path, timeout=10).status_code == 200
+
+
+def test_a_query_of_thousands_of_parts_is_refused_before_it_is_read(service):
+    error = service.error(400, "GET", "/jobs?" + "&".join([TAG] * 15_000))
+
+    assert error["message"] == "the query has more than 100 parts"
+    assert service.get("/jobs?" + "&".join([TAG] * 20))["total"] == 0
+
+
+# --- long answers ---------------------------------------------------------------------
+
+MEGABYTES = {"method": "POST", "url": NOBODY, "body": "x" * 1_000_000}
+
+
+def test_a_long_list_is_what_it_is_in_memory_and_comes_in_pieces(service):
+    jobs = [service.create(NOBODY, webhook=MEGABYTES | {"url": f"{NOBODY}/{n}"}) for n in range(3)]
+
+    answer = requests.get(service.url + "/api/v1/jobs", timeout=10)
+
+    data = {"jobs": jobs, "total": 3}
+    assert answer.json() == {"success": True, "data": data, "error": None}
+    assert answer.content == json.dumps(answer.json()).encode() + b"\n"
+    assert answer.headers["Transfer-Encoding"] == "chunked"
+    short = requests.get(service.url + "/api/v1/jobs?offset=9", timeout=10)
+    assert short.headers["Content-Length"] == str(len(short.content))
+
+
+@pytest.mark.parametrize("value", [
+    iter(()), iter([1, {"a": None}]), {"a": iter(()), "b": iter("xy"), "c": {}, "d": [1, []]}, {},
+    {"a": {"b": iter([{"c": "ä"}])}}, None, "text", [True, 1.5],
+], ids=repr)  # fmt: skip
+def test_json_in_pieces_is_the_json_of_the_whole(value):
+    def whole(part):
+        if isinstance(part, dict):
+            return {name: whole(member) for name, member in part.items()}
+        return list(part) if isinstance(part, collections.abc.Iterator) else part
+
+    value, again = copy.deepcopy(value), copy.deepcopy(value)
+
+    assert "".join(chronos.json_pieces(value)) == json.dumps(whole(again))
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/{id}/versions", "/stats"])
+def test_a_long_list_costs_the_memory_of_a_page(make_process, path):
+    process = make_process()
+    for _ in range(40):
+        job = process.create(NOBODY, webhook=MEGABYTES)
+    for number in range(40):
+        process.expect(200, "PATCH", path_of(job), {"description": str(number)})
+    home = Path(f"/proc/{process.process.pid}")
+    at_rest = memory(process, "VmRSS")
+    (home / "clear_refs").write_text("5")  # the peak counts from here
+
+    url = f"{process.url}/api/v1{path.format(**job)}"
+    with requests.get(url, timeout=30, stream=True) as answer:
+        size = sum(len(piece) for piece in answer.iter_content(65536))
+
+    more = memory(process, "VmHWM") - at_rest
+    print(f"{path}: {size / 1e6:.1f} MB, at most {more:.1f} MB more")
+    assert more < 30
+
+
+def free_places(service, keep=False):
+    """Return how many threads may be held for long now; ``keep``: they are from now on."""
+    places, count = service.service.api.executions.may_wait, 0
+    while places.acquire(blocking=False):
+        count += 1
+    for _ in range(0 if keep else count):
+        places.release()
+    return count
+
+
+def test_long_answers_leave_threads_for_all_other_calls(service, monkeypatch):
+    monkeypatch.setattr(chronos, "SHORT_ANSWER", 1000)
+    for _ in range(9):
+        service.create(NOBODY)
+    for _ in range(20):  # each gives its place back
+        assert len(service.get("/jobs")["jobs"]) == 9
+    assert free_places(service, keep=True) == 12  # as when so many wait for an execution
+
+    assert len(service.get("/jobs")["jobs"]) == 9
+    monkeypatch.setattr(service.service.api.long_answers, "_places", ())
+    error = service.error(503, "GET", "/jobs")
+
+    assert error["code"] == "UNAVAILABLE" and "too many long answers" in error["message"]
+    assert service.get("/jobs?limit=1")["total"] == 9
+
+
+def test_a_read_that_takes_long_is_a_503_and_the_next_one_is_answered(service, monkeypatch):
+    jobs = service.service.store.jobs
+    monkeypatch.setattr(chronos, "READ_LIMIT", SECOND // 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "pages", lambda *_: jobs._database.run(FOR_EVER))
+        error = service.error(503, "GET", "/jobs")
+
+    assert error["code"] == "UNAVAILABLE" and "to read that took more than" in error["message"]
+    assert service.get("/jobs")["total"] == 0
+
+
+def test_a_long_answer_that_fails_amid_its_body_is_no_whole_answer(service, monkeypatch, caplog):
+    monkeypatch.setattr(chronos, "SHORT_ANSWER", 100)
+    monkeypatch.setattr(chronos, "CHUNK_BYTES", 100)
+    service.create(NOBODY)
+
+    def fail(_pages, _has_ended=False):
+        yield {"x": "y" * 1000}
+        raise chronos.StoreError("the database failed")
+
+    monkeypatch.setattr(service.service.api.jobs, "jobs_json", fail)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        requests.get(service.url + "/api/v1/jobs", timeout=10)
+
+    line = "GET /api/v1/jobs was broken off: the database failed"
+    wait_until(lambda: line in [record.getMessage() for record in caplog.records])
+    wait_until(lambda: free_places(service) == 12)
+
+
+def test_a_client_that_takes_nothing_holds_no_thread(service):
+    for _ in range(25):  # more than sockets and waitress hold
+        service.create(NOBODY, webhook=MEGABYTES)
+    with connect(service) as connection:
+        connection.sendall(b"GET /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        channels = service.service._http._server.active_channels
+        wait_until(lambda: [c for c in channels.values() if c.total_outbufs_len > 1 << 20])
+        assert free_places(service) == 11
+
+        http = service.service._http
+        http._call(lambda: http._close_idle(time.time() + 31))
+
+        wait_until(lambda: free_places(service) == 12)
+
+
+def test_a_stop_breaks_off_what_is_read_and_sent(make_process, target):
+    process = make_process()
+    for _ in range(25):
+        process.create(NOBODY, webhook=MEGABYTES)
+    with connect(process) as connection:
+        connection.sendall(b"GET /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(100)
+
+        start = time.monotonic()
+        assert process.end(signal.SIGTERM) == 0
+
+    assert time.monotonic() - start < 8
 
 
 # --- what the dashboard asks for ------------------------------------------------------

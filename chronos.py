@@ -2756,6 +2756,21 @@ def ended(execution: Execution, status: Status, reason: Reason, error: str, now:
     )
 
 
+def interruption(execution: Execution, now: int, mono: int) -> Outcome:
+    """Return how the attempt ended that a process had left running when it ended.
+
+    ``now`` is an instant of the wall clock, ``mono`` one of the monotonic clock.
+    """
+    return Outcome(
+        execution=execution,
+        started_at=execution.attempt_at or now,
+        duration=0,
+        ended_at_mono=mono,
+        reason=Reason.INTERRUPTED,
+        error="the server ended during the attempt: its outcome is unknown",
+    )
+
+
 def attempt_limit(timeout: int, attempt_timeout: int, spent: int) -> tuple[int, CutReason]:
     """Return how long the next attempt may take, in µs, and what it means if that is over.
 
@@ -3560,6 +3575,16 @@ def like_pattern(text: str) -> str:
     return f"%{pattern}%"
 
 
+def _read_version(row: Row, config: Json | None) -> Json:
+    return {
+        "job_id": row["job_id"],
+        "version": row["version"],
+        "config": config,
+        "created_at": row["created_at"],
+        "created_by": row["created_by"],
+    }
+
+
 def matching_jobs(filters: Json) -> str:
     """Return the condition for JobTable.pages(), which names what it needs only."""
     conditions = ["seq > 0"]
@@ -3708,7 +3733,7 @@ class JobTable:
                 config = None
                 with contextlib.suppress(UnusableConfig):
                     config = read_config(row["config"])
-                yield self._read_version(row, config)
+                yield _read_version(row, config)
 
     def version(self, job_id: str, number: int) -> Json:
         """Return one version of a job.
@@ -3721,21 +3746,12 @@ class JobTable:
                AND EXISTS (SELECT 1 FROM jobs WHERE id = :id)
             """
         for row in self._database.run(sql, id=job_id, number=number):
-            return self._read_version(row, read_config(row["config"]))
+            return _read_version(row, read_config(row["config"]))
         raise NotFound(f"job {job_id} has no version {number}")
 
     def is_there(self, job_id: str) -> bool:
         """Say whether there is a job of this id."""
         return self._database.value("SELECT seq FROM jobs WHERE id = :id", id=job_id) is not None
-
-    def _read_version(self, row: Row, config: Json | None) -> Json:
-        return {
-            "job_id": row["job_id"],
-            "version": row["version"],
-            "config": config,
-            "created_at": row["created_at"],
-            "created_by": row["created_by"],
-        }
 
     def due(self, now: int, most: int) -> list[DueJob]:
         """Return jobs that fire by ``now``, or are to be looked at again, the oldest first."""
@@ -3842,8 +3858,8 @@ class JobTable:
         self._database.run(sql, id=job_id, at=look_at, invalid_from=invalid_from)
 
 
-class ExecutionTable:
-    """Executions: those that wait and run are the queue, those that have ended the history."""
+class ExecutionLists:
+    """Executions as people ask for them. Any thread may call these."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -3860,8 +3876,6 @@ class ExecutionTable:
         """
         sql = f"SELECT {EXECUTION_COLUMNS}, job_name FROM {rest}"  # noqa: S608
         return [Execution.from_row(row) for row in self._database.run(sql, **values)]
-
-    # --- For people ---
 
     def get(self, job_id: str | None, execution_id: str) -> Execution:
         """Return an execution of this job (None: of any). Raises NotFound."""
@@ -3989,7 +4003,12 @@ class ExecutionTable:
             """  # noqa: S608
         return [Execution.from_row(row) for row in self._database.run(sql, most=most)]
 
-    # --- For the engine: what waits and runs ---
+
+class ExecutionTable(ExecutionLists):
+    """Executions: those that wait and run are the queue, those that have ended the history.
+
+    Only the engine's thread calls what is here: it is about what waits and runs.
+    """
 
     def running(self) -> list[Execution]:
         """Return all that run, the oldest first."""
@@ -4163,15 +4182,85 @@ class HistoryRow(NamedTuple):
     bare: int  # Bytes that it would take without its response.
 
 
-class History:
-    """How executions have ended, in numbers; and the removal of those that are not to be kept.
-
-    Only the engine's thread uses its size: it is known, and changes with each end and removal.
-    """
+class HistorySize:
+    """How many bytes of history there are, whose they are, and taking some of them away."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._size: int | None = None  # Bytes, of all jobs; None: it has to be added up.
+
+    def size(self) -> int:
+        """Return the bytes of the history of all jobs that are there."""
+        if self._size is None:
+            sql = """
+                SELECT CAST(coalesce(sum(history_bytes), 0) AS BIGINT) FROM jobs
+                 WHERE history_bytes > 0
+                """
+            self._size = int(self._database.value(sql))
+        return self._size
+
+    def forget_size(self) -> None:
+        """Let the next size() add it up: a job was removed, or a turn rolled back."""
+        self._size = None
+
+    def _note_size(self, change: int) -> None:
+        if self._size is not None:
+            self._size += change
+
+    def _note_freed(self, job_id: str, freed: int) -> None:
+        """Note that the history of a job has become smaller by so many bytes."""
+        if freed:
+            sql = "UPDATE jobs SET history_bytes = history_bytes - :freed WHERE id = :id"
+            self._database.run(sql, id=job_id, freed=freed)
+            self._note_size(-freed)
+
+    def job_with_most(self, offset: int) -> str | None:
+        """Return the job with the largest history, after so many; None: there is none."""
+        sql = """
+            SELECT id FROM jobs WHERE history_bytes > 0
+             ORDER BY history_bytes DESC LIMIT 1 OFFSET :offset
+            """
+        found: str | None = self._database.value(sql, offset=offset)
+        return found
+
+    def oldest(self, job_id: str, after: int, most: int) -> list[HistoryRow]:
+        """Return the oldest executions of a job that have ended and are not its newest 10.
+
+        ``after``: only those with a larger seq.
+        """
+        sql = """
+            SELECT id, seq, width, :execution_bytes + length(attempt_log) AS bare FROM executions
+             WHERE job_id = :id AND completed_at IS NOT NULL AND seq > :after
+               AND seq <= (SELECT seq FROM executions WHERE job_id = :id
+                            ORDER BY seq DESC LIMIT 1 OFFSET 10)
+             ORDER BY seq LIMIT :most
+            """
+        values = {"id": job_id, "after": after, "execution_bytes": EXECUTION_BYTES, "most": most}
+        rows = self._database.run(sql, **values)
+        return [HistoryRow(row["id"], row["seq"], row["width"], row["bare"]) for row in rows]
+
+    def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> None:
+        """Remove what was answered to these executions of a job."""
+        sql = """
+            UPDATE executions SET response = NULL, width = :execution_bytes + length(attempt_log)
+             WHERE id IN (:list)
+            """
+        ids = [row.id for row in rows]
+        self._database.run_with_list(sql, ids, execution_bytes=EXECUTION_BYTES)
+        self._note_freed(job_id, sum(row.width - row.bare for row in rows))
+
+    def drop(self, job_id: str, rows: list[HistoryRow]) -> None:
+        """Remove these executions of a job."""
+        sql = "DELETE FROM executions WHERE id IN (:list)"
+        self._database.run_with_list(sql, [row.id for row in rows])
+        self._note_freed(job_id, sum(row.width for row in rows))
+
+
+class History(HistorySize):
+    """How executions have ended, in numbers; and the removal of those that are not to be kept.
+
+    Only the engine's thread uses its size: it is known, and changes with each end and removal.
+    """
 
     def count_ends(self, executions: Iterable[Execution]) -> None:
         """Note in their jobs, and in the counts of the hours, how executions have ended.
@@ -4362,74 +4451,6 @@ class History:
         found = [row["job_id"] for row in rows if row["newest"] is None or row["newest"] > keep]
         last = rows[-1]["job_id"] if rows else None
         return last, found
-
-    # --- How large it is, and what is too much of it ---
-
-    def size(self) -> int:
-        """Return the bytes of the history of all jobs that are there."""
-        if self._size is None:
-            sql = """
-                SELECT CAST(coalesce(sum(history_bytes), 0) AS BIGINT) FROM jobs
-                 WHERE history_bytes > 0
-                """
-            self._size = int(self._database.value(sql))
-        return self._size
-
-    def forget_size(self) -> None:
-        """Let the next size() add it up: a job was removed, or a turn rolled back."""
-        self._size = None
-
-    def _note_size(self, change: int) -> None:
-        if self._size is not None:
-            self._size += change
-
-    def _note_freed(self, job_id: str, freed: int) -> None:
-        """Note that the history of a job has become smaller by so many bytes."""
-        if freed:
-            sql = "UPDATE jobs SET history_bytes = history_bytes - :freed WHERE id = :id"
-            self._database.run(sql, id=job_id, freed=freed)
-            self._note_size(-freed)
-
-    def job_with_most(self, offset: int) -> str | None:
-        """Return the job with the largest history, after so many; None: there is none."""
-        sql = """
-            SELECT id FROM jobs WHERE history_bytes > 0
-             ORDER BY history_bytes DESC LIMIT 1 OFFSET :offset
-            """
-        found: str | None = self._database.value(sql, offset=offset)
-        return found
-
-    def oldest(self, job_id: str, after: int, most: int) -> list[HistoryRow]:
-        """Return the oldest executions of a job that have ended and are not its newest 10.
-
-        ``after``: only those with a larger seq.
-        """
-        sql = """
-            SELECT id, seq, width, :execution_bytes + length(attempt_log) AS bare FROM executions
-             WHERE job_id = :id AND completed_at IS NOT NULL AND seq > :after
-               AND seq <= (SELECT seq FROM executions WHERE job_id = :id
-                            ORDER BY seq DESC LIMIT 1 OFFSET 10)
-             ORDER BY seq LIMIT :most
-            """
-        values = {"id": job_id, "after": after, "execution_bytes": EXECUTION_BYTES, "most": most}
-        rows = self._database.run(sql, **values)
-        return [HistoryRow(row["id"], row["seq"], row["width"], row["bare"]) for row in rows]
-
-    def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> None:
-        """Remove what was answered to these executions of a job."""
-        sql = """
-            UPDATE executions SET response = NULL, width = :execution_bytes + length(attempt_log)
-             WHERE id IN (:list)
-            """
-        ids = [row.id for row in rows]
-        self._database.run_with_list(sql, ids, execution_bytes=EXECUTION_BYTES)
-        self._note_freed(job_id, sum(row.width - row.bare for row in rows))
-
-    def drop(self, job_id: str, rows: list[HistoryRow]) -> None:
-        """Remove these executions of a job."""
-        sql = "DELETE FROM executions WHERE id IN (:list)"
-        self._database.run_with_list(sql, [row.id for row in rows])
-        self._note_freed(job_id, sum(row.width for row in rows))
 
     def next_with_history(self, job_id: str) -> str | None:
         """Return the next job id, in their order, that has executions, also of a deleted job.
@@ -7737,8 +7758,7 @@ class Engine:
     attribute     written by              guarded by
     _inbox        workers, API threads    itself (a queue of outcomes and submissions)
     waiters       API threads             itself
-    stopping      who stops               nothing: it is set once
-    _stopped      who stops               nothing: it is set once
+    stopping      who stops               nothing: it is set once, as _stopped
     settings      who reloads             nothing: it is replaced as a whole
     problem       the engine's thread     nothing: others only read it, as last_turn and metrics
     the others    the engine's thread     nothing: nobody else reads them
@@ -7757,7 +7777,9 @@ class Engine:
         self.problem: str | None = None  # Why the last turn failed.
         self.last_turn = clock.monotonic()
         self.waiters = Waiters()
-        self.pool = WorkerPool(dispatcher, settings.dispatcher.max_concurrent_jobs, self._hand_over)
+        self._inbox = queue.SimpleQueue[Outcome | Submission | None]()
+        workers = settings.dispatcher.max_concurrent_jobs
+        self.pool = WorkerPool(dispatcher, workers, hand_over=self._inbox.put)
         self.versions = VersionCache(store.jobs)
         self.run_queue = RunQueue(store, self.versions, self.pool, settings, clock)
         self.scheduler = Scheduler(
@@ -7767,7 +7789,6 @@ class Engine:
         self.job_changes = JobChanges(store, self.versions, self.scheduler, clock)
         self.retention = Retention(store, clock)
         self.alerts = Alerts(store, self.versions, self.run_queue, clock)
-        self._inbox = queue.SimpleQueue[Outcome | Submission | None]()
         self._outcomes: list[Outcome] = []  # They are kept until a turn has written them.
         self._submissions = Submissions(store.database, clock)
         self._reporter = Reporter(self.metrics, clock)
@@ -7777,11 +7798,6 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # --- Called by other threads ---
-
-    @property
-    def paused(self) -> bool:
-        """Whether this server starts nothing, as scheduler.paused says."""
-        return self.settings.scheduler.paused
 
     def start(self) -> None:
         """Take up what the last process has left, and begin with the turns.
@@ -7817,10 +7833,6 @@ class Engine:
         self.pool.stop()
         self.dispatcher.stop()
 
-    def use_settings(self, settings: Settings) -> None:
-        """Let the turns that come use these settings."""
-        self.settings = settings
-
     def hand_in(self, change: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Hand in a change for the next turn, which calls it with itself and the arguments.
 
@@ -7851,9 +7863,6 @@ class Engine:
         """Return how long ago the engine or the watchdog last went round, in µs."""
         return self.clock.monotonic() - min(self.last_turn, self.dispatcher.last_watch)
 
-    def _hand_over(self, outcome: Outcome) -> None:
-        self._inbox.put(outcome)
-
     # --- The turns ---
 
     def recover(self) -> None:
@@ -7861,15 +7870,8 @@ class Engine:
         self.scheduler.recover()
         self.zone_rules.recover()
         for execution in self.store.executions.running():
-            interrupted = Outcome(
-                execution=execution,
-                started_at=execution.attempt_at or self.clock.now(),
-                duration=0,
-                ended_at_mono=self.clock.monotonic(),
-                reason=Reason.INTERRUPTED,
-                error="the server ended during the attempt: its outcome is unknown",
-            )
-            self._outcomes.append(interrupted)
+            outcome = interruption(execution, self.clock.now(), self.clock.monotonic())
+            self._outcomes.append(outcome)
 
     def _loop(self) -> None:
         wait = 0
@@ -7964,8 +7966,6 @@ class Engine:
         if self.scheduler.may_fire(turn):
             instants.append(following.cursor)
         self._wake_at = min(instant for instant in instants if instant is not None)
-
-    # --- After a turn ---
 
     def _after_commit(self, turn: Turn) -> None:
         """Start what was taken, abort what ended otherwise, tell everybody.
@@ -8899,7 +8899,7 @@ class ServerHandlers(Handlers):
             "now": format_time(now),
             "user": user,
             "may_write": current_user_may_write(),
-            "paused": self.engine.paused,
+            "paused": self.engine.settings.scheduler.paused,
             "problem": problem,
             "active": active,
             "jobs": self._jobs_in_short(pages),
@@ -9479,7 +9479,7 @@ class Service:
         if applied.auth.type == "basic":
             sign_in = SignIn(applied.auth, self.api.passwords)
         self.api.sign_in = sign_in
-        self.engine.use_settings(applied)
+        self.engine.settings = applied
         self.settings = applied
         log.setLevel(applied.logging.level.upper())
         if needing_restart:
@@ -9677,7 +9677,7 @@ def _greet(service: Service) -> None:
     if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed.
         url = re.sub(r"0\.0\.0\.0|\[::\]", "localhost", service.url)
         print(f"Chronos is ready: open {url} in a browser; Ctrl-C stops it")
-    if service.engine.paused:
+    if service.settings.scheduler.paused:
         log.warning("paused: nothing fires")
 
 

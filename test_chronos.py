@@ -7382,7 +7382,7 @@ def play(make_watched, target, bell, after, scenario):
             world = make_watched(after=after)
         elif word in ("off", "on"):
             value = webhook if word == "on" else None
-            world.engine.use_settings(world.settings.replaced("alerts.webhook", value))
+            world.engine.settings = world.settings.replaced("alerts.webhook", value)
         elif kind in "+~":
             (world.advance if kind == "+" else world.clock.step)(float(rest))
         else:

@@ -4081,7 +4081,7 @@ def test_the_alert_rules_of_the_readme_are_ones_and_it_names_every_metric(
     assert (checked.returncode, checked.stdout.count("SUCCESS: 3 rules found")) == (0, 1)
     used = set(re.findall(r"((?:chronos|process)_[a-z_]+)[{`\[ )]", readme))
     service.create(target.url, schedule="@every 1s", enabled=True)
-    names = wait_until(lambda: (now := names_of_metrics(service)) and len(now) == 15 and now)
+    names = wait_until(lambda: (now := names_of_metrics(service)) and len(now) == 16 and now)
     assert names | {"chronos_lateness_seconds_bucket"} == used
 
 
@@ -11975,7 +11975,11 @@ def wall(tmp_path, make_process):
 @pytest.mark.parametrize("policy, most", [("ignore", 0), ("execute_one", 1), ("execute_all", 100)])
 def test_an_hour_that_the_clock_leaps_is_missed_time(wall, target, policy, most):
     job = create_fired(wall, target, missed_run_policy=policy)
-    missed = lambda: [e for e in past_runs(wall, job) if e["missed_count"]]
+
+    def missed():
+        with contextlib.suppress(requests.ConnectionError):
+            return [run for run in past_runs(wall, job) if run["missed_count"]]
+        return []  # waitress counts by this clock for how long a connection is idle
 
     wall.set_clock(HOUR)
     leap = time.time()

@@ -101,7 +101,12 @@ def all_errors(kind):
 
 # The processes that the tests start take every warning for an error, too, but that waitress
 # leaves the file of a large body to the garbage collector.
-WARNINGS = ("error", "ignore::ResourceWarning", "ignore:'cgi' is deprecated:DeprecationWarning")
+WARNINGS = (
+    "error",
+    "ignore::ResourceWarning",
+    "ignore::ImportWarning",  # bottle 0.12 has an importer of the old kind.
+    "ignore:'cgi' is deprecated:DeprecationWarning",
+)
 os.environ["PYTHONWARNINGS"] = ",".join(WARNINGS)
 
 CHRONOS = Path(chronos.__file__)

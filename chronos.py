@@ -69,6 +69,7 @@ import hashlib
 import hmac
 import html
 import importlib.resources
+import io
 import ipaddress
 import json
 import logging
@@ -104,6 +105,10 @@ from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, g
 from urllib.parse import unquote, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+# Where they were closed, Python has None for them, and bottle 0.12 can't be imported.
+_streams = (sys.stdout, sys.stderr)
+sys.stdout = sys.stdout or io.StringIO()
+sys.stderr = sys.stderr or io.StringIO()
 try:
     import bottle  # type: ignore[import-untyped]
     import requests
@@ -117,6 +122,8 @@ try:
 except ImportError as error:
     package = repr(error.name or str(error))
     sys.exit(f"chronos: the package {package} is missing: pip install -r requirements.txt")
+finally:
+    sys.stdout, sys.stderr = _streams
 
 # ======================================================================================
 # 1. Constants and words: what is fixed, with its unit, and the words that programs read

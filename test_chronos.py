@@ -6561,8 +6561,7 @@ def test_a_retry_that_was_cancelled_while_it_waited_has_no_attempt_more(world, t
 
 
 def test_a_job_that_never_catches_up_has_a_thousand_runs_waiting_and_skips_more(world, target):
-    target.script = ["/hang"]
-    job = world.create(target.url, enabled=False, concurrency="allow")
+    job = world.create(target.url + "/hang", enabled=False, concurrency="allow")
     hang(world, target, job)
     add_executions(world, job, 998, "pending")
 

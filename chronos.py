@@ -8474,13 +8474,29 @@ def has_if_match() -> bool:
     return "If-Match" in bottle.request.headers
 
 
+# A proxy that compresses an answer makes of its "3" W/"3" (nginx) or "3-gzip" (Apache, Caddy).
+_ENTITY_TAG = re.compile(r'(?:W/)?"([^"]*?)(?:-(?:gzip|br|zstd|deflate))?"')
+
+
+def names_entity_tag(header: str, etag: str) -> bool:
+    """Return whether If-Match or If-None-Match names an entity tag (RFC 9110, 13.1).
+
+    ``header`` is "*" or a list of tags. What a proxy has made of a tag counts as the same: ours
+    stand for a state, in whatever coding it travels.
+    """
+    if header == "*":
+        return True
+    for tag in header.split(","):
+        match = _ENTITY_TAG.fullmatch(tag.strip())
+        if match and f'"{match[1]}"' == etag:
+            return True
+    return False
+
+
 def check_if_match(job: Job) -> None:
     """Raise PreconditionFailed if If-Match names other versions (RFC 9110, 13.1.1)."""
     wanted = bottle.request.headers.get("If-Match", "*")
-    if wanted == "*":
-        return
-    tags = [tag.strip() for tag in wanted.split(",")]
-    if etag_of(job) not in tags:
+    if not names_entity_tag(wanted, etag_of(job)):
         raise PreconditionFailed(f"the job has version {job.version} by now")
 
 
@@ -8492,7 +8508,7 @@ def is_not_modified(state: str) -> bool:
     digest = hashlib.sha256(state.encode()).hexdigest()
     etag = f'"{digest[:16]}"'
     bottle.response.set_header("ETag", etag)
-    is_known = etag in bottle.request.headers.get("If-None-Match", "")
+    is_known = names_entity_tag(bottle.request.headers.get("If-None-Match", ""), etag)
     if is_known:
         bottle.response.status = 304
     return is_known

@@ -29,7 +29,8 @@ time runs against the real process. The target of the webhooks is a real HTTP se
 # 16 Engine         passes, changes that meet outcomes, full disk, errors nobody expected, the stop
 # 17 API            health and errors, who may do what, jobs, versions, triggers, executions, lists,
 #                   what the dashboard asks for, the answers of the reference
-# 18 Service        start and stop, the configuration is read again, systemd, raw connections
+# 18 Service        start and stop, the configuration is read again, systemd, raw connections,
+#                   behind nginx
 # 19 Commands       where things are, starts that are refused, commands, the unit
 # 20 Dashboard      what people do in a browser, what the page asks for, who may, how it looks
 # The real process  on time, overload, kill -9, the clock of the machine, outages, the README
@@ -1206,6 +1207,52 @@ def logged(caplog, text):
 def tracebacks(caplog):
     """Return what was logged with a traceback."""
     return [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+# --- nginx ----------------------------------------------------------------------------
+
+NGINX = """
+daemon off; worker_processes 1; pid nginx.pid;
+events { }
+http {
+  access_log off; client_body_temp_path temp1; proxy_temp_path temp2; fastcgi_temp_path temp3;
+  uwsgi_temp_path temp4; scgi_temp_path temp5;
+%s
+}
+"""
+SUB_PATH = "server { listen PORT; location /chronos/ { proxy_pass BACKEND/; %s } }"
+PASSES_HOST = "proxy_set_header Host $http_host;"
+
+
+@pytest.fixture
+def make_nginx(tmp_path):
+    """Starts nginx with a server block, before a service; returns a client of /chronos there.
+
+    A test names it before the page, which so goes first.
+    """
+    program = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+    if program is None:
+        pytest.skip("no nginx: apt install nginx-light")
+    processes = []
+
+    def make(server, service, scheme="http"):
+        directory = tmp_path / f"nginx{len(processes)}"
+        directory.mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # which nginx inherits
+            place = f"127.0.0.1:{listener.getsockname()[1]}"
+            server = server.replace("PORT", place).replace("BACKEND", service.url)
+            keeps_user = "user root;" if os.geteuid() == 0 else ""  # who may read the directory
+            (directory / "nginx.conf").write_text(keeps_user + NGINX % server)
+            command = [program, "-e", "stderr", "-p", directory, "-c", "nginx.conf"]
+            environment = os.environ | {"NGINX": f"{listener.fileno()};"}
+            handles = [listener.fileno()]
+            processes.append(subprocess.Popen(command, env=environment, pass_fds=handles))
+        return Client(f"{scheme}://{place}/chronos")
+
+    yield make
+    for process in processes:
+        process.terminate()
+        process.wait(20)
 
 
 # --- the browser ----------------------------------------------------------------------
@@ -8977,8 +9024,9 @@ def test_an_instant_in_the_past_is_kept_but_not_set_anew(service):
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize(("wanted", "status"), [
     ("*", 200), ('"2"', 200), ('"1", "2"', 200),
-    ('"1","2"', 200),
-    ('"1"', 412), ('"1", "3"', 412), ('W/"2"', 412), ("2", 412), ("", 412),
+    ('"1","2"', 200), ('W/"2"', 200), ('W/"1", W/"2"', 200), ('"2-gzip"', 200),
+    ('"1"', 412), ('"1", "3"', 412), ("2", 412), ("", 412),
+    ('W/"1"', 412), ('w/"2"', 412), ('W/2', 412), ('"22"', 412), ('"2-3"', 412), ('"1-gzip"', 412),
 ])  # fmt: skip
 def test_a_change_is_made_only_to_a_version_that_if_match_names(service, method, wanted, status):
     job = service.create(NOBODY)
@@ -9864,6 +9912,17 @@ def test_a_viewer_is_told_that_he_may_only_read(guarded):
     assert told == {"ada": True, "vera": False}
 
 
+@pytest.mark.parametrize(("known", "status"), [
+    ("TAG", 304), ("*", 304), ('"1", TAG', 304), ("W/TAG,W/TAG", 304), ("TAG-gzip", 304),
+    ('"1"', 200), ("", 200), ('"1", "*"', 200), ("TAG-x", 200), ("xTAG", 200),
+])  # fmt: skip
+def test_a_poll_that_names_the_state_gets_no_answer_again(service, known, status):
+    etag = poll(service)[2]
+    known = known.replace("TAG-gzip", etag[:-1] + '-gzip"').replace("TAG", etag)
+
+    assert poll(service, known)[0] == status
+
+
 # --- schedules and the cluster --------------------------------------------------------
 
 
@@ -10561,6 +10620,39 @@ def test_a_connection_on_which_nothing_comes_is_closed_after_30_seconds(unharmed
             connection.sendall(sent)
         received = {connection.makefile("rb").read() for connection in open_ones}
         assert received == {b"", b"HTTP/1.1 100 Continue\r\n\r\n"}
+
+
+# --- behind nginx ---------------------------------------------------------------------
+
+GZIP = "gzip on; gzip_min_length 1; gzip_types application/json;"
+
+
+@pytest.fixture
+def compressed(service, make_nginx):
+    """The service behind nginx, which compresses what it answers."""
+    return make_nginx(SUB_PATH % GZIP, service)
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+def test_the_tag_that_nginx_makes_weak_names_the_version(compressed, method):
+    path = path_of(compressed.create(NOBODY))
+    body = None if method == "DELETE" else job_body(NOBODY, name="second")
+    weak = requests.get(f"{compressed.url}/api/v1{path}", timeout=10).headers["ETag"]
+    compressed.expect(412, method, path, body, headers={"If-Match": 'W/"2"'})
+
+    compressed.expect(200, method, path, body, headers={"If-Match": weak})
+
+    assert weak == 'W/"1"'
+
+
+@pytest.mark.parametrize("path", ["/", "/api/v1/stats"])
+def test_what_nginx_has_compressed_is_not_sent_again(compressed, path):
+    first = requests.get(compressed.url + path, timeout=10)
+    known = {"If-None-Match": first.headers["ETag"]}
+    again = requests.get(compressed.url + path, headers=known, timeout=10)
+
+    assert (first.headers["ETag"][:3], first.headers["Content-Encoding"]) == ('W/"', "gzip")
+    assert (again.status_code, again.content) == (304, b"")
 
 
 # ======================================================================================

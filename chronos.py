@@ -10049,7 +10049,8 @@ footer { margin-top: 32px; }
 const $ = id => document.getElementById(id);
 const { entries, keys } = Object;
 const $$ = selector => document.querySelectorAll(selector);
-const API = location.origin + "/api/v1"; // relative URLs throw where the page is user:password@host
+// The API is beside the page, which a proxy may have below a path. Relative URLs throw where the page is user:password@host.
+const API = location.origin + location.pathname.replace(/\/+$/, "") + "/api/v1";
 const SVG = "http://www.w3.org/2000/svg", MINE = Intl.DateTimeFormat().resolvedOptions().timeZone;
 
 let stats = null, etag = null, upcoming = null; // what the server said last

@@ -1220,7 +1220,7 @@ http {
 %s
 }
 """
-SUB_PATH = "server { listen PORT; location /chronos/ { proxy_pass BACKEND/; %s } }"
+SUB_PATH = "server { listen PORT; %s location /chronos/ { proxy_pass BACKEND/; } }"
 PASSES_HOST = "proxy_set_header Host $http_host;"
 
 
@@ -11336,6 +11336,38 @@ def test_runs_are_cancelled_and_replayed(page, service, target):
     page.see("Succeeded", "#sentence")
     [second, _first] = service.get(path_of(job, "/executions"))["executions"]
     assert (second["replay_of"], second["status"]) == (first, "success")
+
+
+WITHOUT_SLASH = "location = /chronos { proxy_pass BACKEND/; }"  # else nginx redirects to /chronos/
+
+
+@pytest.mark.parametrize(("slash", "more"), [("/", ""), ("", ""), ("", WITHOUT_SLASH)])
+def test_the_page_works_below_a_path_of_a_proxy(make_nginx, page, service, target, slash, more):
+    proxied = make_nginx(SUB_PATH % (PASSES_HOST + GZIP + more), service)
+    page.browser.get(proxied.url + slash)
+    page.see("No jobs yet")
+    page.click("Create the first job")
+    for name, text in {"name": "report", "schedule": "@daily", "webhook.url": target.url}.items():
+        page.fill(name, text)
+    page.click("Save")
+    page.see("report", "h1")
+    page.click("Run now report")
+    page.click("Open the run")
+    page.see("succeeded", "#sentence")
+    page.browser.refresh()
+    page.see("succeeded", "#sentence")
+    place = page.js("return location.pathname")
+    page.click("report")
+    page.click("Edit report")
+    page.fill("name", "renamed")
+    page.click("Save")
+    page.see("renamed", "h1")
+
+    [job] = service.get("/jobs")["jobs"]
+    assert (job["name"], job["last_execution"]["status"]) == ("renamed", "success")
+    assert place == ("/chronos" if more else "/chronos/")
+    asked = [url for url in page.asked() if url.startswith("http")]
+    assert [url for url in asked if not url.startswith(proxied.url)] == []
 
 
 # --- what the page asks for, and when -------------------------------------------------

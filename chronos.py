@@ -9031,6 +9031,7 @@ class Api:
         self.sign_in: SignIn | None = None  # None: everybody may come in.
         own_names = ["", "localhost", platform.node(), *settings.server.allowed_hosts]
         self._hosts = {name.lower() for name in own_names}
+        self._trusted_proxy = settings.server.trusted_proxy
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._bottle_error
         for method, path, name in self.ROUTES:
@@ -9138,13 +9139,30 @@ class Api:
     def _check_origin(self, host: str) -> None:
         """Refuse what a page of another site sends, by Origin (RFC 6454) and Sec-Fetch-Site."""
         environ = bottle.request.environ
+        message = "a page of another site must not change anything here"
+        site = environ.get("HTTP_SEC_FETCH_SITE", "none")
+        if site not in ("none", "same-origin"):
+            raise Forbidden(f"{message}: the browser says Sec-Fetch-Site: {site}")
         name = re.sub(":(80|443)$", "", host)  # A scheme's own port may be left out.
         own = (f"http://{name}", f"http://{name}:80", f"https://{name}", f"https://{name}:443")
         origin = environ.get("HTTP_ORIGIN", f"http://{name}").lower()
-        site = environ.get("HTTP_SEC_FETCH_SITE", "none")
-        if origin not in own or site not in ("none", "same-origin"):
-            message = "a page of another site must not change anything here"
-            raise Forbidden(f"{message} (behind a proxy: server.trusted_proxy)")
+        if origin not in own:
+            raise Forbidden(f"{message}: {self._other_origin(origin, host)}")
+
+    def _other_origin(self, origin: str, host: str) -> str:
+        """Say how Origin and Host differ, and what a proxy, if one made them so, has to send."""
+        environ = bottle.request.environ
+        header = environ["chronos.host_header"]
+        peer = environ["chronos.peer"]
+        condition = f"({peer} is in server.trusted_proxy)"
+        if not environ["chronos.trusts_peer"]:
+            wanted = json.dumps([*self._trusted_proxy, peer])
+            condition = f"and to be in server.trusted_proxy: {wanted}"
+        return (
+            f'Origin "{origin}" is not of {header} "{host}". A proxy between them has to pass on '
+            "the Host that the browser names (nginx: proxy_set_header Host $http_host;), or to "
+            f"send it as X-Forwarded-Host {condition}"
+        )
 
     def _check_user(self, sign_in: SignIn, reads: bool) -> None:
         """Note in the request who sends it. Raises what SignIn.user() raises."""
@@ -9294,7 +9312,9 @@ MAX_PROXIES = 20  # So many are looked at between the client and us.
 class BehindProxies:
     """The API as a WSGI application, told by trusted proxies who asks, and for which host.
 
-    waitress can do that for one address only. What anybody else says is taken out.
+    waitress can do that for one address only. What anybody else says is taken out. The API finds
+    in the environment who is connected (chronos.peer), whether he is trusted (chronos.trusts_peer)
+    and which header names the host (chronos.host_header).
 
     attribute    written by          guarded by
     _has_told    waitress threads    nothing (two may tell it at the same time)
@@ -9309,7 +9329,10 @@ class BehindProxies:
     def __call__(self, environ: Json, start_response: Any) -> Any:
         """Answer a request."""
         said = {name: environ.pop(name, "") for name in FORWARDED_HEADERS}
-        if self._is_trusted(environ["REMOTE_ADDR"]):
+        environ["chronos.peer"] = environ["REMOTE_ADDR"]
+        environ["chronos.trusts_peer"] = self._is_trusted(environ["REMOTE_ADDR"])
+        environ["chronos.host_header"] = "Host"
+        if environ["chronos.trusts_peer"]:
             self._believe(said, environ)
         elif said["HTTP_X_FORWARDED_FOR"] and self._api.sign_in is not None:
             self._tell(environ["REMOTE_ADDR"])
@@ -9329,6 +9352,7 @@ class BehindProxies:
         host = said["HTTP_X_FORWARDED_HOST"].rpartition(",")[2].strip()
         if host:
             environ["HTTP_HOST"] = host
+            environ["chronos.host_header"] = "X-Forwarded-Host"
         scheme = said["HTTP_X_FORWARDED_PROTO"].rpartition(",")[2].strip().lower()
         if scheme in ("http", "https"):
             environ["wsgi.url_scheme"] = scheme

@@ -1282,6 +1282,7 @@ def browser(tmp_path_factory):
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.accept_insecure_certs = True  # nobody has signed that of the tests
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield browser
     browser.quit()
@@ -11428,6 +11429,38 @@ def test_the_page_works_below_a_path_of_a_proxy(make_nginx, page, service, targe
     assert place == ("/chronos" if more else "/chronos/")
     asked = [url for url in page.asked() if url.startswith("http")]
     assert [url for url in asked if not url.startswith(proxied.url)] == []
+
+
+@pytest.fixture
+def proxy_of_readme(make_process, make_nginx, guard, certificate):
+    """The process as the README has it behind nginx, with sign-in; and what it logs."""
+    readme = (CHRONOS.parent / "README.md").read_text()
+    [server] = re.findall(r"```nginx\n(.*?)```", readme, re.DOTALL)
+    [setting] = re.findall(r"With this nginx and `(.*?)`", readme)
+    auth = {"auth": {key.removeprefix("auth__"): value for key, value in guard.items()}}
+    process = make_process(f"{setting}\n{json.dumps(auth)[1:-1]}\n")
+    own = {"8443": "PORT", "http://127.0.0.1:8080": "BACKEND"}
+    paths = ("/etc/ssl/certs/chronos.pem", "/etc/ssl/private/chronos.key")
+    for printed, used in (own | dict(zip(paths, certificate, strict=True))).items():
+        server = server.replace(printed, str(used))
+    return make_nginx(server, process, "https"), process.log
+
+
+def test_the_nginx_of_the_readme_brings_page_and_sign_in(proxy_of_readme, page, certificate):
+    proxied, log = proxy_of_readme
+    trusting = {"verify": certificate[0]}
+    page.open(with_user(proxied), text="No jobs yet")
+    page.click("Create the first job")
+    for name, text in {"name": "report", "schedule": "@daily", "webhook.url": NOBODY}.items():
+        page.fill(name, text)
+    page.click("Save")
+    page.see("report", "h1")
+
+    page.see("signed in as ada", "footer")
+    proxied.expect(401, "GET", "/jobs", **trusting)
+    [job] = proxied.expect(200, "GET", "/jobs", **trusting, headers=credentials("vera"))["jobs"]
+    assert (job["name"], job["enabled"]) == ("report", True)
+    assert "trusted_proxy" not in "".join(log)
 
 
 # --- what the page asks for, and when -------------------------------------------------

@@ -102,7 +102,7 @@ from enum import StrEnum
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 # Where they were closed, Python has None for them, and bottle 0.12 can't be imported.
@@ -1344,19 +1344,141 @@ def a_schedule(value: Any, now: int | None = None) -> str:
     return expression
 
 
-def a_url(value: Any) -> str:
-    """An http or https URL that requests can call, kept as it is written."""
-    url: str = a_text(2048)(value)
+# --- URLs: one reading of them, so that what is checked is what is called ---
+
+_LABEL = r"[A-Za-z0-9_\x80-\U0010ffff-]{1,63}"  # Beyond ASCII it is one of IDNA (RFC 5891).
+_IPV6 = r"\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9._~-]+)?\]"  # %25 and a zone: RFC 6874.
+_AUTHORITY = re.compile(rf"({_IPV6}|{_LABEL}(?:\.{_LABEL})*\.?)(?::([0-9]{{0,5}}))?")
+# What neither path nor query nor fragment may have (RFC 3986, 3.3 to 3.5).
+_WRONG_IN_URL = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/?%-]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Url(NamedTuple):
+    """A URL as it is called."""
+
+    scheme: str  # http or https
+    host: str  # What is looked up, in lower case; an IPv6 address without its brackets.
+    port: int
+    authority: str  # For the Host header: host and port, spelled as in the URL.
+    resource: str  # For the request line: path and query, spelled as in the URL.
+
+    @property
+    def origin(self) -> str:
+        """It is scheme://host:port, the port always there."""
+        host = self.host
+        if ":" in host:
+            host = f"[{host}]"  # An IPv6 address.
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """Return scheme, authority and all the rest of a text that may be a URL (RFC 3986, 3)."""
+    scheme, colon, rest = url.partition("://")
+    if not colon:
+        return "", "", url
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    return scheme.lower(), authority, rest.removeprefix(authority)
+
+
+def read_url(url: str) -> Url:
+    """Return an http or https URL in its parts, none of them rewritten.
+
+    It has to be valid by RFC 3986, because only then everybody reads it alike; a host beyond
+    ASCII is taken, and is what IDNA makes of it. The fragment is never sent. Raises ValueError,
+    which says what to write instead and does not repeat the URL.
+    """
+    scheme, authority, rest = split_url(url)
+    if scheme not in _DEFAULT_PORTS or not authority:
+        raise ValueError("it must begin with http:// or https://, and a host")
+    if "@" in authority:
+        raise ValueError("a user and a password belong in webhook.auth")
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
+        raise ValueError("between // and its path must be a host, or host:port")
+    host, port = match.groups(default="")
+    if not host.isascii():
+        return read_url(url.replace(host, _ascii_host(host), 1))
+    resource, _hash, fragment = rest.partition("#")
+    wrong = _WRONG_IN_URL.search(resource) or _WRONG_IN_URL.search(fragment)
+    if wrong:
+        raise ValueError(_what_to_write(wrong[0]))
+    number = int(port or _DEFAULT_PORTS[scheme])
+    if not 1 <= number <= 65535:
+        raise ValueError("its port must be from 1 to 65535")
+    looked_up, spelled = _names_of_host(host)
+    if port:
+        spelled = f"{spelled}:{port}"
+    if not resource.startswith("/"):
+        resource = f"/{resource}"  # RFC 9112, 3.2.1: where there is no path, it is "/".
+    return Url(scheme, looked_up, number, spelled, resource)
+
+
+def _what_to_write(wrong: str) -> str:
+    """Return what is to be written instead of a character that no URL may have there."""
+    shown = "a blank" if wrong.isspace() else wrong
+    sentence = f"write {quote(wrong, safe='')} for {shown}"
+    if wrong == "%":
+        sentence += " where no two hexadecimal digits follow it"
+    return sentence
+
+
+def _ascii_host(host: str) -> str:
+    """Return the name that DNS knows for one with characters beyond ASCII."""
+    prepared = requests.PreparedRequest()
     try:
-        parts = urlsplit(url)
-        is_proper = re.match(r"(?i)https?://[^\s\\]*\Z", url) and "@" not in parts.netloc
-        if not is_proper or not parts.hostname or parts.port == 0:
-            raise ValueError("it must be http(s)://, a host, no user (see webhook.auth), no blanks")
-        requests.Request("GET", url).prepare()
-    except (requests.RequestException, ValueError) as error:
-        # Some errors repeat the URL, and that of the alerts may be a secret.
-        problem = str(error).replace(url, "the URL")
-        raise ValueError(f"is not a URL that can be called: {problem}") from error
+        prepared.prepare_url(f"http://{host}/", None)
+    except requests.RequestException as error:
+        raise ValueError("its host is not a possible name") from error
+    _scheme, ascii_host, _rest = split_url(str(prepared.url))
+    if not ascii_host.isascii():
+        raise ValueError("its host is not a possible name")
+    return ascii_host
+
+
+def _names_of_host(host: str) -> tuple[str, str]:
+    """Return a host as it is looked up, and as the Host header has it."""
+    if host[0] != "[":
+        return host.lower(), host
+    address, _mark, zone = host[1:-1].partition("%25")
+    try:
+        ipaddress.IPv6Address(address)
+    except ValueError as error:
+        raise ValueError("what is in brackets must be an IPv6 address") from error
+    looked_up = address.lower()
+    if zone:
+        looked_up += f"%{zone}"  # It means something on this machine only (RFC 6874, 4).
+    return looked_up, f"[{address}]"
+
+
+def read_stored_url(url: str) -> Url:
+    """Return the parts of a URL that was checked, perhaps by a version that took more.
+
+    What that took and RFC 3986 forbids goes out as it did then: as requests rewrites it.
+    Raises ValueError.
+    """
+    with contextlib.suppress(ValueError):
+        return read_url(url)
+    prepared = requests.PreparedRequest()
+    try:
+        prepared.prepare_url(url, None)
+    except requests.RequestException:
+        # The error would repeat the URL, and that of the alerts may be a secret.
+        raise ValueError("webhook.url is not a URL that can be called") from None
+    return read_url(str(prepared.url))
+
+
+def a_url(value: Any, known: str | None = None) -> str:
+    """An http or https URL that can be called, kept as it is written.
+
+    ``known`` was taken before, perhaps by a version that took more: it is taken again.
+    """
+    url: str = a_text(2048)(value)
+    read = read_stored_url if url == known else read_url
+    try:
+        read(url)
+    except ValueError as error:
+        raise ValueError(f"is not a URL that can be called: {error}") from error
     return url
 
 
@@ -1486,19 +1608,24 @@ def validate_job(
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
     ``retry`` completes retry_policy. An ``@at`` must be later than ``now``; None: it may be
-    past. ``stored`` is the configuration that is replaced: masked secrets mean its own, and an
-    instant that it has already may be past. Raises InvalidFields.
+    past. ``stored`` is the configuration that is replaced: masked secrets mean its own, an
+    instant that it has already may be past, and its URL may be one that only an earlier version
+    took. Raises InvalidFields.
     """
     if not isinstance(data, dict):
         raise InvalidFields([("", "the body must be a JSON object")])
+    known_url = None
     if stored is not None:
         data = restore_secrets(data, stored)
         if data.get("schedule") == stored["schedule"]:
             now = None
+        known_url = stored["webhook"]["url"]
     retry_fields = {}
     for name, wanted in RETRY_FIELDS.items():
         retry_fields[name] = Field(wanted.check, default=retry[name])
+    webhook_fields = WEBHOOK_FIELDS | {"url": Field(functools.partial(a_url, known=known_url))}
     table = JOB_FIELDS | {
+        "webhook": Field(an_object(webhook_fields)),
         "schedule": Field(functools.partial(a_schedule, now=now)),
         "retry_policy": Field(an_object(retry_fields), retry),
     }
@@ -1659,9 +1786,9 @@ def masked_url(url: str) -> str:
 
 
 def rest_of_url(url: str) -> str:
-    """Return path and query of a checked URL, just as they are written."""
-    _scheme, _colon, rest = url.partition("://")
-    return rest.removeprefix(urlsplit(url).netloc)
+    """Return path, query and fragment of a URL, just as they are written."""
+    _scheme, _authority, rest = split_url(url)
+    return rest
 
 
 def restore_secrets(data: Json, stored: Json) -> Json:
@@ -1695,19 +1822,24 @@ def _without_masks(given: Json, secrets: Json) -> Json:
 
 
 def _is_sent_elsewhere(webhook: Json, stored: Json) -> bool:
-    """Return whether two webhooks have different receivers; False if a URL is wrong."""
+    """Return whether two webhooks have different receivers; False if the new URL is wrong."""
     try:
-        return _receiver(webhook) != _receiver(stored)
+        receiver = _receiver(webhook)
     except ValueError:
         return False  # With its secrets restored, the URL is all that there is to report.
+    try:
+        return receiver != _receiver(stored)
+    except ValueError:
+        return True  # Where the secrets were sent to so far, nobody can say.
 
 
 def _receiver(webhook: Json) -> list[Any]:
     """Return what decides where a request goes: the URL's origin, and each Host header.
 
-    That of an api_key is a header like any other.
+    That of an api_key is a header like any other. Raises ValueError if the URL can't be read.
     """
-    receiver: list[Any] = [target_of(a_url(webhook.get("url")))]
+    url = webhook.get("url")
+    receiver: list[Any] = [target_of(a_url(url, known=url))]
     headers = webhook.get("headers")
     if isinstance(headers, dict):
         for name, value in headers.items():
@@ -1720,15 +1852,8 @@ def _receiver(webhook: Json) -> list[Any]:
 
 
 def target_of(url: str) -> str:
-    """Return scheme://host:port of a checked URL, the port always there."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if ":" in host:
-        host = f"[{host}]"  # An IPv6 address.
-    port = parts.port
-    if not port:
-        port = 443 if parts.scheme == "https" else 80
-    return f"{parts.scheme}://{host}:{port}"
+    """Return scheme://host:port of a checked URL, the port always there. Raises ValueError."""
+    return read_stored_url(url).origin
 
 
 # --- Patches ---
@@ -5072,9 +5197,10 @@ def open_files() -> int:
 # 13. Requests: what goes over the wire for a webhook, made ready once per job version
 # ======================================================================================
 #
-# A request is prepared by requests, because its spelling of URLs and headers is what people
-# know. That costs more than anything else of an attempt, so it is done once per version of a
-# job, and an attempt only adds its own headers. Here is no socket and no database.
+# A URL goes out as it is written, for a signature may depend on each octet of it; headers and
+# body are prepared by requests. That costs more than anything else of an attempt, so it is done
+# once per version of a job, and an attempt only adds its own headers. Here is no socket and no
+# database.
 
 SHORTEST_MASKED = 6  # Characters: a shorter secret would mask parts of words, and hide nothing.
 ESCAPE_LEVELS = 3  # So deep escapes are looked through: JSON in a string of JSON in HTML.
@@ -5096,8 +5222,12 @@ class Webhook:
     """
 
     def __init__(self, config: Json, hides_url: bool = False) -> None:
-        """``hides_url``: what comes after the host in its URL is a secret, too."""
-        self.target = target_of(config["url"])
+        """``hides_url``: what comes after the host in its URL is a secret, too.
+
+        Raises ValueError if the URL can't be called.
+        """
+        self._url = read_stored_url(config["url"])
+        self.target = self._url.origin
         self._hides_url = hides_url
         self.method: str = config["method"]
         self.success_codes: list[int] | range = config["success_codes"] or range(200, 300)
@@ -5115,8 +5245,8 @@ class Webhook:
         authorization = str(self.request.headers.get("Authorization", ""))
         found.append(authorization.rpartition(" ")[2])  # Less the scheme, such as Bearer.
         if self._hides_url:
-            found += url_secrets(self._config["url"])
-            found += url_secrets(str(self.request.url))  # As it goes out, and may come back.
+            found += url_secrets(rest_of_url(self._config["url"]))
+            found += url_secrets(self._url.resource)  # As it goes out, and may come back.
         spellings = {spelling for secret in found for spelling in spellings_of(secret)}
         long_enough = {spelling for spelling in spellings if len(spelling) >= SHORTEST_MASKED}
         return sorted(long_enough, key=len, reverse=True)
@@ -5164,16 +5294,17 @@ class Webhook:
 
     @functools.cached_property
     def request(self) -> requests.PreparedRequest:
-        """The prepared request, without the headers of an attempt."""
+        """The prepared request, without the headers of an attempt and without the URL.
+
+        requests would rewrite that: other escapes, no dots, another case.
+        """
         body: str = self._config["body"] or ""
-        # Step by step, because prepare() as a whole looks for cookies and takes three times
-        # as long.
+        # Step by step, because prepare() as a whole looks for cookies, too.
         prepared = requests.PreparedRequest()
         prepared.prepare_method(self.method)
-        prepared.prepare_url(self._config["url"], None)
         prepared.prepare_headers(self._headers(body))
         prepared.prepare_body(body.encode(), None)
-        prepared.headers.setdefault("Host", urlsplit(prepared.url).netloc)
+        prepared.headers.setdefault("Host", self._url.authority)
         return prepared
 
     def _headers(self, body: str) -> Mapping[str, str]:
@@ -5195,13 +5326,12 @@ class Webhook:
     @functools.cached_property
     def connection_key(self) -> ConnectionKey:
         """Which connections can carry the request."""
-        target = target_of(str(self.request.url))
-        return ConnectionKey(target, self._config["verify_tls"])
+        return ConnectionKey(self.target, self._config["verify_tls"])
 
     @functools.cached_property
     def head(self) -> str:
         """The request line and the headers, as far as all attempts have the same ones."""
-        lines = [f"{self.method} {self.request.path_url} HTTP/1.1\r\n"]
+        lines = [f"{self.method} {self._url.resource} HTTP/1.1\r\n"]
         for name, value in self.request.headers.items():
             lines.append(f"{name}: {value!s}\r\n")
         return "".join(lines)
@@ -5261,9 +5391,8 @@ def spellings_of(secret: str) -> set[str]:
     return spellings
 
 
-def url_secrets(url: str) -> list[str]:
-    """Return what of a URL that lets in who knows it could be the secret."""
-    rest = rest_of_url(url)
+def url_secrets(rest: str) -> list[str]:
+    """Return what could be the secret in path and query of a URL that lets in who knows it."""
     parts = [rest, *re.split("[/?&=;#]", rest)]
     return parts + [unquote(part) for part in parts]
 

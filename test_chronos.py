@@ -1859,7 +1859,8 @@ def wrong(data):
 
 WRONG_URLS = r"""localhost/hook /hook //host/hook ftp://host/ file:///etc/passwd http:// http:///x
     http://[::1 http://host:0/ http://host:99999/ http://host:x/ http://u:p@host/ http://u@host/
-    http://127.0.0.1\@evil/ http://*host/"""
+    http://127.0.0.1\@evil/ http://*host/ http://h*/ http://.x/ http://a..b/ http://h%41/ http://h|x/
+    http://[1.2.3.4]/ http://[v1.a]/ http://[::1]x/ http://[fe80::1%eth0]/ http://h\u2100x/"""
 RESERVED = ["Content-Length", "TRANSFER-encoding", "Connection", "upgrade", "TE", "Trailer"]
 RESERVED += ["Expect", "Keep-Alive", "Proxy-Authorization", "X-Chronos-Job-ID"]
 LONG = "x" * 70_000
@@ -1923,6 +1924,18 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field_alone(path):
 
         assert [p.removesuffix(".type") for p in details] == [path.removesuffix(".type")]
         assert code == ("INVALID_TIMEOUT" if path == "timeout" else "VALIDATION_ERROR")
+
+
+@pytest.mark.parametrize("wrong_one", ["%zz", "%", "%4", *'[]|"<>\\^`{} ö\u3000😀'])
+def test_a_character_that_no_url_may_have_is_refused_with_what_to_write(wrong_one):
+    typed, right = wrong_one[0], quote(wrong_one[0])
+
+    for place in ("/a{}", "/?a={}&b", "/a#{}"):
+        _code, details = wrong(job_body(URL + place.format(wrong_one)))
+
+        shown = "a blank" if typed.isspace() else typed
+        assert f"write {right} for {shown}" in details["webhook.url"]
+        validate(webhook={"url": URL + place.format(wrong_one.replace(typed, right))})
 
 
 def test_every_wrong_field_is_reported_at_once():
@@ -2200,6 +2213,44 @@ def test_a_stored_secret_does_not_go_to_another_virtual_host(service, target):
         error = service.error(400, "PATCH", path_of(job), patch)
         assert error["details"][0]["field"] == "webhook.auth.token"
     service.expect(200, "PATCH", path_of(job), {"webhook": {"headers": {"X-More": "1"}}})
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("http://localhost:1", "HTTP://LOCALHOST:01/x#y"), ("http://localhost:", "http://localhost:80"),
+    ("http://b\u00fccher.test:1", "http://xn--bcher-kva.test:1"),
+])  # fmt: skip
+def test_an_origin_that_is_spelled_otherwise_is_the_same_one(service, before, after):
+    job = service.create(before, webhook=WITH_SECRET["bearer"])
+
+    assert patch(service, job, {"webhook": {"url": after}})["webhook"]["url"] == after
+
+
+OLD_URLS = {  # that only an earlier version took: what it called
+    "/a/../%7Eb|c?\u00f6=[%41]#x|y": "/~b%7Cc?%C3%B6=%5BA%5D",
+    "/%zz?a=%7E": "/%25zz?a=~",
+}
+
+
+@pytest.fixture
+def aged(service):
+    """Makes a job whose URL an earlier version took, and which this one refuses."""
+
+    def make(url, **webhook):
+        job = service.create(NOBODY, webhook=webhook)
+        config = service.service.store.jobs.version(job["id"], 1)["config"]
+        config["webhook"]["url"] = url
+        spoil(service.service, chronos.Job(job["id"], 1, True, 0, 0, 0, {}), json.dumps(config))
+        return service.get(path_of(job))
+
+    return make
+
+
+def test_a_secret_of_a_url_that_is_refused_by_now_does_not_go_to_another_origin(service, aged):
+    for url in (f"{NOBODY}/a|b", "http://*.test/"):
+        job = aged(url, **WITH_SECRET["bearer"])
+
+        body = {"webhook": {"url": "http://127.0.0.1:2/"}}
+        assert wrong_fields(service, "PATCH", path_of(job), body) == ["webhook.auth.token"]
 
 
 def test_an_api_key_in_the_host_header_is_a_virtual_host_like_any(service, target):
@@ -4352,6 +4403,44 @@ def test_the_request_is_the_configured_one_with_the_headers_of_chronos(send, tar
     assert (outcome.reason, outcome.error, outcome.retry_after) == (None, None, None)
 
 
+@pytest.mark.parametrize(("typed", "sent"), [
+    ("/a%7Eb%41?sig=a%2fb", "/a%7Eb%41?sig=a%2fb"), ("/%c3%A9%e9%00", "/%c3%A9%e9%00"),
+    ("/a/../b/./c/..", "/a/../b/./c/.."), ("//a//?//", "//a//?//"), ("/a;b=1,2", "/a;b=1,2"),
+    ("/!$&'()*+,;=:@-._~", "/!$&'()*+,;=:@-._~"), ("/?a?b=:/@!$'()*,;", "/?a?b=:/@!$'()*,;"),
+    ("", "/"), ("?", "/?"), ("?q=1", "/?q=1"), ("/a?", "/a?"), ("/%3f%23", "/%3f%23"),
+    ("#part", "/"), ("/a#b/c?d", "/a"), ("?q#", "/?q"), ("/a@b:1", "/a@b:1"),
+])  # fmt: skip
+def test_a_url_goes_out_octet_for_octet_as_it_is_typed(send, hostile, typed, sent):
+    server = hostile(answers(OK))
+
+    assert send(chronos.a_url(server.url + typed)).success
+
+    line = server.requests.get(timeout=5).partition(b"\r\n")[0]
+    assert line.decode() == f"GET {sent} HTTP/1.1"
+
+
+@pytest.mark.parametrize(("typed", "sent"), [
+    ("LocalHost:{}", "LocalHost:{}"), ("127.1:{}", "127.1:{}"), ("[::1]:{}", "[::1]:{}"),
+    ("[0:0::0:1]:{}", "[0:0::0:1]:{}"), ("[::1%251]:{}", "[::1]:{}"),
+])  # fmt: skip
+def test_the_host_header_has_the_host_as_it_is_typed(send, hostile, typed, sent):
+    server = hostile(answers(OK), host="::1" if "[" in typed else "127.0.0.1")
+
+    assert send(chronos.a_url(f"http://{typed.format(server.port)}/")).success
+
+    assert ("Host", sent.format(server.port)) in headers_of(server.requests.get(timeout=5))
+
+
+def test_the_history_shows_the_url_as_it_is_typed(service, target):
+    url = f"{target.url}/a%7Eb%41?sig=a%2fb#part"
+    job = service.create(url)
+
+    execution = service.post(trigger_path(job))
+
+    shown = service.get(path_of(job, f"/executions/{execution['id']}"))["request"]
+    assert job["webhook"]["url"] == shown["url"] == url
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"])
 @pytest.mark.parametrize("body", [None, "text"])
 def test_every_method_goes_out_with_and_without_a_body(send, target, method, body):
@@ -4453,7 +4542,7 @@ def test_names_of_the_environment_in_a_job_are_sent_as_they_are(service, target,
 
 
 @pytest.mark.parametrize("webhook", [
-    {"url": "http://*.test/"}, {"url": "http://.x/"}, {"method": "POST", "body": "\ud800"},
+    {"method": "POST", "body": "\ud800"},
     {"headers": {"X-Split": "a\r\nX-Chronos-Attempt: 9"}}, {"headers": {"X-Number": 5}},
     {"auth": {"type": "basic", "username": "\ud800", "password": ""}},
 ])  # fmt: skip
@@ -5712,6 +5801,7 @@ def unusable(config):
         "all of it is wrong": "[]",
         "url is wrong": json.dumps(config | {"webhook": webhook | {"url": None}}),
         "not understood": json.dumps(config | {"timeout": "soon"}),
+        "that can be called": json.dumps(config | {"webhook": webhook | {"url": "http://*.test/"}}),
         "lost": None,
     }
 
@@ -9173,7 +9263,7 @@ def test_no_list_fails_with_a_job_that_can_not_be_used(service, spoilt, words):
     upcoming = service.get("/schedules/upcoming")["upcoming"]
     assert {len(each["fire_times"]) for each in upcoming if each["job_id"] == other["id"]} == {24}
     assert len(service.get("/cluster/status")["next_runs"]) == 2
-    assert service.get(path_of(job))["problem"] or words in UNUSABLE[:2] + UNUSABLE[6:7]
+    assert service.get(path_of(job))["problem"] or words in UNUSABLE[:2] + UNUSABLE[6:8]
     assert [each["version"] for each in service.get(path_of(job, "/versions"))][-1] == 1
     assert service.get(path_of(job, f"/executions/{run['id']}"))["request"]["method"] == "POST"
 
@@ -9210,6 +9300,34 @@ def test_a_job_that_can_not_be_used_is_mended_by_a_good_configuration(
 
     assert mended["version"] == 3 and mended["next_run"] and not mended["problem"]
     assert service.post(trigger_path(job))["status"] == "success"
+
+
+@pytest.mark.parametrize(("old", "sent"), OLD_URLS.items())
+def test_a_url_that_only_an_earlier_version_took_goes_out_as_it_did(
+    service, aged, target, old, sent
+):
+    job = aged(target.url + old, **WITH_SECRET["bearer"])
+
+    run = service.post(trigger_path(job))
+
+    assert (run["status"], target.take()[1]) == ("success", sent)
+    request = service.get(path_of(job, f"/executions/{run['id']}"))["request"]
+    assert request["url"] == target.url + old
+
+
+@pytest.mark.parametrize("old", OLD_URLS)
+def test_a_url_that_only_an_earlier_version_took_stays_until_it_is_changed(
+    service, aged, target, old
+):
+    job = aged(target.url + old, **WITH_SECRET["bearer"])
+
+    assert put(service, job, job) == job
+    assert patch(service, job, {"description": "new"})["version"] == 2
+    for url in (f"{target.url}/{old}", f"{target.url}/|", ""):
+        body = {"webhook": {"url": url}}
+        assert wrong_fields(service, "PATCH", path_of(job), body) == ["webhook.url"]
+    changed = patch(service, job, {"webhook": {"url": f"{target.url}/%7C"}})
+    assert changed["webhook"]["auth"]["token"] == MASK
 
 
 def test_a_run_of_a_version_that_is_lost_is_shown_without_its_request(service, target):

@@ -6067,7 +6067,8 @@ class Connector:
     ) -> None:
         # ssl takes the timeout for the whole handshake, so that dripping does not renew it.
         connection.socket.settimeout(self._left_s(limit))
-        connection.socket = tls.wrap_socket(connection.socket, server_hostname=host)
+        name = name_in_certificate(host)
+        connection.socket = tls.wrap_socket(connection.socket, server_hostname=name)
 
     def _tls_context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""
@@ -6079,6 +6080,15 @@ class Connector:
                 context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
                 self._tls_contexts[verify] = context
         return context
+
+
+def name_in_certificate(host: str) -> str:
+    """Return the name that TLS asks for, and looks for in the certificate.
+
+    The dot at the end of an absolute name is no part of it (RFC 6066, 3), and neither is the
+    zone of an IPv6 address.
+    """
+    return host.partition("%")[0].removesuffix(".")
 
 
 def why_not_connected(error: OSError) -> str:

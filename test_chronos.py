@@ -503,10 +503,10 @@ def hostile(tls):
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """Return the paths of a certificate for localhost and 127.0.0.1, and of its key."""
+    """Return the paths of a certificate for localhost, 127.0.0.1 and ::1, and of its key."""
     directory = tmp_path_factory.mktemp("tls")
     paths = directory / "certificate.pem", directory / "key.pem"
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
          "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", names,
@@ -5475,6 +5475,28 @@ def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, cer
     assert refused.error.startswith(f"no connection to {server.url} at 127.0.0.3: TLS failed: ")
     assert "127.0.0.3" in refused.error.partition("failed: ")[2]
     assert dispatcher.send(make_attempt(server.url, verify_tls=False)).success
+
+
+@pytest.mark.parametrize(("authority", "header", "asked"), [
+    ("LocalHost.:{}", "LocalHost.:{}", "localhost"), ("[::1%251]:{}", "[::1]:{}", None),
+])  # fmt: skip
+def test_the_dot_of_an_absolute_name_and_a_zone_are_not_in_the_certificate(
+    make_dispatcher, hostile, certificate, monkeypatch, authority, header, asked
+):
+    look_up, names = socket.getaddrinfo, []
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **b: look_up(host.rstrip("."), *a, **b)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.sni_callback = lambda _socket, name, _context: names.append(name)
+    server = hostile(answers(OK), "https", "::1" if asked is None else "127.0.0.1", context)
+    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(certificate[0]))
+
+    outcome = dispatcher.send(make_attempt(f"https://{authority.format(server.port)}/"))
+
+    assert (outcome.success, outcome.error, names) == (True, None, [asked])
+    assert ("Host", header.format(server.port)) in headers_of(server.requests.get(timeout=5))
 
 
 def test_a_certificate_that_has_expired_is_refused(make_dispatcher, hostile, certificate, tmp_path):

@@ -1496,6 +1496,12 @@ def a_url(value: Any, known: str | None = None) -> str:
 MISSED_RUN_POLICIES = ("ignore", "execute_one", "execute_all")
 SECRET_AUTH_FIELDS = ("password", "token", "api_key")  # What webhook.auth must never show.
 
+# What the specification of Standard Webhooks adds to a request that is signed.
+SIGNATURE_HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
+SIGNING_PREFIX = "whsec_"  # Before a secret: it only says what that is.
+MAX_SIGNING_SECRET = 200  # Characters: enough for two secrets of 64 bytes.
+
+_SIGNATURE_PROBLEM = "is a header that webhook.signing_secret sets: leave one of them out"
 _MASK_PROBLEM = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
 _printable = matching(
     r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
@@ -1517,6 +1523,57 @@ def _password(value: Any) -> str:
     if password == MASK:
         raise ValueError(_MASK_PROBLEM)
     return password
+
+
+def _signing_secret(value: Any) -> str:
+    """One secret of Standard Webhooks, or an old and a new one with a blank between them."""
+    secret: str = a_text(MAX_SIGNING_SECRET)(value)
+    if secret == MASK:
+        raise ValueError(_MASK_PROBLEM)
+    signing_keys(secret)
+    return secret
+
+
+def signing_keys(secret: str) -> list[bytes]:
+    """Return the keys that a webhook.signing_secret stands for. Raises ValueError.
+
+    The specification of Standard Webhooks has keys of 24 to 64 bytes, as base64, before which
+    there may be whsec_.
+    """
+    keys = []
+    for text in secret.split(" "):
+        try:
+            key = base64.b64decode(text.removeprefix(SIGNING_PREFIX), validate=True)
+        except ValueError:
+            key = b""
+        keys.append(key)
+    if len(keys) > 2 or not all(24 <= len(key) <= 64 for key in keys):
+        raise ValueError(
+            "must be 24 to 64 random bytes as base64, with or without whsec_ before them; "
+            "two such secrets have one blank between them"
+        )
+    return keys
+
+
+def a_webhook(table: Mapping[str, Field]) -> Check:
+    """A webhook with the fields of this table, none of which sets a header of the signature."""
+
+    def check(value: Any) -> Json:
+        webhook = validate(table, value)
+        if webhook["signing_secret"] is None:
+            return webhook
+        problems = []
+        for name in webhook["headers"]:
+            if name.lower() in SIGNATURE_HEADERS:
+                problems.append((f"headers.{name}", _SIGNATURE_PROBLEM))
+        auth = webhook["auth"] or {}
+        if auth.get("header", "").lower() in SIGNATURE_HEADERS:
+            problems.append(("auth.header", _SIGNATURE_PROBLEM))
+        if problems:
+            raise InvalidFields(problems)
+        return webhook
+
+    return check
 
 
 def _auth(value: Any) -> Json:
@@ -1553,6 +1610,7 @@ WEBHOOK_FIELDS: dict[str, Field] = {
     "headers":           Field(mapping_of(a_header_name, _header_value, 50), {}),
     "body":              Field(a_text(MAX_BODY_BYTES, least=0, lines=True),  None),
     "auth":              Field(_auth,                                        None),
+    "signing_secret":    Field(_signing_secret,                              None),
     "success_codes":     Field(list_of(a_number(100, 599), 100, least=1),    None),
     "verify_tls":        Field(a_boolean,                                    True),
 }
@@ -1570,7 +1628,7 @@ JOB_FIELDS: dict[str, Field] = {
     "description":       Field(a_text(2000, least=0, lines=True),            None),
     "schedule":          Field(a_schedule),
     "timezone":          Field(a_timezone,                                   "UTC"),
-    "webhook":           Field(an_object(WEBHOOK_FIELDS)),
+    "webhook":           Field(a_webhook(WEBHOOK_FIELDS)),
     "retry_policy":      Field(an_object(RETRY_FIELDS),                      {}),
     "timeout":           Field(a_duration("100ms", "24h"),                   "5m"),
     "concurrency":       Field(one_of("allow", "forbid", "replace"),         "forbid"),
@@ -1625,7 +1683,7 @@ def validate_job(
         retry_fields[name] = Field(wanted.check, default=retry[name])
     webhook_fields = WEBHOOK_FIELDS | {"url": Field(functools.partial(a_url, known=known_url))}
     table = JOB_FIELDS | {
-        "webhook": Field(an_object(webhook_fields)),
+        "webhook": Field(a_webhook(webhook_fields)),
         "schedule": Field(functools.partial(a_schedule, now=now)),
         "retry_policy": Field(an_object(retry_fields), retry),
     }
@@ -1769,6 +1827,8 @@ def masked_config(config: Json, job_id: str) -> Json:
         if is_secret_header(name):
             headers[name] = MASK
     webhook["headers"] = headers
+    if webhook["signing_secret"] is not None:
+        webhook["signing_secret"] = MASK
     if webhook["auth"] is not None:
         auth = dict(webhook["auth"])
         for name in SECRET_AUTH_FIELDS:
@@ -1802,6 +1862,9 @@ def restore_secrets(data: Json, stored: Json) -> Json:
     if not isinstance(webhook, dict):
         return data
     restored = dict(webhook)
+    own_secret = stored["webhook"]["signing_secret"]
+    if webhook.get("signing_secret") == MASK and own_secret is not None:
+        restored["signing_secret"] = own_secret
     for part in ("headers", "auth"):
         given = webhook.get(part)
         if isinstance(given, dict):
@@ -2328,7 +2391,7 @@ class AlertSettings:
     """alerts: who is told when jobs turn bad, and when they are well again."""
 
     # The form of a job's webhook, without a body; None: nobody is told.
-    webhook: Json | None = setting(an_object(ALERT_FIELDS), None)  # noqa: RUF009 - a field
+    webhook: Json | None = setting(a_webhook(ALERT_FIELDS), None)  # noqa: RUF009 - a field
     after: int = setting(a_number(1, 100), 1)  # So many failed or missed runs in a row.
 
 
@@ -5224,7 +5287,7 @@ class Webhook:
     def __init__(self, config: Json, hides_url: bool = False) -> None:
         """``hides_url``: what comes after the host in its URL is a secret, too.
 
-        Raises ValueError if the URL can't be called.
+        Raises ValueError if the URL can't be called, or nothing be signed with the secret.
         """
         self._url = read_stored_url(config["url"])
         self.target = self._url.origin
@@ -5232,6 +5295,8 @@ class Webhook:
         self.method: str = config["method"]
         self.success_codes: list[int] | range = config["success_codes"] or range(200, 300)
         self._config = config
+        secret: str | None = config["signing_secret"]
+        self._signing_keys = signing_keys(secret) if secret else []
 
     # --- Secrets ---
 
@@ -5242,6 +5307,8 @@ class Webhook:
         auth: Json = self._config["auth"] or {}
         found = [value for name, value in headers.items() if is_secret_header(name)]
         found += [auth[name] for name in SECRET_AUTH_FIELDS if name in auth]
+        for secret in (self._config["signing_secret"] or "").split(" "):
+            found += [secret, secret.removeprefix(SIGNING_PREFIX)]
         authorization = str(self.request.headers.get("Authorization", ""))
         found.append(authorization.rpartition(" ")[2])  # Less the scheme, such as Bearer.
         if self._hides_url:
@@ -5354,7 +5421,26 @@ class Webhook:
         )
         if not self._has_own_key:
             head += f"Idempotency-Key: {execution.id}\r\n"
+        if self._signing_keys:
+            head += self._signature(execution)
         return f"{head}\r\n".encode("latin-1") + self._body
+
+    def _signature(self, execution: Execution) -> str:
+        """Return the headers that sign an attempt, as Standard Webhooks specifies them.
+
+        Of each attempt the time is another one, so that nobody can send an old request again.
+        """
+        timestamp = (execution.attempt_at or 0) // SECOND
+        signed = f"{execution.id}.{timestamp}.".encode() + self._body
+        signatures = []
+        for key in self._signing_keys:
+            digest = hmac.digest(key, signed, "sha256")
+            signatures.append(f"v1,{base64.b64encode(digest).decode()}")
+        return (
+            f"webhook-id: {execution.id}\r\n"
+            f"webhook-timestamp: {timestamp}\r\n"
+            f"webhook-signature: {' '.join(signatures)}\r\n"
+        )
 
 
 # --- How secrets are spelled by those who repeat them ---
@@ -8885,8 +8971,12 @@ class ExecutionHandlers(Handlers):
             version = self.store.jobs.version(execution.job_id, execution.job_version)
             config = masked_config(version["config"], execution.job_id)["webhook"]
             headers = {}
-            for name, value in Webhook(config).request.headers.items():
+            unsigned = Webhook(config | {"signing_secret": None})
+            for name, value in unsigned.request.headers.items():
                 headers[name] = MASK if is_secret_header(name) else value
+            if config["signing_secret"] is not None:
+                # Each attempt has a time of its own, which is not shown, and the signature with it.
+                headers |= {"webhook-id": execution.id, "webhook-signature": MASK}
         except (NotFound, UnusableConfig, AttributeError, LookupError, TypeError, ValueError):
             return None
         return {
@@ -10160,6 +10250,7 @@ ol li { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 4px 0; } ol span:f
 form { max-width: 860px; }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 14px; margin-top: 10px; }
 .field { display: grid; gap: 3px; align-content: start; min-width: 0; }
+.dots input { -webkit-text-security: disc; } /* A form with a fourth password field upsets Chromium. */
 label { font-weight: 550; }
 .area, .pairs, #preview { grid-column: 1 / -1; }
 [aria-invalid] { border-color: var(--fail); box-shadow: 0 0 0 1px var(--fail); }
@@ -10695,6 +10786,7 @@ const GROUPS = { // path: kind or choices ("": text), and a hint
     "webhook.method": [["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]],
     "webhook.auth.type": [["", "basic", "bearer", "api_key"]], "webhook.auth.username": [""], "webhook.auth.password": ["secret"],
     "webhook.auth.token": ["secret"], "webhook.auth.api_key": ["secret"], "webhook.auth.header": [""],
+    "webhook.signing_secret": ["dots", "Standard Webhooks: whsec_…, or an old and a new one"],
     "webhook.headers": ["pairs", "One in a line, as X-Name: value"], "webhook.body": ["area"],
   },
   More: { // what is empty has its default

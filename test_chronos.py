@@ -48,6 +48,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import hmac
 import html
 import http.client
 import http.server
@@ -240,6 +241,8 @@ NOBODY = "http://127.0.0.1:1/"  # nobody listens on port 1
 URL = "http://127.0.0.1/hook"
 MASK = "********"
 CANARY = "canary-in-a-coal-mine"
+SIGNING_KEY = "canary/in/a/coal/mine+canary/too"  # base64, as it happens
+SIGNING_SECRET = f"whsec_{SIGNING_KEY}"
 ONCE = {"max_attempts": 1}
 RETRY = {"max_attempts": 3, "initial_interval": "1s", "max_interval": "1m", "multiplier": 2.0}
 RETRY |= {"attempt_timeout": None}
@@ -644,7 +647,16 @@ def make_attempt(url, allowed=10.0, reason="timeout", **webhook):
     """Return an attempt that may take ``allowed`` seconds, of a webhook that nobody validated."""
     ready = chronos.Webhook(WEBHOOK | {"url": url} | webhook)
     execution = chronos.Execution(
-        "exec-1", JOB_ID, 1, "schedule", "running", NOON, ready.target, None, attempts=2
+        "exec-1",
+        JOB_ID,
+        1,
+        "schedule",
+        "running",
+        NOON,
+        ready.target,
+        None,
+        attempts=2,
+        attempt_at=NOON,
     )
     return chronos.Attempt(execution, ready, int(allowed * SECOND), reason)
 
@@ -1889,6 +1901,10 @@ WRONG = {  # field: wrong values of it
                     "http://h/\0", "http://h/\ud800", "http://h/" + LONG],
     "webhook.method": ["", "get", "TRACE", "GET\r\n", 1, ["GET"]],
     "webhook.body": [5, {}, "a\0b", "\x1b", "\ud800", "x" * (2**20 + 1)],
+    "webhook.signing_secret": [
+        5, "", " ", "s3cret", "whsec_", MASK, "whsec_x" + SIGNING_KEY, SIGNING_KEY[:-1] + "-",
+        SIGNING_KEY[:-4], "A" * 88, f"{SIGNING_SECRET}  {SIGNING_KEY}", f" {SIGNING_SECRET}",
+        " ".join([SIGNING_KEY] * 3), f"{SIGNING_KEY} x", SIGNING_SECRET + "\n", [SIGNING_SECRET]],
     "webhook.success_codes": [200, [], [99], [600], ["200"], [True], [200.0], [200] * 101],
     "webhook.verify_tls": [0, "no"],
     "webhook.headers": ["a", [], {f"x{n}": "" for n in range(51)}],
@@ -1967,6 +1983,21 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(fields, path, me
 
     assert (code, list(details)) == ("VALIDATION_ERROR", [path])
     assert f"(did you mean {meant!r}?)" in details[path]
+
+
+def test_a_header_that_a_signing_secret_sets_is_refused_beside_it():
+    names = ["Webhook-Id", "WEBHOOK-TIMESTAMP", "webhook-signature"]
+    hook = {"url": URL, "headers": dict.fromkeys([*names, "webhook"], "x")}
+    for name in names:
+        hook["auth"] = KEY | {"header": name}
+        validate(webhook=hook)
+
+        _code, details = wrong(job_body(URL, webhook=hook | {"signing_secret": SIGNING_SECRET}))
+
+        assert details.keys() == {f"webhook.headers.{each}" for each in names} | {
+            "webhook.auth.header"
+        }
+        assert "webhook.signing_secret" in details["webhook.auth.header"]
 
 
 def test_a_refused_header_is_named_and_credentials_in_a_url_are_pointed_to_auth(service):
@@ -2067,6 +2098,7 @@ def test_values_are_kept_in_their_normal_form_and_a_retry_policy_is_completed():
 SECRETS = {  # by the field that is the secret
     "auth.token": WITH_SECRET["bearer"], "auth.password": WITH_SECRET["basic"],
     "auth.api_key": {"auth": {"type": "api_key", "api_key": CANARY, "header": "X-Key"}},
+    "signing_secret": {"signing_secret": SIGNING_SECRET},
 } | {f"headers.{name}": {"headers": {name: CANARY}}
      for name in ("Authorization", "cookie", "X-PASSWORD", "x-api-key", "the-secret")}  # fmt: skip
 EACH_SECRET = pytest.mark.parametrize(("field", "webhook"), SECRETS.items(), ids=SECRETS)
@@ -2089,6 +2121,14 @@ def repeats_values(handler):
     """Repeat the headers of the request, in the reason phrase and in the body."""
     said = " ".join(handler.headers.values())
     return 500, said, said.encode()
+
+
+def signature_of(headers, body, *secrets):
+    """Return the header webhook-signature that these secrets make of a request."""
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets or [SIGNING_KEY]]
+    digests = [hmac.new(key, signed, "sha256").digest() for key in keys]
+    return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
 
 
 class Listener(Client):
@@ -2163,8 +2203,9 @@ def test_an_execution_shows_the_request_of_its_version_masked(service, target, f
     arrived = dict(target.take()[2])
     shown = request.pop("headers")
     hidden = {name for name in shown if shown[name] == MASK}
+    secrets = ("Authorization", "webhook-signature")
     assert request == {"method": "POST", "url": target.url + "/old", "body": "{}"}
-    assert hidden == {n for n, v in arrived.items() if CANARY in v or n == "Authorization"} != set()
+    assert hidden == {n for n, v in arrived.items() if CANARY in v or n in secrets} != set()
     assert {"X-Plain", "Content-Type", "User-Agent"} <= shown.keys() <= arrived.keys()
     assert differences(shown, arrived).keys() == hidden
 
@@ -2178,10 +2219,13 @@ def test_what_get_gave_can_be_sent_back_and_the_target_gets_secrets(
 
     def sent():
         service.post(trigger_path(job))
-        headers = target.take()[2].items()
-        return {n: v for n, v in headers if not n.startswith(("X-Chronos", "Idempotency"))}
+        _method, _path, headers, body, _at = target.take()
+        own = ("X-Chronos", "Idempotency", "webhook-")  # of each execution
+        kept = {n: v for n, v in headers.items() if not n.startswith(own)}
+        return kept | {"signed": headers["webhook-signature"] == signature_of(headers, body)}
 
     before = sent()
+    assert before["signed"] is (field == "signing_secret")
     shown = service.get(path_of(job))
     assert put(service, job, shown) == shown
     assert put(service, job, job | {"description": "changed"})["version"] == 2
@@ -2189,7 +2233,7 @@ def test_what_get_gave_can_be_sent_back_and_the_target_gets_secrets(
     patch(service, job, {"webhook": {"url": target.url + "/b", "auth": job["webhook"]["auth"]}})
     assert sent() == before
     for path in (path_of(job), path_of(job, "/versions"), path_of(job, "/versions/1")):
-        assert CANARY not in json.dumps(service.get(path))
+        assert not re.search(f"{CANARY}|{SIGNING_KEY[:20]}", json.dumps(service.get(path)))
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:2", "https://127.0.0.1:1", "http://localhost:1"])
@@ -2277,6 +2321,8 @@ def test_an_api_key_in_the_host_header_is_a_virtual_host_like_any(service, targe
     ({"auth": {"type": "api_key", "header": "X-Key", "api_key": "canary"}}, ["canary"]),
     ({"auth": {"type": "basic", "username": "u", "password": "canary"}},
      ["canary", base64.b64encode(b"u:canary").decode()]),
+    ({"signing_secret": f"{SIGNING_SECRET} {SIGNING_KEY[::-1]}"},
+     [SIGNING_SECRET, SIGNING_KEY, SIGNING_KEY[::-1], quote(SIGNING_KEY, safe="")]),
 ])  # fmt: skip
 def test_secrets_are_masked_in_response_and_error(send, hostile, webhook, secrets):
     echo = " ".join(secrets).encode()
@@ -2662,11 +2708,14 @@ def test_a_wrong_declaration_is_refused_with_its_line_and_the_words_of_the_api(
 
 
 def test_a_secret_of_a_declared_job_may_come_from_the_environment(load):
-    body = job_body(NOBODY, webhook={"auth": {"type": "bearer", "token": "${TOKEN}"}})
+    auth = {"type": "bearer", "token": "${TOKEN}"}
+    body = job_body(NOBODY, webhook={"auth": auth, "signing_secret": "whsec_${KEY}"})
 
-    [(config, enabled, _digest)] = load(declared(body), TOKEN="s3cret!").jobs.values()
+    content = declared(body)
+    [(config, enabled, _digest)] = load(content, TOKEN="s3cret!", KEY=SIGNING_KEY).jobs.values()
 
     assert config["webhook"]["auth"]["token"] == "s3cret!"
+    assert config["webhook"]["signing_secret"] == SIGNING_SECRET
     assert enabled
 
 
@@ -4484,6 +4533,61 @@ def test_auth_sets_its_header_last(send, target, auth, name, value):
     send(target.url, auth=auth, headers={name.lower(): "the job's own"})
 
     assert target.take()[2].get_all(name) == [value]
+
+
+def test_a_signature_is_that_of_the_published_example():
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # of the tests of Standard Webhooks
+    ready = make_attempt(URL, body='{"test": 2432232314}', signing_secret=secret)
+    execution = ready.execution._replace(
+        id="msg_p5jXN8AQM9LWM0D4loKWxJek", attempt_at=1614265330 * SECOND + 999_999
+    )
+
+    headers = dict(headers_of(ready.webhook.to_bytes(execution)))
+
+    assert headers["webhook-id"] == "msg_p5jXN8AQM9LWM0D4loKWxJek"
+    assert headers["webhook-timestamp"] == "1614265330"
+    assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize("body", ['{"a": "Zo\u00eb \u2603"}', "text\r\n", None])
+def test_a_receiver_verifies_the_signatures_of_each_secret(service, target, body):
+    why = "no receiver to compare with: pip install standardwebhooks"
+    receiver = pytest.importorskip("standardwebhooks", reason=why)
+    secrets = [f"whsec_{base64.b64encode(os.urandom(size)).decode()}" for size in (24, 64, 32)]
+    webhook = {"body": body, "signing_secret": f"{secrets[0]} {secrets[1].removeprefix('whsec_')}"}
+
+    execution = service.post(trigger_path(service.create(target.url, webhook=webhook)))
+
+    _method, _path, headers, arrived, _at = target.take()
+    assert headers["webhook-id"] == headers["X-Chronos-Execution-ID"] == execution["id"]
+    for secret in secrets[:2]:
+        receiver.Webhook(secret).verify(arrived, dict(headers), json_parse=False)
+    for secret, data in ((secrets[2], arrived), (secrets[0], arrived + b"x")):
+        with pytest.raises(receiver.WebhookVerificationError):
+            receiver.Webhook(secret).verify(data, dict(headers), json_parse=False)
+
+
+def test_each_attempt_is_signed_with_its_own_time(world, target):
+    target.script = ["/status/503"]
+    retry = {"initial_interval": "1h", "max_interval": "1h"}
+    webhook = {"signing_secret": SIGNING_SECRET, "body": "{}"}
+    job = world.create(target.url, webhook=webhook, retry_policy=retry, timeout="24h")
+    execution_id = run_once(world, job)
+    world.advance(3600)
+
+    attempts = [target.take() for _ in range(2)]
+
+    for number, (_method, _path, headers, body, _at) in enumerate(attempts):
+        assert headers["webhook-id"] == execution_id
+        assert headers["webhook-timestamp"] == str(NOON // SECOND + 3600 * number)
+        assert headers["webhook-signature"] == signature_of(headers, body)
+
+
+def test_what_has_no_signing_secret_is_not_signed(send, target):
+    send(target.url, headers={"webhook-id": "own"})
+
+    headers = target.take()[2]
+    assert [headers[f"webhook-{name}"] for name in ("id", "signature")] == ["own", None]
 
 
 def test_an_ipv6_target_is_named_in_brackets(send, hostile):
@@ -7827,6 +7931,22 @@ def test_nobody_sees_the_key_in_the_url_of_the_alerts(make_service, clock, targe
     assert shown[0]["webhook"]["url"] == shown[3]["request"]["url"] == f"{bell.url}/********"
     assert "no hook ********" in alert["response"] and "No ********" in alert["error"]
     assert CANARY not in json.dumps(shown) + caplog.text
+
+
+def test_an_alert_can_be_signed_and_nobody_sees_the_secret(make_service, clock, target, bell):
+    hook = {"url": bell.url, "signing_secret": SIGNING_SECRET}
+    webhook = chronos.build_settings({"alerts.webhook": hook}).alerts.webhook
+    service = make_service(clock, alerts__webhook=webhook)
+    service.post(trigger_path(service.create(target.url + "/status/404")))
+    clock.advance(10)
+
+    _method, _path, headers, body, _at = bell.take()
+    assert headers["webhook-signature"] == signature_of(headers, body)
+    [alert] = wait_until(lambda: ended_of(service, ALERTS))
+    shown = [service.get(f"/jobs/{ALERTS}{path}") for path in ("", "/versions")]
+    shown.append(service.get(f"/jobs/{ALERTS}/executions/{alert['id']}"))
+    assert shown[2]["request"]["headers"]["webhook-signature"] == MASK
+    assert SIGNING_KEY not in json.dumps(shown)
 
 
 def ended_of(service, job_id):
@@ -11398,7 +11518,8 @@ def test_a_change_of_the_name_leaves_all_else_as_it_was(page, service, target):
         concurrency="allow", missed_run_policy="execute_one", timezone="Europe/Madrid",
         retry_policy={"max_attempts": 2, "initial_interval": "2s", "max_interval": "3s"},
         webhook={"auth": {"type": "bearer", "token": CANARY}, "headers": {"X-A": "1", "X-B": "2"},
-                 "body": '{"a": 1}', "success_codes": [200, 201], "verify_tls": False},
+                 "body": '{"a": 1}', "success_codes": [200, 201], "verify_tls": False,
+                 "signing_secret": SIGNING_SECRET},
     )  # fmt: skip
     page.open(service, f"#/job/{job['id']}", "Settings")
     page.click("Edit old")
@@ -11410,7 +11531,34 @@ def test_a_change_of_the_name_leaves_all_else_as_it_was(page, service, target):
     different = {name for name in job if job[name] != changed[name]}
     assert different == {"name", "version", "updated_at"}
     run_to_end(service, job)
-    assert target.take()[2]["Authorization"] == f"Bearer {CANARY}"
+    _method, _path, headers, body, _at = target.take()
+    assert headers["Authorization"] == f"Bearer {CANARY}"
+    assert headers["webhook-signature"] == signature_of(headers, body)
+
+
+def test_a_signing_secret_is_given_in_the_editor_taken_away_and_not_shown(page, service, target):
+    page.allowed = "status of 400"
+    job = service.create(target.url, name="report")
+    page.open(service, f"#/job/{job['id']}/edit", "Schedule")
+    page.fill("webhook.signing_secret", "s3cret")
+    page.click("Save")
+    page.see("must be 24 to 64 random bytes as base64", "form")
+    page.fill("webhook.signing_secret", SIGNING_SECRET)
+    page.click("Save")
+    page.see("Version 2")
+    run_to_end(service, job)
+    _method, _path, headers, body, _at = target.take()
+    assert headers["webhook-signature"] == signature_of(headers, body)
+
+    page.click("Edit")
+    field = page.find("webhook.signing_secret")
+    assert field.get_attribute("value") == MASK
+    assert field.value_of_css_property("-webkit-text-security") == "disc"
+    page.fill("webhook.signing_secret", "")
+    page.click("Save")
+    page.see("Version 3")
+
+    assert service.get(path_of(job))["webhook"]["signing_secret"] is None
 
 
 def test_a_job_is_paused_and_resumed(page, service):

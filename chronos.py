@@ -179,6 +179,7 @@ SWITCH_INTERVAL_S = 0.0005  # A thread has to let another one run after this; Py
 SIGN_OF_LIFE_S = 10  # systemd is told this often that the service lives.
 SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so long hangs.
 IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
+KEEP_ALIVE_RACE = SECOND // 10  # A server that had closed it shows that within so long (100 ms).
 READ_LIMIT = 5 * SECOND  # What is read for an API call takes no longer, or each piece of it.
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
 LOG_PATIENCE_S = 2.0  # The exit waits this long for somebody to read the end of the log.
@@ -5812,8 +5813,8 @@ class Connection:
         self.reusable = False
         self.heard = False
         self._line_bytes_left = MAX_HEAD_BYTES
+        was_sent = self._send(request)
         try:
-            was_sent = self._send(request)
             self._wait_for(1)
             self.heard = True
             head = self._read_final_head()
@@ -5822,11 +5823,18 @@ class Connection:
             problem = f"sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         except (OSError, EOFError) as error:
-            when = "amid its" if self.heard else "without an"
-            problem = f"closed the connection {when} answer"
+            problem = self._how_it_broke(was_sent)
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         self.reusable = was_sent and len(body) <= limit and self._may_stay_open(head)
         return Answer(head, body)
+
+    def _how_it_broke(self, was_sent: bool) -> str:
+        """Return what is known about an answer that did not come as a whole, for people."""
+        if self.heard:
+            return "closed the connection amid its answer"
+        if was_sent:
+            return "closed the connection without an answer; it may have worked on the request"
+        return "closed the connection without an answer"
 
     def _send(self, request: bytes) -> bool:
         """Say whether the whole request was taken."""
@@ -6336,12 +6344,16 @@ class Dispatcher:
         request = attempt.webhook.to_bytes(attempt.execution)
         idle = self._idle.take(attempt.webhook.connection_key)
         if idle is not None:
+            sent_at_mono = self._clock.monotonic()
             try:
                 return self._exchange_on(idle, request, attempt)
             except requests.ConnectionError:
-                if idle.heard:
+                took = self._clock.monotonic() - sent_at_mono
+                if idle.heard or took > KEEP_ALIVE_RACE:
+                    # It was alive and may have worked on the request: this attempt has failed.
                     raise
-                # It has died while it was idle, so that a new one is tried.
+                # It was closed while it was idle, as the request was on its way: a new one is
+                # tried.
         connection = self._connector.connect(attempt)
         return self._exchange_on(connection, request, attempt)
 

@@ -4776,9 +4776,12 @@ def test_a_connection_that_is_used_up_or_of_unclear_state_is_not_reused(send, ho
 @SCHEMES
 @pytest.mark.parametrize("end", ["closed while idle", "closed", "reset"])
 def test_a_reused_connection_that_is_dead_is_replaced_in_the_same_attempt(
-    send, hostile, scheme, end
+    world, hostile, scheme, end
 ):
     closed = threading.Event()
+    send = lambda **webhook: world.dispatcher.send(
+        make_attempt(server.url, verify_tls=False, **webhook)
+    )
 
     def behave(server, connection):
         server.requests.put(read_request(connection))
@@ -4792,10 +4795,46 @@ def test_a_reused_connection_that_is_dead_is_replaced_in_the_same_attempt(
 
     server = hostile(behave, scheme)
 
-    assert send(server.url, verify_tls=False).success
+    assert send().success
     assert end != "closed while idle" or closed.wait(10)
-    assert send(server.url, verify_tls=False, method="POST", body="x").success
+    assert send(method="POST", body="x").success
     assert server.accepted == 2
+
+
+@SCHEMES
+@pytest.mark.parametrize(("seconds", "beginning", "most", "numbers", "reason"), [
+    (0.09, b"", 1, [1, 1], None),  # it had closed the connection as the request came
+    (0.11, b"", 1, [1], "no_answer"), (2, b"", 1, [1], "no_answer"), (2, b"", 3, [1, 2], None),
+    (0, b"H", 1, [1], "no_answer"), (0, b"H", 3, [1, 2], None),
+])  # fmt: skip
+def test_a_request_that_may_have_been_worked_on_is_sent_again_as_an_attempt_of_its_own(
+    world, hostile, scheme, seconds, beginning, most, numbers, reason
+):
+    def behave(server, connection):
+        while request := read_request(connection):
+            server.requests.put(int(dict(headers_of(request))["X-Chronos-Attempt"]))
+            if server.requests.qsize() == 2:
+                world.clock.advance(seconds)
+                connection.sendall(beginning)
+                return
+            connection.sendall(OK)
+
+    server = hostile(behave, scheme)
+    webhook = {"method": "POST", "body": "x", "verify_tls": False}
+    job = world.create(server.url, webhook=webhook, retry_policy={"max_attempts": most})
+
+    for _ in range(2):
+        run_once(world, job)
+    world.advance(1)
+
+    run = world.executions(job)[-1]
+    assert list(server.requests.queue) == [1, *numbers]
+    assert (run.reason, run.attempts) == (reason, numbers[-1])
+    attempts = json.loads(run.attempt_log)
+    assert [attempt["number"] for attempt in attempts] == list(range(1, numbers[-1] + 1))
+    if seconds and attempts[0]["error"]:
+        closed = "closed the connection without an answer; it may have worked on the request"
+        assert attempts[0]["error"] == f"{server.url} {closed}"
 
 
 def test_an_interim_answer_is_passed_over_and_its_final_one_never_answers_another_request(
@@ -4822,8 +4861,9 @@ def test_what_tls_has_read_ahead_does_not_answer_the_next_request(send, hostile)
         assert send(server.url, method="HEAD", verify_tls=False).error is None
 
 
-def test_an_attempt_is_delivered_at_most_twice_however_many_idle_connections_die(send, hostile):
+def test_an_attempt_is_delivered_at_most_twice_however_many_idle_connections_die(world, hostile):
     together = threading.Barrier(4)
+    send = lambda url, **webhook: world.dispatcher.send(make_attempt(url, **webhook))
 
     def behave(server, connection):
         if server.accepted <= 4 and read_request(connection):
@@ -5099,7 +5139,7 @@ def test_a_server_that_hangs_up_while_it_is_sent_to_is_told(send, hostile, schem
     outcome = send(server.url, method="POST", body=MEGABYTE * 8, verify_tls=False)
 
     assert outcome.duration < SECOND and outcome.reason == "no_answer"
-    assert outcome.error.endswith("closed the connection without an answer")
+    assert "closed the connection without an answer" in outcome.error
 
 
 # --- limits of time -------------------------------------------------------------------
@@ -5626,11 +5666,12 @@ def answers_at_once(_server, connection):
     connection.sendall(OK)
 
 
+WORKED = "without an answer; it may have worked on the request"
 CLOSED, NOT_HTTP = "{url} closed the connection ", "{url} sent what is not a proper HTTP answer: "
 NO_CONNECTION = "no connection to {url} at 127.0.0.1: "
 SENTENCES = [  # server, scheme, reason, what is said
-    (answers(b"", close=True), "http", "no_answer", CLOSED + "without an answer"),
-    (resets, "http", "no_answer", CLOSED + "without an answer"),
+    (answers(b"", close=True), "http", "no_answer", CLOSED + WORKED),
+    (resets, "http", "no_answer", CLOSED + WORKED),
     (answers(HEAD, close=True), "http", "no_answer", CLOSED + "amid its answer"),
     (answers(HEAD + b"X: ", close=True), "http", "no_answer", CLOSED + "amid its answer"),
     (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),

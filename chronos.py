@@ -193,9 +193,7 @@ PAGE_BYTES = 1 << 18  # Rows of a list that are in memory at once, but for one t
 PAGE_ROWS = 100  # And no more than so many of them.
 VERSION_CACHE_BYTES = 1 << 25  # Versions of jobs that are kept ready to run, together.
 VERSION_BYTES = 1 << 13  # What each of them takes at least.
-MAX_HEADERS = 100  # How many header lines an answer may have.
-MAX_LINE_BYTES = 1 << 16  # One line of an answer.
-MAX_HEAD_BYTES = 1 << 18  # All lines of an answer that are not its body.
+MAX_HEAD_BYTES = 1 << 18  # One line of an answer, and all that are not its body together.
 MAX_LOG_WAITING = 1 << 20  # Characters of the log that may wait for somebody to read them.
 LOG_CHUNK = 1 << 16  # Characters of the log that are written at once.
 QUICK_CHECK_BYTES = 100_000_000  # A larger database is checked only after an unclean stop.
@@ -5741,16 +5739,19 @@ def check_address(host: str, blocked: Sequence[str], allowed: Sequence[str]) -> 
 
 # --- HTTP/1.1 on a connection ---
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
-_CONTENT_LENGTH = re.compile("[0-9]{1,18}")
-_CHUNK_SIZE = re.compile("[0-9A-Fa-f]{1,16}")
+_STATUS_LINE = re.compile(r"(?i)HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: (.*))?")
+_FOLD = re.compile("\n[ \t]+")
+# It may be there several times, or list the same number again (RFC 9110, 8.6).
+_CONTENT_LENGTH = re.compile(r"0{0,99}([0-9]{1,18})(?:, *0{0,99}\1)*")
+_CHUNK_SIZE = re.compile("0{0,99}[0-9A-Fa-f]{1,16}")
+PACKINGS = frozenset({"gzip", "x-gzip", "deflate"})  # Content and transfer codings that we unpack.
 _PLAIN_CHUNK_HEAD = re.compile(b"([0-9A-Fa-f]{1,8})\r\n")
 
 
 class Head(NamedTuple):
     """What precedes the body of an answer."""
 
-    minor: str  # Of the version, HTTP/1.x: a digit.
+    version: str  # That of HTTP, such as 1.1
     code: int
     phrase: str
     headers: dict[str, str]  # The names in lower case.
@@ -5764,7 +5765,11 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """A connection to a target, and HTTP/1.1 on it (RFC 9112): strict and bounded.
+    """A connection to a target, and HTTP/1.1 on it (RFC 9112): liberal and bounded.
+
+    What curl, and Go or Node, take for an answer is one: to refuse it would be to send again what
+    the target has done. But where an answer ends must be clear, and a connection whose answer was
+    odd in that carries no other request.
 
     One worker uses it at a time, and only cut() may be called by other threads meanwhile.
     Reading raises OSError, EOFError, or ValueError: what came is no HTTP.
@@ -5847,9 +5852,11 @@ class Connection:
 
     def _may_stay_open(self, head: Head) -> bool:
         """Say whether another request may follow on the connection (RFC 9112, 9.3)."""
-        if head.minor == "0" or "close" in head.headers.get("connection", "").lower():
+        headers = head.headers
+        if head.version != "1.1" or "close" in headers.get("connection", "").lower():
             return False
-        if "transfer-encoding" in head.headers and "content-length" in head.headers:
+        coding = headers.get("transfer-encoding")
+        if coding is not None and (coding.lower() != "chunked" or "content-length" in headers):
             return False  # It may be an attempt at smuggling (RFC 9112, 6.1).
         return not self._peer_has_closed and not self._received
 
@@ -5866,36 +5873,47 @@ class Connection:
         if not status:
             raise ValueError("a wrong status line")
         headers: dict[str, str] = {}
-        lines = 0
-        while (line := self._read_line()) != "":
-            lines += 1
-            name, colon, value = line.partition(":")
-            # A line that begins with a blank goes on with the one above: obsolete, and refused.
-            if not colon or line[0] in " \t" or lines > MAX_HEADERS:
-                raise ValueError("a wrong header or too many")
+        several: dict[str, list[str]] = {}  # Values of the headers that are there several times.
+        for line in self._read_header_lines():
+            name, _colon, value = line.partition(":")
             name = name.strip().lower()
             value = value.strip()
-            known = headers.setdefault(name, value)
-            if known != value:
-                headers[name] = f"{known}, {value}"
-        minor, code, phrase = status.groups(default="")
-        return Head(minor, int(code), phrase, headers)
+            if headers.setdefault(name, value) != value:
+                several.setdefault(name, [headers[name]]).append(value)
+        for name, values in several.items():
+            headers[name] = ", ".join(dict.fromkeys(values))
+        version, code, phrase = status.groups(default="")
+        return Head(version, int(code), phrase, headers)
+
+    def _read_header_lines(self) -> list[str]:
+        """Return the lines of a head, each that was folded as a single one (RFC 9112, 5.2)."""
+        lines: list[str] = []
+        is_folded = False
+        while (line := self._read_line()) != "":
+            if line[0] in " \t" and lines:
+                is_folded = True  # It goes on with the line above.
+            elif ":" not in line or line[0] in " \t":
+                raise ValueError("a wrong header")
+            lines.append(line)
+        if not is_folded:
+            return lines
+        return _FOLD.sub(" ", "\n".join(lines)).split("\n")
 
     def _read_body(self, head: Head, method: str, limit: int) -> bytes:
         """Return the body, at most one byte more than ``limit`` (RFC 9112, 6.3)."""
         if method == "HEAD" or head.code in (204, 304):
             return b""
-        coding = head.headers.get("transfer-encoding")
-        if coding:
-            if coding.lower() != "chunked":
-                raise ValueError("a Transfer-Encoding other than chunked")
-            return self._read_chunks(limit)
+        codings = codings_of(head.headers.get("transfer-encoding"))
+        if codings:
+            return self._read_chunks(limit) if is_chunked(codings) else self._read_to_the_end(limit)
         length = head.headers.get("content-length")
         if length is None:
             return self._read_to_the_end(limit)
-        if not _CONTENT_LENGTH.fullmatch(length):
+        number = _CONTENT_LENGTH.fullmatch(length)
+        if not number:
+            # Or different ones: whichever is taken, somebody may have meant another.
             raise ValueError("a wrong Content-Length")
-        return self._read(min(int(length), limit + 1))
+        return self._read(min(int(number[1]), limit + 1))
 
     def _read_to_the_end(self, limit: int) -> bytes:
         """Return a body that ends where the target closes the connection."""
@@ -5947,22 +5965,26 @@ class Connection:
         return int(digits, 16)
 
     def _skip_trailers(self) -> None:
-        while self._read_line() != "":
-            pass
+        try:
+            while self._read_line() != "":
+                pass
+        except (OSError, EOFError):
+            # The answer is whole all the same: nothing that counts comes after the last chunk.
+            self._peer_has_closed = True
 
     def _read_line(self) -> str:
         """Return a line without its end, which may be a bare line feed (RFC 9112, 2.2)."""
         searched = 0
         while (end := self._received.find(b"\n", searched)) < 0:
             searched = len(self._received)
-            if searched > MAX_LINE_BYTES:
+            if searched > MAX_HEAD_BYTES:
                 raise ValueError("a line too long")
             self._wait_for(searched + 1)
         self._line_bytes_left -= end + 1
         if self._line_bytes_left < 0:
             raise ValueError("too much around its body")
         line = self._read(end + 1)[:-1]
-        return line.decode("latin-1").removesuffix("\r")
+        return line.decode("latin-1").rstrip("\r")
 
     def _read(self, size: int) -> bytes:
         self._wait_for(size)
@@ -5978,6 +6000,31 @@ class Connection:
                 self._peer_has_closed = True
                 raise EOFError
             self._received += data
+
+
+def codings_of(header: str | None) -> list[str]:
+    """Return the names in a Transfer-Encoding or Content-Encoding, in lower case.
+
+    None: there is no such header. ``identity`` says that nothing was done, so it is left out.
+    """
+    if header is None:
+        return []
+    names = [name.strip().lower() for name in header.split(",")]
+    return [name for name in names if name not in ("", "identity")]
+
+
+def is_chunked(codings: list[str]) -> bool:
+    """Say whether a body with these transfer codings comes in chunks, or else ends with the stream.
+
+    It does if ``chunked`` is the last one (RFC 9112, 6.3); some servers say it twice. Raises
+    ValueError if it is elsewhere or a coding is unknown: then clients disagree about the end.
+    """
+    inner = list(codings)
+    while inner and inner[-1] == "chunked":
+        inner.pop()
+    if not PACKINGS.issuperset(inner):
+        raise ValueError("an unknown Transfer-Encoding")
+    return len(inner) < len(codings)
 
 
 class IdleConnections:

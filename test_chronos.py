@@ -4933,16 +4933,7 @@ def test_what_comes_unasked_while_a_connection_is_idle_answers_nothing(
 
 
 @pytest.mark.parametrize("answer, text", [
-    (b"HTTP/1.0 200 OK\r\n\r\nto the end", "to the end"),
-    (b"HTTP/1.1 200 OK\n\nbare line feeds", "bare line feeds"),
-    (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", "x"),
-    (CHUNKED + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nX-Trailer: y\r\n\r\n", "abcde"),
-    (CHUNKED + b"2 \r\nOK\r\n000\r\n\r\n", "OK"),
-    (HEAD + b"X: a\r\nX: b\r\nContent-Length : 2\r\n\r\nOK!", "OK"),
-    (b"HTTP/1.1 204 No Content\r\n\r\n", ""),
     (HEAD + b"Content-Length: 0\r\n\r\n", ""),
-    (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, "OK"),
-    (HEAD + b"Content-Length: 2\r\n\r\nOK and more than was said", "OK"),
     (typed(b"text/plain", "Zoë ☃".encode()), "Zoë ☃"),
     (typed(b"text/plain; charset=latin-1", b"Zo\xeb"), "Zoë"),
     (typed(b'text/plain; charset="UTF-16LE"', "☃".encode("utf-16-le")), "☃"),
@@ -4956,6 +4947,148 @@ def test_an_answer_is_kept_as_text(send, hostile, answer, text):
     outcome = send(hostile(answers(answer, close=True)).url)
 
     assert (outcome.success, outcome.response) == (True, text), outcome.error
+
+
+def two(*lines):
+    """Return an answer with these header lines and a body of two bytes."""
+    return HEAD + b"".join(line + b"\r\n" for line in lines) + b"\r\nOK"
+
+
+def coded(name, body=b"2\r\nOK\r\n0\r\n\r\n"):
+    """Return an answer with a Transfer-Encoding."""
+    return HEAD + b"Transfer-Encoding: " + name + b"\r\n\r\n" + body
+
+
+LENGTH = b"Content-Length: 2"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HINTS = b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+# An answer, who of others takes it (curl 7.88, Python's requests, Go, Node's http and its fetch:
+# tried once by hand), and what Chronos says: status and response, or why it is none. After those
+# in CLOSED_AFTER the server closes the connection, and after all that are none; else it waits.
+# What curl takes, and Go or Node, must be an answer: it would be sent again. Of the others those
+# are none whose end is not clear; there two clients would find different answers.
+ODD_ANSWERS = {
+    # the status line
+    "lower-case phrase": (b"HTTP/1.1 200 ok\r\n" + OK[17:], "cpgnf", "200 OK"),
+    "lower-case version": (b"http/1.1 200 OK\r\n" + OK[17:], "c", "200 OK"),
+    "no phrase": (b"HTTP/1.1 200 \r\n" + OK[17:], "cpgnf", "200 OK"),
+    "neither phrase nor blank": (b"HTTP/1.1 200\r\n" + OK[17:], "cpgnf", "200 OK"),
+    "blanks before the code": (b"HTTP/1.1  200 OK\r\n" + OK[17:], "cpg", "200 OK"),
+    "8-bit phrase": (b"HTTP/1.1 200 M\xf6glich\r\n" + OK[17:], "cpgnf", "200 OK"),
+    "NUL in the phrase": (b"HTTP/1.1 200 O\0K\r\n" + OK[17:], "pgnf", "200 OK"),
+    "code 600": (b"HTTP/1.1 600 Odd\r\n" + OK[17:], "cpgnf", "600 OK"),
+    "code 99": (b"HTTP/1.1 99 Odd\r\n" + OK[17:], "", "a wrong status line"),
+    "code 099": (b"HTTP/1.1 099 Odd\r\n" + OK[17:], "gn", "a wrong status line"),
+    "code 2000": (b"HTTP/1.1 2000 Odd\r\n" + OK[17:], "", "a wrong status line"),
+    "tabs": (b"HTTP/1.1\t200\tOK\r\n" + OK[17:], "p", "a wrong status line"),
+    "HTTP/2.0": (b"HTTP/2.0 200 OK\r\n" + OK[17:], "cgnf", "200 OK"),
+    "HTTP/1.2": (b"HTTP/1.2 200 OK\r\n" + OK[17:], "pg", "200 OK"),
+    "HTTP/2": (b"HTTP/2 200 OK\r\n" + OK[17:], "c", "a wrong status line"),
+    "HTTP/1.10": (b"HTTP/1.10 200 OK\r\n" + OK[17:], "p", "a wrong status line"),
+    "ICY": (b"ICY 200 OK\r\n" + OK[17:], "", "a wrong status line"),
+    "HTTP/0.9": (b"OK\n", "", "a wrong status line"),
+    "CRLF before it": (b"\r\n" + OK, "nf", "a wrong status line"),
+    # headers
+    "bare LF": (b"HTTP/1.1 200 OK\nContent-Length: 2\n\nOK", "cpg", "200 OK"),
+    "CR CR LF": (b"HTTP/1.1 200 OK\r\r\nContent-Length: 2\r\r\n\r\r\nOK", "c", "200 OK"),
+    "lower-case names": (two(LENGTH.lower()), "cpgnf", "200 OK"),
+    "no blank after the colon": (two(b"Content-Length:2"), "cpgnf", "200 OK"),
+    "blank before the colon": (two(b"X : y", LENGTH), "cgf", "200 OK"),
+    "blank before a length's": (two(b"Content-Length : 2"), "", "200 OK"),
+    "blank in a name": (two(b"X Y: z", LENGTH), "cgf", "200 OK"),
+    "odd name": (two(b"X(1)@\xc3: y", b": z", LENGTH), "c", "200 OK"),
+    "8-bit value": (two(b"X: Zo\xc3\xab \xeb", LENGTH), "cpgnf", "200 OK"),
+    "NUL in a value": (two(b"X: a\0b", LENGTH), "p", "200 OK"),
+    "bare CR in a value": (two(b"X: a\rb", LENGTH), "c", "200 OK"),
+    "folded": (two(b"X: a", b" b", b"\tc", LENGTH), "cpgf", "200 OK"),
+    "folded length": (two(b"Content-Length:", b" 2"), "pgf", "200 OK"),
+    "length in two folds": (two(b"Content-Length: 2", b" 0"), "cp", "a wrong Content-Length"),
+    "blank before the first": (two(b" X: y", LENGTH), "p", "a wrong header"),
+    "no colon": (two(b"no colon", LENGTH), "p", "a wrong header"),
+    "1,500 headers": (two(*(b"X-%d: y" % n for n in range(1500)), LENGTH), "cgnf", "200 OK"),
+    "90,000 bytes": (two(b"X: " + b"y" * 90_000, LENGTH), "cg", "200 OK"),
+    "250 KB": (two(*[b"X: " + b"y" * 50_000] * 5, LENGTH), "cpg", "200 OK"),
+    "half a head": (HEAD + b"Content-Length: 0\r\n", "cp", "amid its answer"),
+    # where it ends
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\n\r\nOK", "cpgnf", "200 OK"),
+    "no length": (HEAD + b"\r\nOK", "cpgnf", "200 OK"),
+    "two equal lengths": (two(LENGTH, LENGTH), "cpg", "200 OK"),
+    "list of equal lengths": (two(b"Content-Length: 2, 02,2"), "c", "200 OK"),
+    "two lengths": (two(LENGTH, b"Content-Length: 9"), "", "a wrong Content-Length"),
+    "list of lengths": (two(b"Content-Length: 2, 3"), "c", "a wrong Content-Length"),
+    "empty length": (two(b"Content-Length:"), "p", "a wrong Content-Length"),
+    "length +2": (two(b"Content-Length: +2"), "cp", "a wrong Content-Length"),
+    "length -2": (two(b"Content-Length: -2"), "p", "a wrong Content-Length"),
+    "length 0x2": (two(b"Content-Length: 0x2"), "cp", "a wrong Content-Length"),
+    "length 2.0": (two(b"Content-Length: 2.0"), "cp", "a wrong Content-Length"),
+    "leading zeros": (two(b"Content-Length: " + b"0" * 30 + b"2"), "cpgnf", "200 OK"),
+    "blanks around a length": (two(b"Content-Length: \t 2 \t"), "cpg", "200 OK"),
+    "body too short": (two(b"Content-Length: 9"), "", "amid its answer"),
+    "data after it": (OK + b"and more", "cpgf", "200 OK"),
+    "204 with a body": (b"HTTP/1.1 204 Fine\r\n" + OK[17:], "cpgf", "204 "),
+    "205 with a body": (b"HTTP/1.1 205 Fine\r\n" + OK[17:], "cpgnf", "205 OK"),
+    "100 before it": (CONTINUE * 20 + OK, "cpgn", "200 OK"),
+    "102, 103 before it": (HINTS + OK, "cpgnf", "200 OK"),
+    # chunks
+    "extensions": (coded(b"chunked", b'2;a="x;y"\r\nOK\r\n0;end\r\n\r\n'), "cpgnf", "200 OK"),
+    "long extension": (CHUNKED + b"2;%020000d\r\nOK\r\n0\r\n\r\n" % 0, "cpf", "200 OK"),
+    "trailers": (CHUNKED + b"2\r\nOK\r\n0\r\nX: y\r\n\r\n", "cpgnf", "200 OK"),
+    "odd trailer": (CHUNKED + b"2\r\nOK\r\n0\r\nno colon\r\n\r\n", "p", "200 OK"),
+    "zeros before a size": (CHUNKED + b"0002\r\nOK\r\n00000\r\n\r\n", "cpgnf", "200 OK"),
+    "20 of them": (CHUNKED + b"%020d\r\nOK\r\n0\r\n\r\n" % 2, "pnf", "200 OK"),
+    "blanks after a size": (CHUNKED + b"2 \r\nOK\r\n0 \t\r\n\r\n", "cpg", "200 OK"),
+    "chunks with bare LF": (CHUNKED + b"2\nOK\n0\n\n", "c", "200 OK"),
+    "no last CRLF": (CHUNKED + b"2\r\nOK\r\n0\r\n", "p", "200 OK"),
+    "half a last CRLF": (CHUNKED + b"2\r\nOK\r\n0\r\n\r", "cp", "200 OK"),
+    "half the trailers": (CHUNKED + b"2\r\nOK\r\n0\r\nX: y\r\nY", "p", "200 OK"),
+    "half a last chunk": (CHUNKED + b"2\r\nOK\r\n0", "p", "amid its answer"),
+    "no last chunk": (CHUNKED + b"2\r\nOK\r\n", "", "amid its answer"),
+    "size 0x2": (CHUNKED + b"0x2\r\nOK\r\n0\r\n\r\n", "p", "a wrong size of a chunk"),
+    "size +2": (CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n", "p", "a wrong size of a chunk"),
+    "no size": (CHUNKED + b"\r\nOK\r\n0\r\n\r\n", "", "a wrong size of a chunk"),
+    "wrong size": (CHUNKED + b"2\r\nOK!\r\n0\r\n\r\n", "", "a chunk longer than its size"),
+    # Transfer-Encoding
+    "capitals": (coded(b"Chunked"), "cpgnf", "200 OK"),
+    "twice": (coded(b"chunked\r\nTransfer-Encoding: chunked"), "cpnf", "200 OK"),
+    "twice in a list": (coded(b"chunked, chunked"), "cpnf", "200 OK"),
+    "identity": (coded(b"identity", b"OK"), "cpnf", "200 OK"),
+    "identity with a length": (two(LENGTH, b"Transfer-Encoding: identity"), "p", "200 OK"),
+    "identity, chunked": (coded(b"identity, chunked"), "cpnf", "200 OK"),
+    "chunked, identity": (coded(b"chunked, identity"), "cp", "200 OK"),
+    "chunked, with a length": (coded(b"chunked\r\nContent-Length: 9"), "cpg", "200 OK"),
+    "chunked in HTTP/1.0": (coded(b"chunked").replace(b"1.1", b"1.0"), "cpnf", "200 OK"),
+    "unknown": (coded(b"xchunked", b"OK"), "pnf", "an unknown Transfer-Encoding"),
+    "not the last": (coded(b"chunked, gzip"), "pnf", "an unknown Transfer-Encoding"),
+}
+CLOSED_AFTER = {"HTTP/1.0", "no length", "identity", "no last CRLF", "half a last CRLF"}
+CLOSED_AFTER |= {"half the trailers"}
+
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+def test_an_odd_answer_is_taken_where_others_take_it_and_its_end_is_clear(send, hostile, name):
+    answer, takers, expected = ODD_ANSWERS[name]
+    is_answer = expected[:3].isdigit()
+
+    outcome = send(hostile(answers(answer, not is_answer or name in CLOSED_AFTER)).url)
+
+    assert is_answer or "c" not in takers or not set(takers) & set("gnf")
+    if is_answer:
+        assert f"{outcome.status_code} {outcome.response}" == expected, outcome.error
+    else:
+        assert (outcome.status_code, outcome.reason) == (None, "no_answer")
+        assert outcome.error.endswith(expected)
+
+
+@SCHEMES
+@pytest.mark.parametrize("answer", [OK, coded(b"chunked"), CHUNKED + b"2\r\nOK\r\n0\r\n"])
+def test_an_answer_that_was_whole_before_a_reset_is_one(send, hostile, scheme, answer):
+    def behave(server, connection):
+        read_request(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else it may not leave
+        connection.sendall(answer)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    assert send(hostile(behave, scheme).url, verify_tls=False).response == "OK"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
@@ -5052,16 +5185,12 @@ def test_no_charset_makes_an_attempt_outlast_its_limit(make_dispatcher, hostile)
     b"HTTP/1.1 20", b"HTTP/1.1 200 OK", HEAD + b"Content-Le",
     HEAD + b"Content-Length: 2\r\n", HEAD + b"Content-Length: 2\r\n\r\n",
     HEAD + b"Content-Length: 2\r\n\r\nO", CHUNKED, CHUNKED + b"2\r\nO",
-    CHUNKED + b"2\r\nOK\r\n", CHUNKED + b"no number\r\n", CHUNKED + b"\r\n",
-    CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n", CHUNKED + b"2\r\nOK!\r\n0\r\n\r\n",
-    CHUNKED + b"0\r\nX-Trailer: x\r\n", HEAD + b"Content-Length: -2\r\n\r\nOK",
+    CHUNKED + b"2\r\nOK\r\n", CHUNKED + b"2\r\nOK\r\n0", CHUNKED + b"no number\r\n",
     HEAD + b"Content-Length: \xb2\r\n\r\nOK",
     HEAD + b"Content-Length: " + b"9" * 9999 + b"\r\n\r\nOK",
-    HEAD + b"no colon\r\n\r\n",
-    HEAD + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n",
-    b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n",
-    HEAD + b"X-Many: x\r\n" * 1000,
-    HEAD + b"X-Long: " + b"x" * 100_000, b"HTTP/1.1 0 Odd\r\n\r\n", b"\0\xff\n\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n", HEAD + b"X-Many: x\r\n" * 1000,
+    HEAD + b"X-Long: " + b"x" * 100_000, HEAD + b"X-Long: " + b"x" * 300_000,
+    b"HTTP/1.1 0 Odd\r\n\r\n", b"\0\xff\n\n",
 ])  # fmt: skip
 def test_half_an_answer_is_no_answer(send, hostile, scheme, start):
     server = hostile(answers(start, close=True), scheme)
@@ -5675,7 +5804,7 @@ SENTENCES = [  # server, scheme, reason, what is said
     (answers(HEAD, close=True), "http", "no_answer", CLOSED + "amid its answer"),
     (answers(HEAD + b"X: ", close=True), "http", "no_answer", CLOSED + "amid its answer"),
     (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
-    (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header or too many"),
+    (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header"),
     (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),
     (answers(HEAD + b"Content-Length: -1\r\n\r\n"), "http", "no_answer",
      NOT_HTTP + "a wrong Content-Length"),

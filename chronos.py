@@ -5828,15 +5828,19 @@ class Connection:
             problem = f"sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         except (OSError, EOFError) as error:
-            problem = self._how_it_broke(was_sent)
+            problem = self._how_it_broke(error, was_sent)
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         self.reusable = was_sent and len(body) <= limit and self._may_stay_open(head)
         return Answer(head, body)
 
-    def _how_it_broke(self, was_sent: bool) -> str:
+    def _how_it_broke(self, error: OSError | EOFError, was_sent: bool) -> str:
         """Return what is known about an answer that did not come as a whole, for people."""
         if self.heard:
             return "closed the connection amid its answer"
+        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+            # With TLS 1.3 a server asks for a certificate in the handshake, and complains of the
+            # one that is missing only when the request is on its way (RFC 8446, 4.4.2.4).
+            return f"closed the connection without an answer: {why_not_connected(error)}"
         if was_sent:
             return "closed the connection without an answer; it may have worked on the request"
         return "closed the connection without an answer"

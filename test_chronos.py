@@ -5787,6 +5787,27 @@ def test_a_certificate_that_has_expired_is_refused(make_dispatcher, hostile, cer
     assert server.requests.empty()
 
 
+@pytest.mark.parametrize("body", ["x", MEGABYTE * 8])
+@pytest.mark.parametrize(("version", "before", "alert"), [
+    ("TLSv1_2", "no connection to {url} at 127.0.0.1: ", " alert handshake failure"),
+    ("TLSv1_3", "{url} closed the connection without an answer: ", " alert certificate required"),
+])  # fmt: skip
+def test_a_server_that_wants_to_see_a_certificate_is_understood(
+    send, hostile, certificate, version, before, alert, body
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.load_verify_locations(certificate[0])
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    server = hostile(answers(OK), "https", context=context)
+
+    outcome = send(server.url, method="POST", body=body, verify_tls=False)
+
+    assert outcome.reason == "no_answer" and outcome.error.endswith(alert)
+    assert outcome.error.startswith(before.format(url=server.url) + "TLS failed: ")
+
+
 # --- a sentence for each failure ------------------------------------------------------
 
 

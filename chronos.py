@@ -5859,15 +5859,20 @@ class Connection:
         headers = head.headers
         if head.version != "1.1" or "close" in headers.get("connection", "").lower():
             return False
+        if head.code == 101:
+            return False
         coding = headers.get("transfer-encoding")
         if coding is not None and (coding.lower() != "chunked" or "content-length" in headers):
             return False  # It may be an attempt at smuggling (RFC 9112, 6.1).
         return not self._peer_has_closed and not self._received
 
     def _read_final_head(self) -> Head:
-        """Pass over interim answers: 100 Continue, 103 Early Hints (RFC 9110, 15.2)."""
+        """Pass over interim answers: 100 Continue, 103 Early Hints (RFC 9110, 15.2).
+
+        101 is none: after it another protocol begins, and no answer of HTTP would come.
+        """
         head = self._read_head()
-        while head.code < 200:
+        while head.code < 200 and head.code != 101:
             head = self._read_head()
         return head
 
@@ -5905,7 +5910,7 @@ class Connection:
 
     def _read_body(self, head: Head, method: str, limit: int) -> bytes:
         """Return the body, at most one byte more than ``limit`` (RFC 9112, 6.3)."""
-        if method == "HEAD" or head.code in (204, 304):
+        if method == "HEAD" or head.code in (101, 204, 304):
             return b""
         codings = codings_of(head.headers.get("transfer-encoding"))
         if codings:
@@ -6427,12 +6432,10 @@ class Dispatcher:
         if code in webhook.success_codes:
             return Verdict(success=True, status_code=code, response=response)
         sentence = f"the server answered {code} {answer.head.phrase}".strip()
-        error = webhook.masked(sentence)[:PHRASE_LIMIT]
-        if 200 <= code < 300:
-            error += ", which is not among success_codes"
+        remark = remark_on(answer.head)
         return Verdict(
             reason=Reason.HTTP_STATUS,
-            error=error,
+            error=webhook.masked(sentence)[:PHRASE_LIMIT] + webhook.masked(remark)[:PHRASE_LIMIT],
             status_code=code,
             response=response,
             retry_after=parse_retry_after(headers.get("retry-after"), self._clock.now()),
@@ -6448,6 +6451,18 @@ class Dispatcher:
         whole_characters = text.rstrip("\ufffd")  # The cut may have gone through the last one.
         text = webhook.masked(whole_characters, cut=True)
         return f"{text}\n[cut off after {self._max_bytes} bytes]"
+
+
+def remark_on(head: Head) -> str:
+    """Return what makes an answer no success, where its status does not say it; else nothing."""
+    if 200 <= head.code < 300:
+        return ", which is not among success_codes"
+    if head.code == 101:
+        return ": it changes to another protocol than HTTP/1.1, which was not asked for"
+    location = head.headers.get("location")
+    if 300 <= head.code < 400 and location:
+        return f": redirects are not followed, and this one leads to {location}"
+    return ""
 
 
 def verdict_without_answer(attempt: Attempt, error: requests.RequestException) -> Verdict:

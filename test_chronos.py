@@ -5202,6 +5202,9 @@ def test_half_an_answer_is_no_answer(send, hostile, scheme, start):
     assert server.url in outcome.error and "unexpected" not in outcome.error
 
 
+LEADS = ": redirects are not followed, and this one leads to "
+
+
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_a_redirect_is_an_answer_and_is_not_followed(send, target, hostile, code):
     elsewhere = hostile(answers(OK))
@@ -5211,7 +5214,44 @@ def test_a_redirect_is_an_answer_and_is_not_followed(send, target, hostile, code
     success = send(f"{target.url}/status/{code}", method="POST", body="x", success_codes=[code])
 
     assert (failed.reason, failed.status_code, success.success) == ("http_status", code, True)
+    assert re.fullmatch(rf"the server answered {code} [A-Za-z ]+", failed.error.partition(":")[0])
+    assert failed.error.endswith(LEADS + elsewhere.url)
     assert target.received.qsize() == 2 and elsewhere.accepted == 0
+
+
+@pytest.mark.parametrize(("code", "location", "error"), [
+    (302, "/login?next=sesame-1", "302 Odd" + LEADS + "/login?next=********"),
+    (302, "/" + "x" * 999, "302 Odd" + LEADS + "/" + "x" * 147),
+    (302, "", "302 Odd"), (304, None, "304 Odd"), (404, "/elsewhere", "404 Odd"),
+])  # fmt: skip
+def test_where_a_redirect_leads_is_masked_and_bounded(send, hostile, code, location, error):
+    line = "" if location is None else f"Location: {location}\r\n"
+    answer = f"HTTP/1.1 {code} Odd\r\n{line}Content-Length: 0\r\n\r\n"
+
+    outcome = send(
+        hostile(answers(answer.encode())).url, auth={"type": "bearer", "token": "sesame-1"}
+    )
+
+    assert outcome.error == f"the server answered {error}"
+
+
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+
+
+@pytest.mark.parametrize("codes", [None, [101]])
+def test_a_change_of_the_protocol_that_nobody_asked_for_ends_an_attempt_at_once(
+    send, hostile, codes
+):
+    server = hostile(answers(SWITCH))
+
+    for number in (1, 2):
+        outcome = send(server.url, success_codes=codes)
+        assert (outcome.success, outcome.status_code) == (codes == [101], 101)
+        assert outcome.success or outcome.error == (
+            "the server answered 101 Switching Protocols: it changes to another protocol than "
+            "HTTP/1.1, which was not asked for"
+        )
+        assert server.accepted == number
 
 
 def test_success_codes_decide_and_the_sentence_names_the_status(send, hostile):

@@ -88,6 +88,7 @@ import stat
 import threading
 import time
 import uuid
+import zlib
 import zoneinfo
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
@@ -5744,7 +5745,8 @@ _FOLD = re.compile("\n[ \t]+")
 # It may be there several times, or list the same number again (RFC 9110, 8.6).
 _CONTENT_LENGTH = re.compile(r"0{0,99}([0-9]{1,18})(?:, *0{0,99}\1)*")
 _CHUNK_SIZE = re.compile("0{0,99}[0-9A-Fa-f]{1,16}")
-PACKINGS = frozenset({"gzip", "x-gzip", "deflate"})  # Content and transfer codings that we unpack.
+PACKINGS = frozenset({"gzip", "x-gzip", "deflate"})  # Content and transfer codings that we unpack,
+FOREIGN_PACKINGS = frozenset({"br", "zstd", "compress", "x-compress"})  # and those that we can't.
 _PLAIN_CHUNK_HEAD = re.compile(b"([0-9A-Fa-f]{1,8})\r\n")
 
 
@@ -6034,6 +6036,33 @@ def is_chunked(codings: list[str]) -> bool:
     if not PACKINGS.issuperset(inner):
         raise ValueError("an unknown Transfer-Encoding")
     return len(inner) < len(codings)
+
+
+def unpacked(answer: Answer, limit: int) -> bytes:
+    """Return the body of an answer, less the packing that was not asked for (RFC 9110, 8.4).
+
+    Of one with more than ``limit`` bytes, ``limit`` + 1 are returned, so that it can't be a bomb.
+    A body that is not what its header says stays as it came. Raises ValueError if it is packed
+    in a way that can't be undone here.
+    """
+    headers = answer.head.headers
+    codings = codings_of(headers.get("content-encoding"))
+    codings += codings_of(headers.get("transfer-encoding"))
+    packings = [name for name in codings if name in PACKINGS | FOREIGN_PACKINGS]
+    if not packings or not answer.body:
+        return answer.body
+    if len(packings) > 1 or packings[0] in FOREIGN_PACKINGS:
+        raise ValueError(", ".join(packings))
+    windows = [32 + zlib.MAX_WBITS]  # Its first bytes say whether it is gzip or zlib.
+    if packings[0] == "deflate":
+        windows.append(-zlib.MAX_WBITS)  # Some servers leave out what zlib has around it.
+    for window in windows:
+        unpacker = zlib.decompressobj(window)
+        with contextlib.suppress(zlib.error):
+            body = unpacker.decompress(answer.body, limit + 1)
+            if body or unpacker.eof or len(answer.body) > limit:
+                return body
+    return answer.body
 
 
 class IdleConnections:
@@ -6443,14 +6472,18 @@ class Dispatcher:
 
     def _to_text(self, answer: Answer, webhook: Webhook) -> str:
         """Return the body as text, cut with a mark at dispatcher.max_response_bytes."""
+        try:
+            body = unpacked(answer, self._max_bytes)
+        except ValueError as error:
+            return f"[it is packed with {error}, which Chronos cannot unpack]"
         named = _CHARSET.search(answer.head.headers.get("content-type", ""))
         charset = named[1] if named else "utf-8"
-        text = str(answer.body[: self._max_bytes], charset, "replace")
-        if len(answer.body) <= self._max_bytes:
+        text = str(body[: self._max_bytes], charset, "replace")
+        if len(answer.body) <= self._max_bytes and len(body) <= self._max_bytes:
             return webhook.masked(text)
         whole_characters = text.rstrip("\ufffd")  # The cut may have gone through the last one.
         text = webhook.masked(whole_characters, cut=True)
-        return f"{text}\n[cut off after {self._max_bytes} bytes]"
+        return f"{text}\n[cut off after {min(len(body), self._max_bytes)} bytes]"
 
 
 def remark_on(head: Head) -> str:

@@ -4941,12 +4941,62 @@ def test_what_comes_unasked_while_a_connection_is_idle_answers_nothing(
     (typed(b"text/plain; charset=base64", "☃".encode()), "☃"),
     (typed(b"text/plain", b"a\xff\xed\xa0\x80b"), "a\ufffd\ufffd\ufffd\ufffdb"),
     (typed(b"text/plain; charset=unicode_escape", rb"a\ud800b"), r"a\ud800b"),
-    (typed(b"gzip", b"as it came", b"Content-Encoding"), "as it came"),
 ])  # fmt: skip
 def test_an_answer_is_kept_as_text(send, hostile, answer, text):
     outcome = send(hostile(answers(answer, close=True)).url)
 
     assert (outcome.success, outcome.response) == (True, text), outcome.error
+
+
+def packed(text, window):
+    """Return a text in the form of zlib: 31 gzip, 15 with its own head, -15 bare."""
+    packer = zlib.compressobj(wbits=window)
+    return packer.compress(text.encode()) + packer.flush()
+
+
+def in_chunks(body):
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
+GZIP, PLAIN = packed("Zoë ☃", 31), b"as it came"
+FOREIGN = "[it is packed with {}, which Chronos cannot unpack]"
+CODED_BODIES = [  # headers, body, what is kept
+    ("Content-Encoding: gzip", GZIP, "Zoë ☃"), ("Content-Encoding: X-GZip", GZIP, "Zoë ☃"),
+    ("Content-Encoding: identity, gzip", GZIP, "Zoë ☃"), ("Content-Encoding: gzip", b"", ""),
+    *(("Content-Encoding: deflate", packed("Zoë ☃", window), "Zoë ☃") for window in (15, -15)),
+    ("Content-Type: text/plain; charset=latin-1\r\nContent-Encoding: gzip", GZIP, "ZoÃ« â\x98\x83"),
+    ("Transfer-Encoding: gzip, chunked", in_chunks(GZIP), "Zoë ☃"),
+    ("Transfer-Encoding: gzip", GZIP, "Zoë ☃"), ("Content-Encoding: gzip", GZIP[:-9], "Zoë ☃"),
+    *((f"Content-Encoding: {name}", PLAIN, "as it came") for name in ("gzip", "deflate", "utf-8")),
+    *((f"Content-Encoding: {name}", PLAIN, FOREIGN.format(name)) for name in ("br", "zstd")),
+    ("Content-Encoding: gzip, gzip", GZIP, FOREIGN.format("gzip, gzip")),
+    ("Content-Encoding: gzip\r\nTransfer-Encoding: deflate, chunked", in_chunks(GZIP),
+     FOREIGN.format("gzip, deflate")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "body", "kept"), CODED_BODIES)
+def test_a_packed_answer_that_was_not_asked_for_is_unpacked(send, hostile, headers, body, kept):
+    answer = HEAD + headers.encode() + b"\r\n\r\n" + body
+
+    outcome = send(hostile(answers(answer, close=True)).url)
+
+    assert (outcome.success, outcome.response) == (True, kept), outcome.error
+
+
+@pytest.mark.parametrize(("size", "limit", "kept"), [
+    (50, 50, 50), (51, 50, 50), (50_000_000, 65536, 65536), (50_000_000, 100, 100), (9, 5, 0),
+    (1, 0, 0),
+])  # fmt: skip
+def test_a_packed_answer_is_unpacked_to_the_limit(make_dispatcher, hostile, size, limit, kept):
+    dispatcher = make_dispatcher(dispatcher__max_response_bytes=limit)
+    body = packed("x" * size, 31)
+    server = hostile(answers(typed(b"gzip", body, b"Content-Encoding")))
+
+    outcome = dispatcher.send(make_attempt(server.url))
+
+    response, _mark, rest = outcome.response.partition("\n[cut off after ")
+    assert (response, rest) == ("x" * kept, "" if size == limit else f"{kept} bytes]")
 
 
 def two(*lines):

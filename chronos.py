@@ -2919,6 +2919,8 @@ def after_attempt(outcome: Outcome, retry: Json, timeout: int, ended_at: int) ->
         wait = retry_wait(retry, execution.attempts, outcome.retry_after)
     if spent + wait >= timeout:
         error = f"{outcome.error}; no time is left to try again"
+        if wait == outcome.retry_after:
+            error += f", as it asked to wait {math.ceil(wait / SECOND)} s"
         return after._replace(reason=Reason.TIMEOUT, error=error)
     return after._replace(
         status=Status.PENDING,

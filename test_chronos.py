@@ -2817,6 +2817,18 @@ def test_what_becomes_of_an_execution_after_an_attempt(attempt, status, reason, 
         assert then.spent == (spent + seconds) * SECOND
 
 
+@pytest.mark.parametrize(("asked", "timeout", "asks"), [
+    (3600, 300, ", as it asked to wait 3600 s"), (299.2, 300, ", as it asked to wait 300 s"),
+    (None, 2, ""), (0, 2, ""), (0.5, 2, ""),
+])  # fmt: skip
+def test_what_an_answer_asks_to_wait_is_named_where_it_leaves_no_time(asked, timeout, asks):
+    asked = asked if asked is None else int(asked * SECOND)
+
+    then = after(status_code=429, error="why", retry_after=asked, timeout=timeout)
+
+    assert (then.reason, then.error) == ("timeout", f"why; no time is left to try again{asks}")
+
+
 def test_the_attempt_log_keeps_every_attempt():
     again = after(reason="no_answer", error="refused")._replace(attempts=2)
     outcome = chronos.Outcome(again, NOON + 2 * SECOND, 250_000, 0, 200, "OK", True)

@@ -180,6 +180,7 @@ SWITCH_INTERVAL_S = 0.0005  # A thread has to let another one run after this; Py
 SIGN_OF_LIFE_S = 10  # systemd is told this often that the service lives.
 SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so long hangs.
 IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
+TCP_KEEPALIVE_S = 60  # TCP asks a peer that has been quiet for so long whether it is still there.
 KEEP_ALIVE_RACE = SECOND // 10  # A server that had closed it shows that within so long (100 ms).
 READ_LIMIT = 5 * SECOND  # What is read for an API call takes no longer, or each piece of it.
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
@@ -5768,6 +5769,19 @@ class Answer(NamedTuple):
     body: bytes
 
 
+def ask_for_keepalive(connection: socket.socket) -> None:
+    """Have TCP look whether a quiet peer is there: NAT forgets connections that nothing goes over.
+
+    The answer to a run that takes an hour would not find its way back then (RFC 5382, REQ-5).
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # On Linux, and on macOS.
+        option = getattr(socket, name, None)
+        if option is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, option, TCP_KEEPALIVE_S)
+            return
+
+
 class Connection:
     """A connection to a target, and HTTP/1.1 on it (RFC 9112): liberal and bounded.
 
@@ -5783,6 +5797,7 @@ class Connection:
         """``family``: AF_INET or AF_INET6. The connection is not connected yet."""
         self.key = key
         self.socket = socket.socket(family, socket.SOCK_STREAM)
+        ask_for_keepalive(self.socket)
         self.used_at_mono = 0  # When it became idle, by the monotonic clock.
         self.reusable = False  # The last answer was read to its end, and nothing follows it.
         self.heard = False  # Something came after the last request.

@@ -5470,6 +5470,26 @@ def test_the_limit_for_connecting_does_not_bound_the_answer(make_dispatcher, hos
     assert outcome.reason == "timeout" and 0.6 <= seconds <= 1.1
 
 
+@SCHEMES
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net/tcp")
+def test_tcp_asks_after_60_s_whether_a_quiet_server_is_there(dispatcher, hostile, scheme):
+    server = hostile(stalls(b""), scheme)
+    attempt = make_attempt(server.url, verify_tls=False)
+    # To the server's port, established, with the timer of keepalive, in ticks.
+    row = re.compile(rf" [0-9A-F]+:{server.port:04X} 01 \S+ 02:([0-9A-F]+) ")
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dispatcher.send, attempt)
+        assert server.reached.acquire(timeout=10)
+        try:
+            timer = wait_until(lambda: row.search(proc_tcp()))
+        finally:
+            attempt.abort("cancelled")
+        assert sent.result().reason == "cancelled"
+
+    assert 40 < int(timer[1], 16) / os.sysconf("SC_CLK_TCK") <= 60
+
+
 # --- aborts ---------------------------------------------------------------------------
 
 

@@ -3132,10 +3132,11 @@ CREATE VIEW pending AS SELECT * FROM executions WHERE status = 'pending';
 CREATE VIEW active AS SELECT * FROM executions WHERE status IN ('pending', 'running');
 """
 
-# It came after files of this schema were written, so every start sees to it.
-SUCCESSES_INDEX = """
+# They came after files of this schema were written, so every start sees to them.
+LATER_INDEXES = """
 CREATE INDEX IF NOT EXISTS executions_successful ON executions (status, seq)
-    WHERE status = 'success'
+    WHERE status = 'success';
+CREATE INDEX IF NOT EXISTS jobs_named ON jobs (name, seq);
 """
 
 # The job whose executions are the alerts is there from the start; its versions come with them.
@@ -3478,7 +3479,8 @@ class Database:
         with self.transaction():
             if version == 0:
                 self._create_schema()
-            self.run(SUCCESSES_INDEX)
+            for statement in split_script(LATER_INDEXES):
+                self.run(statement)
             # Also where it is right already: a file that cannot be written shows it now.
             self.run(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
         self._inode = self.path.stat().st_ino
@@ -3788,6 +3790,8 @@ def matching_jobs(filters: Json) -> str:
     conditions = ["seq > 0"]
     if filters.get("enabled") is not None:
         conditions.append("enabled = :enabled")
+    if filters.get("name") is not None:
+        conditions.append("name = :name")
     if filters.get("q") is not None:
         # Asked for each job, and not once for all of them: a list is read page by page.
         conditions.append(
@@ -3859,14 +3863,16 @@ class JobTable:
 
         They come in lists that are read when they are asked for, so there may be as many as
         one likes; what is created after this call is not among them. ``filters`` may have:
-        enabled (a bool), q (a text that is in the name or the description, whatever the case),
-        status (of the newest execution) and tags (pairs of name and value, the job has them
-        all); None or no tags at all: whatever. ``most`` None: all of them after ``offset``.
+        enabled (a bool), name (the whole of it), q (a text that is in the name or the
+        description, whatever the case), status (of the newest execution) and tags (pairs of name
+        and value, the job has them all); None or no tags at all: whatever. ``most`` None: all of
+        them after ``offset``.
         """
         matching = matching_jobs(filters)
         tags = {f"{name}\n{value}" for name, value in filters.get("tags") or ()}
         values = {
             "enabled": filters.get("enabled"),
+            "name": filters.get("name"),
             "pattern": like_pattern(filters.get("q") or ""),
             "status": filters.get("status"),
             "line_end": "\n",
@@ -8502,6 +8508,7 @@ JOBS_QUERY = {
     "limit":    Field(query_number(1, 1_000_000),     None),
     "offset":   Field(query_number(0, 1_000_000_000), 0),
     "enabled":  Field(_true_or_false,                 None),
+    "name":     Field(a_text(200),                    None),
     "q":        Field(a_text(200),                    None),
     "status":   Field(one_of(*Status),                None),
     "tag":      Field(_tags,                          ()),
@@ -8899,7 +8906,7 @@ class JobHandlers(Handlers):
     def list_all(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
         query = current_query()
-        filters = {name: query[name] for name in ("enabled", "q", "status")}
+        filters = {name: query[name] for name in ("enabled", "name", "q", "status")}
         filters["tags"] = query["tag"]
         pages, total = self.store.jobs.pages(filters, query["limit"], query["offset"])
         return {"jobs": self.jobs_json(pages), "total": total}

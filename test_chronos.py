@@ -3915,6 +3915,18 @@ def test_the_history_is_read_in_pages_newest_first(world, target, monkeypatch, s
         assert [execution.id for execution in newest(3, matching[1])] == matching[2:5]
 
 
+def test_a_job_is_found_by_its_name_without_a_walk_through_all(world):
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+
+    pages, _total = world.store.jobs.pages({"name": "report"}, 10, 0)
+    list(pages)
+
+    plans = [row[3] for sql in statements for row in by_hand(world, f"EXPLAIN QUERY PLAN {sql}")]
+    assert len([step for step in plans if "jobs_named (name=?" in step]) == 2, plans
+    assert not [step for step in plans if re.search(r"SCAN jobs|jobs .*\(rowid[<>]", step)], plans
+
+
 @pytest.mark.parametrize("status", chronos.Status)
 def test_the_executions_in_one_status_are_found_without_a_walk_through_all(world, status):
     statements = []
@@ -10137,11 +10149,13 @@ def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
     ("tag=team:x", "ab", 2), ("tag=team:x&tag=env:prod:eu", "b", 1), ("tag=team:", "d", 1),
     ("tag=gr%C3%B6%C3%9Fe:%22", "c", 1), ("q=nightly", "ac", 2), ("q=%25", "d", 1),
     ("q=%C3%84RGER", "c", 1),
+    ("name=c NIGHTLY", "c", 1), ("name=c nightly", "", 0), ("name=c", "", 0),
+    ("name=a&enabled=true", "a", 1),
     ("status=success", "a", 1), ("status=failed", "b", 1), ("status=skipped", "", 0),
     ("limit=2", "ab", 4), ("limit=2&offset=1", "bc", 4), ("offset=9", "", 4),
     ("q=nightly&limit=1", "a", 2), ("q=nightly&enabled=false&tag=team:x", "", 0),
 ])  # fmt: skip
-def test_jobs_are_found_by_state_tag_text_and_last_outcome(service, target, query, found, total):
+def test_jobs_are_found_by_state_name_tag_text_and_outcome(service, target, query, found, total):
     tags, url = {"team": "x"}, target.url + "/status/404"
     service.create(target.url, name="a", description="Nightly", enabled=True, tags=tags)
     service.create(url, name="b Report", tags=tags | {"env": "prod:eu"})
@@ -10172,7 +10186,7 @@ TAG = "tag=a:b"
 
 
 @pytest.mark.parametrize(("method", "path", "problem"), [
-    ("GET", "/jobs?nmae=x", ("nmae", "is not a known name")),
+    ("GET", "/jobs?nmae=x", ("nmae", "is not a known name (did you mean 'name'?)")),
     ("GET", "/jobs?limits=1", ("limits", "is not a known name (did you mean 'limit'?)")),
     ("GET", "/jobs?limit=1&limit=1", ("limit", "is there more than once")),
     ("GET", "/jobs?tag=team", ("tag", "must be a name, a colon and a value")),
@@ -10192,6 +10206,19 @@ def test_a_query_is_as_strict_as_a_body_and_nothing_happens(service, method, pat
     assert error["code"] == "VALIDATION_ERROR"
     assert [(detail["field"], detail["message"]) for detail in error["details"]] == [problem]
     assert service.get(path_of(job))["last_execution"] is None
+
+
+def test_every_route_refuses_a_query_that_it_does_not_know(service, target):
+    job = service.create(target.url)
+    names = {"job_id": job["id"], "exec_id": service.post(trigger_path(job))["id"]}
+    before = service.get(path_of(job))
+
+    for method, template, handler in JSON_ROUTES:
+        path = re.sub("<([^:>]+).*?>", lambda match: names.get(match[1], "1"), template)
+        if handler not in chronos.BARE:
+            wrong = wrong_fields(service, method, f"{path.removeprefix('/api/v1')}?lime=1")
+            assert wrong[0] == "lime", handler
+    assert service.get(path_of(job)) == before
 
 
 def test_the_page_the_metrics_and_health_mind_no_query(service):

@@ -205,6 +205,7 @@ QUICK_CHECK_BYTES = 100_000_000  # A larger database is checked only after an un
 MASK = "********"  # What is shown in the place of a secret.
 DECLARED_BY = "chronos.yaml"  # Who manages a job that the configuration declares.
 DECLARED_IDS = uuid.UUID("ab032aef-5f06-4566-acdc-8c7694c9303c")  # Namespace of their ids.
+KEYED_IDS = uuid.UUID("57e1352e-94ea-4cd5-91a5-43b3a3b60d33")  # Of those by Idempotency-Key.
 ALERTS_ID = str(uuid.UUID(int=0))  # The built-in job, whose executions are the alerts.
 ALERT_GATHER = 10 * SECOND  # What turns bad or well meanwhile goes into one alert.
 ALERT_PAUSE = MINUTE  # Until one that could not be made is tried again.
@@ -1656,20 +1657,34 @@ SERVER_FIELDS = frozenset(
     }
 )
 
+
+def _no_id(_value: Any) -> NoReturn:
+    """Refuse an id where it can't have any effect, and would be taken for one that has."""
+    raise ValueError(
+        "must not be given: to create a job under an id of yours, "
+        "PUT /api/v1/jobs/{id} with the header If-None-Match: *"
+    )
+
+
 # The webhook of alerts is one without a body: Chronos writes that.
 ALERT_FIELDS = {name: wanted for name, wanted in WEBHOOK_FIELDS.items() if name != "body"}
 ALERT_FIELDS["method"] = Field(one_of(*METHODS), "POST")
 
 
 def validate_job(
-    data: Any, retry: Mapping[str, Any], now: int | None, stored: Json | None = None
+    data: Any,
+    retry: Mapping[str, Any],
+    now: int | None,
+    stored: Json | None = None,
+    may_have_id: bool = True,
 ) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
     ``retry`` completes retry_policy. An ``@at`` must be later than ``now``; None: it may be
     past. ``stored`` is the configuration that is replaced: masked secrets mean its own, an
     instant that it has already may be past, and its URL may be one that only an earlier version
-    took. Raises InvalidFields.
+    took. ``may_have_id``: an id is ignored, as all that an answer adds to a job; else it is
+    refused. Raises InvalidFields.
     """
     if not isinstance(data, dict):
         raise InvalidFields([("", "the body must be a JSON object")])
@@ -1688,7 +1703,10 @@ def validate_job(
         "schedule": Field(functools.partial(a_schedule, now=now)),
         "retry_policy": Field(an_object(retry_fields), retry),
     }
+    if not may_have_id:
+        table["id"] = Field(_no_id, None)
     config = validate(table, data, SERVER_FIELDS)
+    config.pop("id", None)
     enabled: bool = config.pop("enabled")
     return config, enabled
 
@@ -7460,6 +7478,25 @@ class JobChanges:
         wanted = blank._replace(config=config, enabled=enabled)
         return self._save(turn, blank, wanted, user)
 
+    def make_room(self, turn: Turn, job_id: str) -> bool:
+        """Remove some of what a deleted job of this id has left; say if there may be more."""
+        if self._store.jobs.is_there(job_id):
+            return False
+        return self._store.history.prune_deleted(job_id) > 0
+
+    def create_once(
+        self, turn: Turn, job_id: str, config: Json, enabled: bool, user: str
+    ) -> tuple[Job, bool]:
+        """Return the job of this id and False; or, where there is none, add it: and True.
+
+        Before that, make_room() until it returns False: all at once could take long.
+        """
+        if self._store.jobs.is_there(job_id):
+            return self._store.jobs.get(job_id), False
+        blank = self._blank(turn, job_id)
+        wanted = blank._replace(config=config, enabled=enabled)
+        return self._save(turn, blank, wanted, user), True
+
     def to_declare(self, declarations: Mapping[str, Declaration]) -> list[ToDeclare]:
         """Return what declare() is to be given for these, by their ids: also what is gone.
 
@@ -8829,6 +8866,32 @@ def etag_of(job: Job) -> str:
     return f'"{job.version}"'
 
 
+# The headers by which a client says that a job is to be made once.
+# fmt: off
+ONCE_HEADERS = {
+    "Idempotency-Key": Field(
+        matching("[!-~]{1,255}", "must be 1 to 255 visible ASCII characters, no blanks among them"),
+        None),
+    "If-None-Match": Field(
+        matching(r"[*]", "may only be * in a PUT: it creates the job, and changes none"),
+        None),
+}
+NEW_JOB_ID = {
+    "id": Field(matching("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+                         "must be a UUID, in lower case and with hyphens")),
+}
+# fmt: on
+
+
+def once_header(name: str) -> str | None:
+    """Return a header of ONCE_HEADERS; None: it is not there. Raises InvalidFields."""
+    variable = f"HTTP_{name.upper().replace('-', '_')}"
+    # Not by request.headers: that fails on what is not UTF-8.
+    given = bottle.request.environ.get(variable)
+    found: str | None = validate({name: ONCE_HEADERS[name]}, {name: given})[name]
+    return found
+
+
 def has_if_match() -> bool:
     """Return whether the request is only about certain versions of a job."""
     return "If-Match" in bottle.request.headers
@@ -8912,11 +8975,55 @@ class JobHandlers(Handlers):
         return {"jobs": self.jobs_json(pages), "total": total}
 
     def create(self) -> Reply:
-        """Create a job."""
+        """Create a job; with an Idempotency-Key only once, however often it is asked for.
+
+        The same key again is answered with the job as it is by now.
+        """
+        key = once_header("Idempotency-Key")
+        job_id = None
+        now: int | None = self.clock.now()
+        if key is not None:
+            job_id = str(uuid.uuid5(KEYED_IDS, key))
+            if self.store.jobs.is_there(job_id):
+                now = None  # The instant of its @at may have passed since.
+        body = read_json()
+        config, enabled = validate_job(body, self._retry_policy, now, may_have_id=False)
+        if job_id is None:
+            user = current_user()
+            job = self.engine.submit(self.engine.job_changes.create, config, enabled, user)
+            return self._show_created(job)
+        job, is_new = self._create_once(job_id, config, enabled)
+        if is_new:
+            return self._show_created(job)
+        return Reply(200, self._show(job))
+
+    def replace(self, job_id: str) -> Reply | Json:
+        """Replace a job; with ``If-None-Match: *`` (RFC 9110, 13.1.2) create it under this id."""
+        if once_header("If-None-Match") is None:
+            return self.change(job_id)
+        validate(NEW_JOB_ID, {"id": job_id})
+        if has_if_match():
+            raise PreconditionFailed("If-Match and If-None-Match: * never hold both")
+        there_is_one = PreconditionFailed(f"there is a job {job_id} already")
+        if self.store.jobs.is_there(job_id):
+            raise there_is_one
         config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
-        user = current_user()
-        job = self.engine.submit(self.engine.job_changes.create, config, enabled, user)
-        log.info("job %s (%s) was created by %s", job.id, config["name"], user, extra=about(job.id))
+        job, is_new = self._create_once(job_id, config, enabled)
+        if not is_new:
+            raise there_is_one
+        return self._show_created(job)
+
+    def _create_once(self, job_id: str, config: Json, enabled: bool) -> tuple[Job, bool]:
+        """Return the job of this id, and whether it is new; of calls at once it is for one."""
+        changes = self.engine.job_changes
+        while self.engine.submit(changes.make_room, job_id):
+            pass
+        return self.engine.submit(changes.create_once, job_id, config, enabled, current_user())
+
+    def _show_created(self, job: Job) -> Reply:
+        name = job.config["name"]
+        message = "job %s (%s) was created by %s"
+        log.info(message, job.id, name, current_user(), extra=about(job.id))
         bottle.response.set_header("ETag", etag_of(job))
         return Reply(201, job.to_json(None))  # It has no execution yet.
 
@@ -9362,7 +9469,7 @@ class Api:
         ("GET",    "/api/v1/jobs",                                          "jobs.list_all"),
         ("POST",   "/api/v1/jobs",                                          "jobs.create"),
         ("GET",    "/api/v1/jobs/<job_id>",                                 "jobs.get"),
-        ("PUT",    "/api/v1/jobs/<job_id>",                                 "jobs.change"),
+        ("PUT",    "/api/v1/jobs/<job_id>",                                 "jobs.replace"),
         ("PATCH",  "/api/v1/jobs/<job_id>",                                 "jobs.change"),
         ("DELETE", "/api/v1/jobs/<job_id>",                                 "jobs.delete"),
         ("POST",   "/api/v1/jobs/<job_id>/enable",                          "jobs.enable"),

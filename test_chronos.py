@@ -27,8 +27,9 @@ time runs against the real process. The target of the webhooks is a real HTTP se
 # 15 Work           fire times, missed ones, the clock is set, overlap, the queue, retries, after a
 #                   crash, changes to jobs, retention, alerts
 # 16 Engine         passes, changes that meet outcomes, full disk, errors nobody expected, the stop
-# 17 API            health and errors, who may do what, jobs, versions, triggers, executions, lists,
-#                   what the dashboard asks for, the answers of the reference
+# 17 API            health and errors, who may do what, jobs, jobs that are created once, versions,
+#                   triggers, executions, lists, what the dashboard asks for, the answers of the
+#                   reference
 # 18 Service        start and stop, the configuration is read again, systemd, raw connections,
 #                   behind nginx
 # 19 Commands       where things are, starts that are refused, commands, the unit
@@ -9495,6 +9496,142 @@ def test_a_job_is_on_disk_when_its_201_arrives(service, background):
             return other.execute(sql, [job_id]).fetchone()[0]
 
     assert list(background.map(create_and_look, range(80))) == [1] * 80
+
+
+# --- jobs that are created once -------------------------------------------------------
+
+NEW = {"If-None-Match": "*"}
+
+
+def keyed(key="order-17"):
+    return {"Idempotency-Key": key}
+
+
+def test_the_same_key_again_is_answered_with_the_job_as_it_is_by_now(service):
+    body = job_body(NOBODY)
+    job = service.expect(201, "POST", "/jobs", body, headers=keyed())
+    changed = patch(service, job, {"name": "changed"})
+
+    assert service.expect(200, "POST", "/jobs", body, headers=keyed()) == changed
+    other = service.expect(201, "POST", "/jobs", body, headers=keyed("order-18"))
+
+    assert job["id"] == str(uuid.uuid5(chronos.KEYED_IDS, "order-17")) != other["id"]
+    assert service.get("/jobs") == {"jobs": [changed, other], "total": 2}
+
+
+@pytest.mark.parametrize(("method", "headers", "status"), [
+    ("POST", keyed(), 200),
+    ("PUT", NEW, 412),
+])  # fmt: skip
+def test_of_equal_creations_at_once_one_makes_the_job(service, background, method, headers, status):
+    path, body = ("/jobs" if method == "POST" else f"/jobs/{JOB_ID}"), job_body(NOBODY)
+
+    with held(service.service.engine) as inbox:
+        calls = [
+            background.submit(service.call, method, path, body, headers=headers) for _ in range(16)
+        ]
+        wait_until(lambda: inbox.qsize() == 16)  # All have seen that there is no such job.
+    answers = [call.result(20) for call in calls]
+
+    assert sorted(answer[0] for answer in answers) == sorted([201] + [status] * 15)
+    [job] = service.get("/jobs")["jobs"]
+    assert (job["version"], len(service.get(path_of(job, "/versions")))) == (1, 1)
+    assert {data["id"] for _status, answer in answers if (data := answer["data"])} == {job["id"]}
+
+
+@pytest.mark.parametrize(("method", "headers"), [("POST", keyed()), ("PUT", NEW)])
+def test_after_it_was_deleted_a_job_is_created_anew_and_has_no_history(
+    service, target, method, headers
+):
+    path = "/jobs" if method == "POST" else f"/jobs/{JOB_ID}"
+    job = service.expect(201, method, path, job_body(target.url, name="old"), headers=headers)
+    for _ in range(3):
+        service.post(trigger_path(job))
+    patch(service, job, {"description": "second"})
+
+    service.expect(200, "DELETE", path_of(job))
+    again = service.expect(201, method, path, job_body(target.url, name="new"), headers=headers)
+
+    assert (again["id"], again["version"], again["name"]) == (job["id"], 1, "new")
+    assert service.get(path_of(job, "/executions"))["total"] == 0
+    [version] = service.get(path_of(job, "/versions"))
+    assert version["config"]["name"] == "new"
+    assert service.post(trigger_path(job))["job_version"] == 1
+
+
+def test_what_a_deleted_job_has_left_goes_in_steps_before_it_is_created_anew(
+    world, target, monkeypatch
+):
+    job = world.create(target.url)
+    add_executions(world, job, 2 * chronos.PRUNE_ROWS + 1, "success")
+    changes, left = world.engine.job_changes, []
+    monkeypatch.setattr(world.engine.retention, "work", lambda _turn, _is_busy: False)
+
+    world.do(changes.delete, job, False)
+    while world.do(changes.make_room, job.id):
+        left += by_hand(world, "SELECT count(*) FROM executions")
+    made, is_new = world.do(changes.create_once, job.id, job.config, True, "tester")
+
+    assert left == [(251,), (1,), (0,), (0,)]  # The last step was for the version.
+    assert (made.id, made.version, is_new) == (job.id, 1, True)
+    assert world.do(changes.make_room, job.id) is False
+    assert world.do(changes.create_once, job.id, {}, False, "tester") == (made, False)
+
+
+def test_a_creation_is_repeated_after_the_instant_of_its_schedule(make_service, clock):
+    service = make_service(clock)
+    body = job_body(NOBODY, schedule="@at 2027-03-01T12:01:00Z")
+    job = service.expect(201, "POST", "/jobs", body, headers=keyed())
+    clock.advance(120)
+
+    assert service.expect(200, "POST", "/jobs", body, headers=keyed()) == job
+    assert wrong_fields(service, "POST", "/jobs", body) == ["schedule"]
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a, b", "x" * 256, "schl\xfcssel", '"a\tb"'])
+def test_a_key_is_visible_ascii(service, key):
+    error = service.expect(400, "POST", "/jobs", job_body(NOBODY), headers=keyed(key))
+
+    assert [detail["field"] for detail in error["details"]] == ["Idempotency-Key"]
+    assert service.expect(201, "POST", "/jobs", job_body(NOBODY), headers=keyed("x" * 255))
+    assert service.get("/jobs")["total"] == 1
+
+
+def test_put_creates_a_job_under_an_id_only_where_it_is_told_that_it_is_new(service):
+    path, body = f"/jobs/{JOB_ID}", job_body(NOBODY)
+
+    assert service.error(404, "PUT", path, body)["code"] == "NOT_FOUND"
+    job = service.expect(201, "PUT", path, body | {"id": "ignored"}, headers=NEW)
+    error = service.expect(412, "PUT", path, body | {"name": "other"}, headers=NEW)
+
+    assert (job["id"], job["version"]) == (JOB_ID, 1)
+    assert error["code"] == "PRECONDITION_FAILED"
+    assert service.get("/jobs") == {"jobs": [job], "total": 1}
+    assert put(service, job, body | {"name": "other"})["version"] == 2
+
+
+@pytest.mark.parametrize(("job_id", "headers", "status"), [
+    (JOB_ID.upper().replace("1", "A"), NEW, 400), (JOB_ID.replace("-", ""), NEW, 400),
+    (f"{{{JOB_ID}}}", NEW, 400), ("report", NEW, 400), (JOB_ID + "%0A", NEW, 404),
+    (JOB_ID, {"If-None-Match": '"1"'}, 400), (JOB_ID, {"If-None-Match": ""}, 400),
+    (JOB_ID, NEW | {"If-Match": "*"}, 412), (chronos.ALERTS_ID, NEW, 412),
+])  # fmt: skip
+def test_put_creates_no_job_under_an_odd_id_or_condition(service, job_id, headers, status):
+    service.expect(status, "PUT", f"/jobs/{job_id}", job_body(NOBODY), headers=headers)
+
+    assert service.get("/jobs")["total"] == 0
+    assert by_hand(service.service, "SELECT seq, name FROM jobs") == [(0, "alerts")]
+
+
+def test_a_post_with_an_id_is_refused_and_says_how_to_choose_one(service):
+    job = service.create(NOBODY)
+    error = service.error(400, "POST", "/jobs", job | {"name": None})
+
+    details = {detail["field"]: detail["message"] for detail in error["details"]}
+    assert details.keys() == {"id", "name"}
+    assert "PUT /api/v1/jobs/{id} with the header If-None-Match: *" in details["id"]
+    again = service.post("/jobs", job | {"id": None})
+    assert differences(job, again).keys() <= {"id", "created_at", "updated_at"}
 
 
 # --- changes to a job, and its versions -----------------------------------------------

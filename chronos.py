@@ -8451,6 +8451,16 @@ def read_json() -> Any:
         raise InvalidJson(f"the body is not JSON: {error}") from error
 
 
+def take_no_body(why: str) -> None:
+    """Raise ValidationError where the request has a body that says anything; {} says nothing.
+
+    ``why`` is a sentence on what the call does instead.
+    """
+    body = bottle.request.environ["wsgi.input"].read().strip()
+    if body and not re.fullmatch(rb"\{\s*\}", body):
+        raise ValidationError(f"the body must be empty or {{}}: {why}")
+
+
 # A string, whether it ends or not (*+ never goes back, so that this takes one walk through the
 # text), or where a list or object begins or ends.
 _NESTING = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
@@ -9140,6 +9150,7 @@ class ExecutionHandlers(Handlers):
 
     def trigger(self, job_id: str) -> Reply:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
+        take_no_body("a trigger sends the job's own request")
         wait = current_query()["wait"]
         execution_id = f"exec-{uuid.uuid4()}"
         with self.engine.waiters.waiting_for(execution_id) as has_ended:
@@ -9230,6 +9241,7 @@ class ExecutionHandlers(Handlers):
 
     def replay(self, job_id: str, exec_id: str) -> Reply:
         """Send again what an execution sent."""
+        take_no_body("a replay sends what its execution has sent")
         replay_id = f"exec-{uuid.uuid4()}"
         self.engine.submit(self.engine.run_queue.trigger, job_id, replay_id, exec_id)
         message = "job %s: %s replays %s for %s"

@@ -10045,6 +10045,34 @@ def test_a_wait_that_is_no_duration_is_refused_and_nothing_runs(service, target,
     assert service.get(path_of(job, "/executions"))["total"] == 0
 
 
+@pytest.mark.parametrize("body", [
+    '{"body": "override"}', "null", "[]", '""', "0", "x=1", "{}{}", '{"": 1}', "\x00", "\udcff",
+])  # fmt: skip
+def test_a_trigger_or_replay_with_a_body_is_refused_and_nothing_runs(service, target, body):
+    job = service.create(target.url + "/ok")
+    execution = service.post(trigger_path(job))
+    calls = {
+        trigger_path(job): "a trigger sends the job's own request",
+        path_of(job, f"/executions/{execution['id']}/replay"): "a replay sends what its execution",
+    }
+
+    for path, why in calls.items():
+        error = service.error(400, "POST", path, as_bytes(body))
+        assert error["code"] == "VALIDATION_ERROR"
+        assert error["message"].startswith(f"the body must be empty or {{}}: {why}")
+    assert service.get(path_of(job, "/executions"))["total"] == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"\r\n{ \t\n} "])
+def test_a_trigger_and_a_replay_take_an_empty_object(service, target, body):
+    job = service.create(target.url + "/ok")
+
+    execution = service.expect(200, "POST", trigger_path(job), body)
+
+    path = path_of(job, f"/executions/{execution['id']}/replay")
+    assert service.expect(202, "POST", path, body)["original_execution_id"] == execution["id"]
+
+
 def test_a_wait_of_ages_is_as_good_as_none_given(service, target):
     job = service.create(target.url + "/ok")
 

@@ -3875,7 +3875,7 @@ class JobTable:
         raise NotFound(f"there is no job {job_id}")
 
     def pages(
-        self, filters: Json, most: int | None, offset: int
+        self, filters: Json, most: int | None, offset: int, after: str | None = None
     ) -> tuple[Iterator[list[Job]], int]:
         """Return jobs that match, in the order of their creation, and how many match.
 
@@ -3884,8 +3884,10 @@ class JobTable:
         enabled (a bool), name (the whole of it), q (a text that is in the name or the
         description, whatever the case), status (of the newest execution) and tags (pairs of name
         and value, the job has them all); None or no tags at all: whatever. ``most`` None: all of
-        them after ``offset``.
+        them after ``offset``. ``after``: only those that were created after the job of this id,
+        of which ``offset`` are passed over. Raises NotFound where there is no such job.
         """
+        place = 0 if after is None else self._seq_of(after)
         matching = matching_jobs(filters)
         tags = {f"{name}\n{value}" for name, value in filters.get("tags") or ()}
         values = {
@@ -3900,10 +3902,20 @@ class JobTable:
         [found] = self._database.run_with_list(count, tags, **values)
         values["last"] = found["last"]
         limit = NO_LIMIT if most is None else most
-        return self._read_pages(matching, tags, values, limit, offset), found["number"]
+        pages = self._read_pages(matching, tags, values, limit, offset, place)
+        return pages, found["number"]
+
+    def _seq_of(self, job_id: str) -> int:
+        """Return the place of a job in the order of creation. Raises NotFound."""
+        sql = "SELECT seq FROM jobs WHERE id = :id AND seq > 0"
+        found = self._database.value(sql, id=job_id)
+        if found is None:
+            # Nobody knows any more what came after a deleted one.
+            raise NotFound(f"there is no job {job_id}: go on after another one, or begin anew")
+        return int(found)
 
     def _read_pages(
-        self, matching: str, tags: set[str], values: Json, most: int, offset: int
+        self, matching: str, tags: set[str], values: Json, most: int, offset: int, after: int
     ) -> Iterator[list[Job]]:
         """Yield the lists of pages(); ``matching`` is the condition, ``values`` are its own."""
         # What is to be shown is found in the small table first: an offset passes over 50,000
@@ -3915,7 +3927,6 @@ class JobTable:
                  ORDER BY seq LIMIT :most OFFSET :offset)
              ORDER BY seq
             """  # noqa: S608
-        after = 0
         while most > 0:
             rows = min(most, PAGE_ROWS)
             place = {"after": after, "most": rows, "offset": offset}
@@ -8554,6 +8565,7 @@ EXECUTIONS_QUERY = {
 JOBS_QUERY = {
     "limit":    Field(query_number(1, 1_000_000),     None),
     "offset":   Field(query_number(0, 1_000_000_000), 0),
+    "after":    Field(a_text(100),                    None),
     "enabled":  Field(_true_or_false,                 None),
     "name":     Field(a_text(200),                    None),
     "q":        Field(a_text(200),                    None),
@@ -8981,7 +8993,8 @@ class JobHandlers(Handlers):
         query = current_query()
         filters = {name: query[name] for name in ("enabled", "name", "q", "status")}
         filters["tags"] = query["tag"]
-        pages, total = self.store.jobs.pages(filters, query["limit"], query["offset"])
+        limit, offset, after = query["limit"], query["offset"], query["after"]
+        pages, total = self.store.jobs.pages(filters, limit, offset, after)
         return {"jobs": self.jobs_json(pages), "total": total}
 
     def create(self) -> Reply:

@@ -10335,6 +10335,36 @@ def test_jobs_are_found_by_state_name_tag_text_and_outcome(service, target, quer
     assert answer["total"] == total
 
 
+def test_jobs_are_paged_by_after_and_none_is_skipped_when_others_come_and_go(service):
+    ids = [service.create(NOBODY, name=f"n{n}", enabled=n % 2 == 0)["id"] for n in range(8)]
+    page = lambda query: [job["id"] for job in service.get(f"/jobs?{query}")["jobs"]]
+
+    first = page("limit=3")
+    for number in (0, 4, 7):
+        service.expect(200, "DELETE", f"/jobs/{ids[number]}")
+    new = service.create(NOBODY, name="new")["id"]
+    second = page(f"limit=3&after={first[-1]}")
+    third = page(f"limit=3&after={second[-1]}")
+
+    assert (first, second, third) == (ids[:3], [ids[3], *ids[5:7]], [new])
+    assert page(f"after={new}") == []
+    assert page(f"after={ids[1]}&offset=1&limit=2") == [ids[3], ids[5]]
+    assert page(f"after={ids[1]}&enabled=true") == [ids[2], ids[6]]
+    assert page(f"after={ids[1]}&q=N5") == page(f"after={ids[1]}&name=n5") == [ids[5]]
+    assert service.get(f"/jobs?after={ids[6]}&enabled=false&limit=1")["total"] == 4
+
+
+@pytest.mark.parametrize("odd", ["{deleted}", NO_ID, "x", chronos.ALERTS_ID])
+def test_after_a_job_that_is_gone_is_not_found_rather_than_all_or_nothing(service, odd):
+    deleted = service.create(NOBODY)["id"]
+    service.create(NOBODY)
+    service.expect(200, "DELETE", f"/jobs/{deleted}")
+
+    error = service.error(404, "GET", f"/jobs?after={odd.format(deleted=deleted)}")
+
+    assert "go on after another one, or begin anew" in error["message"]
+
+
 @pytest.mark.parametrize(("path", "fields"), [
     ("jobs?enabled=yes&status=done&limit=0&offset=-1", ["limit", "offset", "enabled", "status"]),
     ("jobs?limit=x&offset=1e99", ["limit", "offset"]),

@@ -3155,6 +3155,9 @@ LATER_INDEXES = """
 CREATE INDEX IF NOT EXISTS executions_successful ON executions (status, seq)
     WHERE status = 'success';
 CREATE INDEX IF NOT EXISTS jobs_named ON jobs (name, seq);
+CREATE INDEX IF NOT EXISTS executions_scheduled ON executions (scheduled_at, seq);
+CREATE INDEX IF NOT EXISTS executions_reason ON executions (reason, seq, scheduled_at, missed_from)
+    WHERE reason IS NOT NULL;
 """
 
 # The job whose executions are the alerts is there from the start; its versions come with them.
@@ -3825,6 +3828,8 @@ def matching_jobs(filters: Json) -> str:
                         ORDER BY seq DESC LIMIT 1)
             """
         )
+    if filters.get("last_status") is not None:
+        conditions.append("strip LIKE :last_letter")
     if filters.get("tags"):
         # No tag has a line end in it, so the two texts together are as unique as apart.
         conditions.append(
@@ -3836,27 +3841,59 @@ def matching_jobs(filters: Json) -> str:
     return " AND ".join(conditions)
 
 
-def matching_executions(job_id: str | None, status: str | None) -> str:
+# What a history may be filtered by, as it is asked of each row: in this form no index is taken for
+# it, which could be the longer way. A row of missed fire times reaches from the first to the last.
+ASKED_OF_EACH = {
+    "status": "status || '' = :status",
+    "reason": "reason || '' = :reason",
+    "since": "+scheduled_at >= :since",
+    "until": "coalesce(missed_from, scheduled_at) < :until",
+}
+# The two times together, in the form that does take indexes.
+IN_TIME = """
+    (scheduled_at >= :since AND scheduled_at < :until
+     OR reason = 'missed' AND scheduled_at >= :until AND missed_from < :until)
+    """
+
+
+def matching_executions(job_id: str | None, filters: Json) -> str:
     """Return the condition for ExecutionTable.newest(), such that the right index is used."""
+    each = {name: asked for name, asked in ASKED_OF_EACH.items() if filters.get(name) is not None}
+    status = filters.get("status")
+    has_times = "since" in each or "until" in each
     conditions = ["seq < :place"]
     if job_id is not None:
         conditions.append("job_id = :job_id")
-    if status is not None and job_id is not None:
-        # The || keeps the index of all executions in this status from being walked.
-        conditions.append("status || '' = :status")
+    elif "reason" in each:
+        conditions.append("reason = :reason")
+        del each["reason"]
     elif status == Status.PENDING:
-        # The + keeps the whole history from being walked: what is pending is in no order
-        # of seq, but much less.
-        conditions = [
-            """
-            seq IN (SELECT seq FROM pending WHERE +seq < :place
-                     ORDER BY +seq DESC LIMIT :most)
-            """
-        ]
-    elif status is not None:
+        del each["status"]
+        return _among_newest("pending", each.values())
+    elif status is not None and not (status == Status.SUCCESS and has_times):
         # A literal, else SQLite does not see that it may use the index of this status.
         conditions.append(f"status = '{Status(status)}'")
-    return " AND ".join(conditions)
+        del each["status"]
+    elif has_times:
+        each.pop("since", None)
+        each.pop("until", None)
+        return _among_newest("executions", [IN_TIME, *each.values()])
+    return " AND ".join([*conditions, *each.values()])
+
+
+def _among_newest(source: str, conditions: Iterable[str]) -> str:
+    """Return the condition for the newest rows of what an index has in another order.
+
+    It is less than the whole history, which the + keeps from being walked.
+    """
+    wanted = " AND ".join(["+seq < :place", *conditions])
+    return f"seq IN (SELECT seq FROM {source} WHERE {wanted} ORDER BY +seq DESC LIMIT :most)"  # noqa: S608
+
+
+def values_of(filters: Json) -> Json:
+    """Return the parameters of matching_executions(), whichever of them it names."""
+    values = {"status": None, "reason": None, "since": -NO_LIMIT, "until": NO_LIMIT}
+    return values | {name: value for name, value in filters.items() if value is not None}
 
 
 class JobTable:
@@ -3882,19 +3919,24 @@ class JobTable:
         They come in lists that are read when they are asked for, so there may be as many as
         one likes; what is created after this call is not among them. ``filters`` may have:
         enabled (a bool), name (the whole of it), q (a text that is in the name or the
-        description, whatever the case), status (of the newest execution) and tags (pairs of name
-        and value, the job has them all); None or no tags at all: whatever. ``most`` None: all of
-        them after ``offset``. ``after``: only those that were created after the job of this id,
+        description, whatever the case), status (of the newest execution), last_status (a word of
+        ENDINGS: how the newest that has ended did so) and tags (pairs of name and value, the job
+        has them all); None or no tags at all: whatever. ``most`` None: all of them after
+        ``offset``. ``after``: only those that were created after the job of this id,
         of which ``offset`` are passed over. Raises NotFound where there is no such job.
         """
         place = 0 if after is None else self._seq_of(after)
         matching = matching_jobs(filters)
         tags = {f"{name}\n{value}" for name, value in filters.get("tags") or ()}
+        last_letter = None
+        if filters.get("last_status") is not None:
+            last_letter = f"%{ENDINGS[filters['last_status']].letter}"
         values = {
             "enabled": filters.get("enabled"),
             "name": filters.get("name"),
             "pattern": like_pattern(filters.get("q") or ""),
             "status": filters.get("status"),
+            "last_letter": last_letter,
             "line_end": "\n",
             "tag_count": len(tags),
         }
@@ -4126,31 +4168,38 @@ class ExecutionLists:
         job_id: str | None,
         most: int,
         before: str | None = None,
-        status: str | None = None,
+        filters: Json | None = None,
         columns: str = EXECUTION_COLUMNS,
     ) -> Iterator[Execution]:
         """Yield the newest executions of a job (None: of all), the newest first.
 
-        ``before``: only those older than this execution. ``status``: only those in it.
+        ``before``: only those older than this execution. ``filters`` may have: status, reason,
+        and the instants since and until, less the latter itself: the fire time is between them,
+        or one of those that the execution stands for. None: whatever.
         Raises NotFound if there is no execution ``before``.
         """
+        filters = filters or {}
         sql = f"""
-            SELECT seq, {columns}, job_name FROM named_executions
-             WHERE {matching_executions(job_id, status)}
+            SELECT seq, {columns}, (SELECT name FROM jobs WHERE id = job_id) AS job_name
+              FROM executions WHERE {matching_executions(job_id, filters)}
              ORDER BY seq DESC LIMIT :most
             """  # noqa: S608
         place = NO_LIMIT
         if before is not None:
             place = self._seq_of(job_id, before)
+        values = {"job_id": job_id} | values_of(filters)
+        rows = most
         while most > 0:
-            values = {"place": place, "job_id": job_id, "status": status, "most": most}
-            page = self._database.run_page(sql, (), **values)
+            page = self._database.run_page(sql, (), place=place, most=rows, **values)
             for row in page.rows:
-                yield Execution.from_row(row)
-            if not page.has_more:
+                place = row["seq"]
+                has_job = row["job_name"] is not None  # Else a deleted one has left it.
+                if has_job and most > 0:
+                    most -= 1
+                    yield Execution.from_row(row)
+            if len(page.rows) < rows and not page.has_more:
                 return
-            place = page.rows[-1]["seq"]
-            most -= len(page.rows)
+            rows = PAGE_ROWS
 
     def _seq_of(self, job_id: str | None, execution_id: str) -> int:
         """Return the place of an execution of this job (None: of any). Raises NotFound."""
@@ -4208,12 +4257,12 @@ class ExecutionLists:
         found = [Execution.from_row(row) for row in rows]
         return {execution.job_id: execution for execution in found}
 
-    def count(self, job_id: str, status: str | None = None) -> int:
-        """Return how many executions a job has in this status (None: in any)."""
-        sql = "SELECT count(*) FROM executions WHERE job_id = :id"
-        if status is not None:
-            sql = f"{sql} AND status = :status"
-        return int(self._database.value(sql, id=job_id, status=status))
+    def count(self, job_id: str, filters: Json | None = None) -> int:
+        """Return how many executions a job has that match; ``filters`` is as in newest()."""
+        filters = filters or {}
+        sql = f"SELECT count(*) FROM executions WHERE {matching_executions(job_id, filters)}"  # noqa: S608
+        values = {"place": NO_LIMIT, "job_id": job_id} | values_of(filters)
+        return int(self._database.value(sql, **values))
 
     def in_progress(self, most: int) -> list[Execution]:
         """Return what runs, the oldest first, and then what is due soonest.
@@ -8557,32 +8606,36 @@ REPEATABLE = frozenset({"tag"})  # Each value counts; of others there is one.
 
 # fmt: off
 EXECUTIONS_QUERY = {
-    # name        check                            default
-    "limit":    Field(query_number(1, 100),           20),
-    "before":   Field(a_text(100),                    None),
-    "status":   Field(one_of(*Status),                None),
+    # name           check                            default
+    "limit":       Field(query_number(1, 100),           20),
+    "before":      Field(a_text(100),                    None),
+    "status":      Field(one_of(*Status),                None),
+    "reason":      Field(one_of(*sorted(set(Reason) - {Reason.DELETED})), None),
+    "from":        Field(parse_time,                     None),
+    "to":          Field(parse_time,                     None),
 }
 JOBS_QUERY = {
-    "limit":    Field(query_number(1, 1_000_000),     None),
-    "offset":   Field(query_number(0, 1_000_000_000), 0),
-    "after":    Field(a_text(100),                    None),
-    "enabled":  Field(_true_or_false,                 None),
-    "name":     Field(a_text(200),                    None),
-    "q":        Field(a_text(200),                    None),
-    "status":   Field(one_of(*Status),                None),
-    "tag":      Field(_tags,                          ()),
+    "limit":       Field(query_number(1, 1_000_000),     None),
+    "offset":      Field(query_number(0, 1_000_000_000), 0),
+    "after":       Field(a_text(100),                    None),
+    "enabled":     Field(_true_or_false,                 None),
+    "name":        Field(a_text(200),                    None),
+    "q":           Field(a_text(200),                    None),
+    "status":      Field(one_of(*Status),                None),
+    "last_status": Field(one_of(*ENDINGS),               None),
+    "tag":         Field(_tags,                          ()),
 }
 PREVIEW_QUERY = {
-    "schedule": Field(a_schedule),
-    "timezone": Field(a_timezone,                     "UTC"),
-    "count":    Field(query_number(1, 100),           5),
-    "from":     Field(parse_time,                     None),
+    "schedule":    Field(a_schedule),
+    "timezone":    Field(a_timezone,                     "UTC"),
+    "count":       Field(query_number(1, 100),           5),
+    "from":        Field(parse_time,                     None),
 }
 TRIGGER_QUERY = {
-    "wait":     Field(parse_duration,                 None),
+    "wait":        Field(parse_duration,                 None),
 }
 UPCOMING_QUERY = {
-    "hours":    Field(query_number(1, 168),           24),
+    "hours":       Field(query_number(1, 168),           24),
 }
 QUERIES: dict[str, dict[str, Field]] = {
     # handler              what its URL may ask; all others take no query
@@ -8991,7 +9044,8 @@ class JobHandlers(Handlers):
     def list_all(self) -> Json:
         """Return the jobs that match, in the order of their creation."""
         query = current_query()
-        filters = {name: query[name] for name in ("enabled", "name", "q", "status")}
+        names = ("enabled", "name", "q", "status", "last_status")
+        filters = {name: query[name] for name in names}
         filters["tags"] = query["tag"]
         limit, offset, after = query["limit"], query["offset"], query["after"]
         pages, total = self.store.jobs.pages(filters, limit, offset, after)
@@ -9198,13 +9252,21 @@ class ExecutionHandlers(Handlers):
     def of_job(self, job_id: str) -> Json:
         """Return the newest executions of a job, and how many match in all."""
         query = current_query()
-        status = query["status"]
+        filters = self._filters_of(query)
         self.store.jobs.get(job_id)  # Raises NotFound.
-        found = self.store.executions.newest(job_id, query["limit"], query["before"], status)
+        found = self.store.executions.newest(job_id, query["limit"], query["before"], filters)
         return {
             "executions": map(Execution.to_json, found),
-            "total": self.store.executions.count(job_id, status),
+            "total": self.store.executions.count(job_id, filters),
         }
+
+    def _filters_of(self, query: Json) -> Json:
+        """Return what ExecutionTable.newest() is to filter by. Raises InvalidFields."""
+        since, until = query["from"], query["to"]
+        if since is not None and until is not None and since >= until:
+            raise InvalidFields([("to", "must be later than from")])
+        filters = {"status": query["status"], "reason": query["reason"]}
+        return filters | {"since": since, "until": until}
 
     def list_all(self) -> Json:
         """Return the newest executions over all jobs, without what was answered."""
@@ -9214,7 +9276,7 @@ class ExecutionHandlers(Handlers):
             None,
             limit + 1,  # One more tells whether there are more.
             query["before"],
-            query["status"],
+            self._filters_of(query),
             EXECUTION_SUMMARY,
         )
         found = list(newest)

@@ -3911,7 +3911,9 @@ def test_the_history_is_read_in_pages_newest_first(world, target, monkeypatch, s
 
     for job in (None, *jobs):
         matching = [e for j, s, e in ids if job in (None, j) and status in (None, s)][::-1]
-        newest = functools.partial(world.store.executions.newest, job and job.id, status=status)
+        newest = functools.partial(
+            world.store.executions.newest, job and job.id, filters={"status": status}
+        )
         assert [execution.id for execution in newest(100)] == matching
         assert [execution.id for execution in newest(3, matching[1])] == matching[2:5]
 
@@ -3928,12 +3930,108 @@ def test_a_job_is_found_by_its_name_without_a_walk_through_all(world):
     assert not [step for step in plans if re.search(r"SCAN jobs|jobs .*\(rowid[<>]", step)], plans
 
 
+HISTORY_KINDS = [
+    ("success", None), ("failed", "http_status"), ("failed", "timeout"), ("skipped", "overlap"),
+    ("skipped", "missed"), ("pending", None), ("running", None),
+]  # fmt: skip
+
+
+def add_ledger(world, jobs, number):
+    """Add executions of each kind, of each job, their fire times in no order; return them."""
+    added = []
+    for n in range(number):
+        status, reason = HISTORY_KINDS[n % 7]
+        at = NOON + n * 37 % number * SECOND
+        values = (f"exec-{n}", jobs[n % len(jobs)].id, 1, "schedule", status, at, NOBODY, None)
+        ended_at = None if status in ("pending", "running") else NOON
+        execution = chronos.Execution(*values, completed_at=ended_at, reason=reason)
+        if reason == "missed":
+            missed = {"missed_count": 8, "missed_from": at - 7 * SECOND, "missed_to": at}
+            execution = execution._replace(**missed)
+        added.append(execution)
+    with world.store.database.transaction():
+        assert all(world.store.executions.add(execution) for execution in added)
+        world.store.history.count_ends(added)
+    return added
+
+
+def test_a_history_is_filtered_by_status_reason_and_time_and_by_all_together(world, monkeypatch):
+    monkeypatch.setattr(chronos, "PAGE_BYTES", 300)
+    *jobs, deleted = add_jobs(world, 3, NOBODY)
+    added = add_ledger(world, [*jobs, deleted], 84)[::-1]
+    with world.store.database.transaction():
+        world.store.jobs.delete(deleted.id)
+        world.store.history.forget_size()
+    since, until = NOON + 20 * SECOND, NOON + 50 * SECOND
+
+    def matches(e, job, filters):
+        status, reason, since, until = filters.values()
+        return (e.job_id != deleted.id and job in (None, e.job_id) and status in (None, e.status)
+                and reason in (None, e.reason) and (since is None or e.scheduled_at >= since)
+                and (until is None or (e.missed_from or e.scheduled_at) < until))  # fmt: skip
+
+    names = ("status", "reason", "since", "until")
+    words = [None, *chronos.Status], [None, "timeout", "overlap", "missed"]
+    for job in (None, jobs[0].id):
+        for values in itertools.product(*words, (None, since), (None, until)):
+            filters = dict(zip(names, values, strict=True))
+            newest = functools.partial(world.store.executions.newest, job, filters=filters)
+            matching = [e.id for e in added if matches(e, job, filters)]
+            assert [e.id for e in newest(100)] == matching, filters
+            assert [e.id for e in newest(3, "exec-60")] == [
+                each for each in matching if int(each[5:]) < 60
+            ][:3], filters
+            assert job is None or world.store.executions.count(job, filters) == len(matching)
+
+
+@pytest.mark.parametrize(("filters", "index"), [
+    ("since until", "executions_scheduled (scheduled_at>? AND scheduled_at<?)"),
+    ("since", "executions_scheduled (scheduled_at>? AND scheduled_at<?)"),
+    ("until", "executions_scheduled (scheduled_at>? AND scheduled_at<?)"),
+    ("since until success", "executions_scheduled (scheduled_at>? AND scheduled_at<?)"),
+    ("since until failed", "executions_listed (status=? AND seq<?)"),
+    ("reason", "executions_reason (reason=? AND seq<?)"),
+    ("reason since until", "executions_reason (reason=? AND seq<?)"),
+    ("reason failed", "executions_reason (reason=? AND seq<?)"),
+    ("job since until", "executions_of_job (job_id=? AND seq<?)"),
+    ("job reason", "executions_of_job (job_id=? AND seq<?)"),
+])  # fmt: skip
+def test_each_filter_of_a_history_has_an_index(world, filters, index):
+    all_values = {"since": NOON, "until": NOON + SECOND, "reason": "timeout"}
+    wanted = {name: value for name, value in all_values.items() if name in filters}
+    wanted["status"] = next((status for status in chronos.Status if status in filters), None)
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+
+    list(world.store.executions.newest(JOB_ID if "job" in filters else None, 20, filters=wanted))
+
+    [statement] = statements
+    plan = [row[3] for row in by_hand(world, f"EXPLAIN QUERY PLAN {statement}")]
+    assert [step for step in plan if index in step], plan
+    assert not [step for step in plan if re.search(r"executions.*rowid[<>]|SCAN executions", step)]
+
+
+@pytest.mark.parametrize("word", chronos.ENDINGS)
+def test_jobs_are_found_by_how_their_last_run_ended(world, word):
+    reasons = {"success": None, "failed": "http_status"}
+    jobs = dict(zip([*chronos.ENDINGS, "never"], add_jobs(world, 7, NOBODY), strict=True))
+    for ending in chronos.ENDINGS:
+        for each in ("success", "missed", ending):
+            status = each if each == "success" else "failed"
+            add_executions(world, jobs[ending], 1, status, reason=reasons.get(each, each))
+        add_executions(world, jobs[ending], 1, "pending")
+
+    pages, total = world.store.jobs.pages({"last_status": word}, None, 0)
+
+    assert ([job.id for page in pages for job in page], total) == ([jobs[word].id], 1)
+
+
 @pytest.mark.parametrize("status", chronos.Status)
 def test_the_executions_in_one_status_are_found_without_a_walk_through_all(world, status):
     statements = []
     engine_connection(world).set_trace_callback(statements.append)
 
-    list(world.store.executions.newest(None, 20, status=status))
+    list(world.store.executions.newest(None, 20, filters={"status": status}))
 
     [statement] = statements
     plan = [row[3] for row in by_hand(world, f"EXPLAIN QUERY PLAN {statement}")]
@@ -10221,13 +10319,17 @@ def history(service, target):
     ("before={3}", [2, 1, 0], 4), ("before={2}&limit=1", [1], 4), ("before={0}", [], 4),
     ("status=success", [1, 0], 2), ("status=success&before={1}", [0], 2), ("status=failed", [], 0),
     ("status=running", [2], 1), ("status=skipped", [3], 1), ("limit=500", [3, 2, 1, 0], 4),
+    ("reason=overlap", [3], 1), ("reason=overlap&status=success", [], 0), ("reason=missed", [], 0),
+    ("from={5}", [3, 2, 1], 3), ("to={5}", [0], 1), ("from={5}&to={7}", [2, 1], 2),
+    ("from={4}&to={7}&status=success", [1, 0], 2), ("from={5}&to={7}&before={2}", [1], 2),
+    ("from=2999-01-01T00:00:00Z", [], 0), ("from={5}&reason=overlap", [3], 1),
 ])  # fmt: skip
 def test_executions_are_paged_by_before_and_filtered(service, history, query, found, total):
     job, ids = history
+    runs = service.get(path_of(job, "/executions"))["executions"][::-1]
+    query = query.format(*ids, *(run["scheduled_time"] for run in runs))
 
-    page, overall = (
-        service.get(f"{path}/executions?{query.format(*ids)}") for path in (path_of(job), "")
-    )
+    page, overall = (service.get(f"{path}/executions?{query}") for path in (path_of(job), ""))
 
     assert [execution["id"] for execution in page["executions"]] == [ids[n] for n in found]
     assert page["total"] == total
@@ -10317,6 +10419,8 @@ def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
     ("name=c NIGHTLY", "c", 1), ("name=c nightly", "", 0), ("name=c", "", 0),
     ("name=a&enabled=true", "a", 1),
     ("status=success", "a", 1), ("status=failed", "b", 1), ("status=skipped", "", 0),
+    ("last_status=failed", "b", 1), ("last_status=missed", "", 0),
+    ("last_status=success&tag=team:x", "a", 1),
     ("limit=2", "ab", 4), ("limit=2&offset=1", "bc", 4), ("offset=9", "", 4),
     ("q=nightly&limit=1", "a", 2), ("q=nightly&enabled=false&tag=team:x", "", 0),
 ])  # fmt: skip
@@ -10369,6 +10473,9 @@ def test_after_a_job_that_is_gone_is_not_found_rather_than_all_or_nothing(servic
     ("jobs?enabled=yes&status=done&limit=0&offset=-1", ["limit", "offset", "enabled", "status"]),
     ("jobs?limit=x&offset=1e99", ["limit", "offset"]),
     ("executions?limit=0&status=done", ["limit", "status"]),
+    ("executions?reason=deleted&from=monday&to=2027-03-01", ["reason", "from", "to"]),
+    ("executions?from=2027-03-01T12:00:00Z&to=2027-03-01T13:00:00%2B01:00", ["to"]),
+    ("jobs?last_status=skipped", ["last_status"]),
     ("schedules/preview?count=0", ["schedule", "count"]),
     ("schedules/preview?schedule=* * *&timezone=Mars/Base&count=x&from=tomorrow",
         ["schedule", "timezone", "count", "from"]),

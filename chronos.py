@@ -8587,16 +8587,23 @@ def _true_or_false(word: str) -> bool:
     return bool(known(word) == "true")
 
 
+# A tag in a query: the first colon that is not escaped ends the name; the value is as it stands.
+_TAG = re.compile(r"((?:[^\\:]|\\[\\:])+):(.*)", re.DOTALL)
+
+
 def _tags(texts: list[str]) -> list[tuple[str, str]]:
-    """Pairs of name and value, each written with a colon between them."""
+    """Pairs of name and value, each written with a colon between them; see _TAG."""
     if len(texts) > MAX_TAGS:
         raise ValueError(f"must not be there more than {MAX_TAGS} times")
     pairs = []
     for text in texts:
-        name, colon, value = text.partition(":")
-        if not colon:
-            raise ValueError("must be a name, a colon and a value")
-        pairs.append((name, value))
+        match = _TAG.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                r"must be a name, a colon and a value; in the name, : is written \: and \ is \\"
+            )
+        name = re.sub(r"\\(.)", r"\1", match[1])
+        pairs.append((name, match[2]))
     return pairs
 
 

@@ -10414,6 +10414,8 @@ def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
 @pytest.mark.parametrize(("query", "found", "total"), [
     ("enabled=true", "a", 1), ("enabled=false", "bcd", 3), ("q=REPORT", "b", 1),
     ("tag=team:x", "ab", 2), ("tag=team:x&tag=env:prod:eu", "b", 1), ("tag=team:", "d", 1),
+    (r"tag=k8s\:app:x:y", "c", 1), ("tag=k8s:app:x:y", "d", 1), (r"tag=k8s\:app:x", "", 0),
+    ("tag=%5C%5C%5C::%5C:%5C", "c", 1),
     ("tag=gr%C3%B6%C3%9Fe:%22", "c", 1), ("q=nightly", "ac", 2), ("q=%25", "d", 1),
     ("q=%C3%84RGER", "c", 1),
     ("name=c NIGHTLY", "c", 1), ("name=c nightly", "", 0), ("name=c", "", 0),
@@ -10426,10 +10428,11 @@ def test_a_pending_execution_that_was_cancelled_is_not_sent(service, target):
 ])  # fmt: skip
 def test_jobs_are_found_by_state_name_tag_text_and_outcome(service, target, query, found, total):
     tags, url = {"team": "x"}, target.url + "/status/404"
+    odd_tags = {"größe": '"', "Team": "x", "k8s:app": "x:y", "\\:": "\\:\\"}
     service.create(target.url, name="a", description="Nightly", enabled=True, tags=tags)
     service.create(url, name="b Report", tags=tags | {"env": "prod:eu"})
-    service.create(url, name="c NIGHTLY", description="ärger", tags={"größe": '"', "Team": "x"})
-    service.create(url, name="d 100%", tags={"team": ""})
+    service.create(url, name="c NIGHTLY", description="ärger", tags=odd_tags)
+    service.create(url, name="d 100%", tags={"team": "", "k8s": "app:x:y"})
     for job in service.get("/jobs?limit=2")["jobs"]:
         service.post(trigger_path(job))
 
@@ -10485,13 +10488,15 @@ def test_a_wrong_query_is_refused_naming_every_parameter(service, path, fields):
 
 
 TAG = "tag=a:b"
+TAG_FORM = r"must be a name, a colon and a value; in the name, : is written \: and \ is \\"
 
 
 @pytest.mark.parametrize(("method", "path", "problem"), [
     ("GET", "/jobs?nmae=x", ("nmae", "is not a known name (did you mean 'name'?)")),
     ("GET", "/jobs?limits=1", ("limits", "is not a known name (did you mean 'limit'?)")),
     ("GET", "/jobs?limit=1&limit=1", ("limit", "is there more than once")),
-    ("GET", "/jobs?tag=team", ("tag", "must be a name, a colon and a value")),
+    *(("GET", f"/jobs?tag={tag}", ("tag", TAG_FORM)) for tag in (
+        "team", "", ":x", r"a\:b", "a%5Cb:c", "a%5C")),
     ("GET", "/jobs?" + "&".join([TAG] * 21), ("tag", "must not be there more than 20 times")),
     ("GET", "{job}?limit=1", ("limit", "is not a known name")),
     ("GET", "{job}/executions?state=failed",

@@ -3988,9 +3988,12 @@ class JobTable:
             """
         return {row["id"] for row in self._database.run_with_list(sql, ids)}
 
-    def versions(self, job_id: str) -> Iterator[Json]:
-        """Yield all versions of a job, the newest first; none if there is no such job.
+    def versions(
+        self, job_id: str, most: int | None = None, before: int | None = None
+    ) -> Iterator[Json]:
+        """Yield versions of a job, the newest first; none if there is no such job.
 
+        ``most`` None: all of them; ``before``: only those with a smaller number.
         The ``config`` of one that can't be read is None.
         """
         sql = """
@@ -3999,16 +4002,20 @@ class JobTable:
                AND version < :before
              ORDER BY version DESC LIMIT :most
             """
-        page = Page([], has_more=True)
-        before = NO_LIMIT
-        while page.has_more or len(page.rows) == PAGE_ROWS:
-            page = self._database.run_page(sql, (), id=job_id, before=before, most=PAGE_ROWS)
+        place = NO_LIMIT if before is None else before
+        left = NO_LIMIT if most is None else most
+        while left > 0:
+            rows = min(left, PAGE_ROWS)
+            page = self._database.run_page(sql, (), id=job_id, before=place, most=rows)
             for row in page.rows:
-                before = row["version"]
+                place = row["version"]
+                left -= 1
                 config = None
                 with contextlib.suppress(UnusableConfig):
                     config = read_config(row["config"])
                 yield _read_version(row, config)
+            if len(page.rows) < rows and not page.has_more:
+                return
 
     def version(self, job_id: str, number: int) -> Json:
         """Return one version of a job.
@@ -8638,6 +8645,10 @@ PREVIEW_QUERY = {
     "count":       Field(query_number(1, 100),           5),
     "from":        Field(parse_time,                     None),
 }
+VERSIONS_QUERY = {
+    "limit":       Field(query_number(1, 1_000_000),     None),
+    "before":      Field(query_number(1, 1_000_000_000), None),
+}
 TRIGGER_QUERY = {
     "wait":        Field(parse_duration,                 None),
 }
@@ -8647,6 +8658,7 @@ UPCOMING_QUERY = {
 QUERIES: dict[str, dict[str, Field]] = {
     # handler              what its URL may ask; all others take no query
     "jobs.list_all":       JOBS_QUERY,
+    "jobs.list_versions":  VERSIONS_QUERY,
     "executions.list_all": EXECUTIONS_QUERY,
     "executions.of_job":   EXECUTIONS_QUERY,
     "executions.trigger":  TRIGGER_QUERY,
@@ -9181,8 +9193,10 @@ class JobHandlers(Handlers):
 
     def list_versions(self, job_id: str) -> Iterator[Json]:
         """Return the versions of a job, the newest first."""
+        query = current_query()
         self.store.jobs.get(job_id)  # Raises NotFound.
-        return map(self._show_version, self.store.jobs.versions(job_id))
+        found = self.store.jobs.versions(job_id, query["limit"], query["before"])
+        return map(self._show_version, found)
 
     def get_version(self, job_id: str, number: str) -> Json:
         """Return one version of a job."""

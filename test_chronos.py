@@ -9869,6 +9869,21 @@ def test_every_change_of_the_configuration_is_a_version_newest_first(service):
     assert [service.get(path_of(job, f"/versions/{n}")) for n in (3, 2, 1)] == versions
 
 
+@pytest.mark.parametrize(("query", "found"), [
+    ("limit=2", [7, 6]), ("limit=9", [7, 6, 5, 4, 3, 2, 1]), ("before=3", [2, 1]), ("before=1", []),
+    ("limit=3&before=7", [6, 5, 4]), ("before=99&limit=1", [7]), ("limit=1&before=2", [1]),
+])  # fmt: skip
+def test_versions_are_paged_by_their_numbers(service, monkeypatch, query, found):
+    monkeypatch.setattr(chronos, "PAGE_ROWS", 2)
+    job = service.create(NOBODY)
+    for number in range(2, 8):
+        patch(service, job, {"name": str(number)})
+
+    versions = service.get(path_of(job, f"/versions?{query}"))
+
+    assert [version["version"] for version in versions] == found
+
+
 def test_a_rollback_is_a_new_version_and_leaves_state_and_cursor_alone(service, target):
     fields = {"schedule": "@every 1h", "enabled": True, "webhook": WITH_SECRET["bearer"]}
     job = service.create(target.url, **fields)
@@ -10479,6 +10494,7 @@ def test_after_a_job_that_is_gone_is_not_found_rather_than_all_or_nothing(servic
     ("executions?reason=deleted&from=monday&to=2027-03-01", ["reason", "from", "to"]),
     ("executions?from=2027-03-01T12:00:00Z&to=2027-03-01T13:00:00%2B01:00", ["to"]),
     ("jobs?last_status=skipped", ["last_status"]),
+    (f"jobs/{NO_ID}/versions?limit=0&before=x", ["limit", "before"]),
     ("schedules/preview?count=0", ["schedule", "count"]),
     ("schedules/preview?schedule=* * *&timezone=Mars/Base&count=x&from=tomorrow",
         ["schedule", "timezone", "count", "from"]),

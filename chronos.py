@@ -80,6 +80,7 @@ import platform
 import queue
 import re
 import resource
+import select
 import signal
 import socket
 import sqlite3
@@ -100,7 +101,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import chain, islice, product
+from itertools import chain, islice, product, zip_longest
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import quote, unquote, urlsplit
@@ -186,6 +187,9 @@ READ_LIMIT = 5 * SECOND  # What is read for an API call takes no longer, or each
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
 LOG_PATIENCE_S = 2.0  # The exit waits this long for somebody to read the end of the log.
 MAX_LOOKUPS = 16  # Name look-ups at once; one that hangs keeps its place among them.
+DIAL_INTERVAL = SECOND // 4  # After this a host's next address is dialled as well (RFC 8305, 5).
+MAX_DIALLED = 8  # Addresses of a host that are dialled at the same time.
+MAX_PROBLEMS = 4  # Addresses of which a sentence says why there is no connection.
 
 # --- Sizes ---
 
@@ -6286,6 +6290,169 @@ class Resolver:
             self._places.release()
 
 
+def by_turns(addresses: Sequence[Address]) -> list[Address]:
+    """Return each address once, the two families by turns (RFC 8305, 4).
+
+    The family of the first one, which the system prefers, keeps the lead.
+    """
+    leading = []
+    others = []
+    for address in dict.fromkeys(addresses):
+        if address.family == addresses[0].family:
+            leading.append(address)
+        else:
+            others.append(address)
+    pairs = zip_longest(leading, others)
+    return [address for address in chain.from_iterable(pairs) if address is not None]
+
+
+class Race:
+    """Dials the addresses of a host as RFC 8305 has it: the first that connects wins.
+
+    One worker uses it, and only cut() may be called by other threads meanwhile.
+
+    attribute   written by   guarded by
+    _dialled    its worker   _lock  (cut() goes through it)
+    _is_cut     cut()        _lock
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        key: ConnectionKey,
+        addresses: Sequence[Address],
+        limit: int,
+        interval: int,
+    ) -> None:
+        """``limit``: the instant of the monotonic clock when it ends at the latest.
+
+        ``interval``: µs from one address to the next, as long as none of them answers.
+        """
+        self._clock = clock
+        self._key = key
+        self.limit = limit
+        self._waiting = deque(addresses)
+        self._interval = interval
+        self._next_at = 0  # When the next of them is dialled, by the monotonic clock.
+        self._dialled: dict[Connection, Address] = {}  # In the order of their addresses.
+        self._problems: dict[str, str] = {}  # What is wrong with each address that was lost.
+        self._is_cut = False
+        self._lock = threading.Lock()
+
+    def run(self) -> Connection:
+        """Return the next connection that comes about; it stays in the race until taken.
+
+        Raises requests.ConnectionError, which says what is wrong with each address.
+        """
+        while self._waiting or self._dialled:
+            now = self._clock.monotonic()
+            if now >= self.limit:
+                self._time_is_up()
+            elif self._may_dial(now):
+                self._dial(self._waiting.popleft())
+            else:
+                winner = self._wait(now)
+                if winner is not None:
+                    self._call_off(winner)
+                    return winner
+        sentences = [f"at {numeric}: {problem}" for numeric, problem in self._problems.items()]
+        told = "; ".join(sentences[:MAX_PROBLEMS])
+        raise requests.ConnectionError(f"no connection to {self._key.target} {told}")
+
+    def _may_dial(self, now: int) -> bool:
+        """Say whether it is the turn of the next address."""
+        if not self._waiting or len(self._dialled) >= MAX_DIALLED:
+            return False
+        return not self._dialled or now >= self._next_at
+
+    def _dial(self, address: Address) -> None:
+        """Begin to connect, without waiting for the end of it."""
+        self._next_at = self._clock.monotonic() + self._interval
+        try:
+            connection = Connection(self._key, address.family)
+        except OSError as error:
+            self._note(address, error)
+            return
+        with self._lock:
+            self._dialled[connection] = address
+            is_cut = self._is_cut
+        if is_cut:
+            raise AttemptAborted  # Nobody would cut this one.
+        # A request is written at once, and must not wait for the peer's acknowledgement.
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.socket.setblocking(False)
+        try:
+            connection.socket.connect(address.sockaddr)
+        except BlockingIOError:
+            pass  # It is under way.
+        except OSError as error:
+            self.lose(connection, error)
+
+    def _wait(self, now: int) -> Connection | None:
+        """Wait until one has connected, which is returned, or it is time for something else."""
+        until = self.limit
+        if self._waiting and len(self._dialled) < MAX_DIALLED:
+            until = min(until, self._next_at)
+        poll = select.poll()
+        for connection in self._dialled:
+            poll.register(connection.socket, select.POLLOUT)
+        timeout_ms = (until - now) * 1000 / SECOND
+        ended = {descriptor for descriptor, _event in poll.poll(timeout_ms)}
+        for connection in list(self._dialled):
+            if connection.socket.fileno() in ended:
+                code = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code == 0:
+                    return connection
+                self.lose(connection, OSError(code, os.strerror(code)))
+        return None
+
+    def _call_off(self, winner: Connection) -> None:
+        """Close the others; they are dialled anew if the winner turns out to be of no use."""
+        for connection, address in list(self._dialled.items()):
+            if connection is not winner:
+                self._close(connection)
+                self._waiting.append(address)
+
+    def _time_is_up(self) -> None:
+        for connection in list(self._dialled):
+            self.lose(connection, TimeoutError())
+        self._waiting.clear()
+
+    def lose(self, connection: Connection, error: OSError) -> None:
+        """Close a connection that came to nothing, or is of no use; ``error`` says why."""
+        address = self._dialled[connection]
+        self._close(connection)
+        self._note(address, error)
+        self._next_at = 0  # Nothing is left to wait for.
+
+    def _note(self, address: Address, error: OSError) -> None:
+        self._problems[str(address.sockaddr[0])] = why_not_connected(error)
+
+    def _close(self, connection: Connection) -> None:
+        # Under the lock, because cut() must not meet the descriptor when it is another's already.
+        with self._lock:
+            del self._dialled[connection]
+            connection.close()
+
+    def cut(self) -> None:
+        """Shut all connections down: the race and whatever blocks on one of them end at once."""
+        with self._lock:
+            self._is_cut = True
+            for connection in self._dialled:
+                connection.cut()
+
+    def take(self, connection: Connection) -> Connection:
+        """Take a connection out of the race, which close() then leaves alone."""
+        with self._lock:
+            del self._dialled[connection]
+        return connection
+
+    def close(self) -> None:
+        """Close what nobody has taken."""
+        for connection in list(self._dialled):
+            self._close(connection)
+
+
 class Connector:
     """Makes connections: resolves, checks, dials and, for https, shakes hands.
 
@@ -6306,6 +6473,7 @@ class Connector:
     def connect(self, attempt: Attempt) -> Connection:
         """Return a connection to the attempt's target, within dispatcher.connect_timeout.
 
+        Where the attempt has less time left, the watchdog ends it.
         Raises requests.ConnectionError, BlockedTarget or AttemptAborted.
         """
         key = attempt.webhook.connection_key
@@ -6315,47 +6483,55 @@ class Connector:
         if parts.scheme == "https":
             tls = self._tls_context(key.verify_tls)
         limit = self._clock.monotonic() + self._timeout
-        addresses = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
-        problem = ""
-        for tried, address in enumerate(addresses):
-            numeric = str(address.sockaddr[0])
-            check_address(numeric, self._blocked, self._allowed)
-            connection = Connection(key, address.family)
-            share_s = self._left_s(limit, len(addresses) - tried)
+        found = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
+        addresses = self._open_addresses(found)
+        # Where there is little time, each address gets its turn in it all the same.
+        left = min(limit, attempt.limit) - self._clock.monotonic()
+        interval = min(DIAL_INTERVAL, left // len(addresses))
+        race = Race(self._clock, key, addresses, limit, interval)
+        try:
+            with attempt.blocking(race.cut):
+                connection = race.run()
+                while tls is not None and not self._shake_hands(connection, race, tls, host):
+                    connection = race.run()
+                # From here on the watchdog is the limit.
+                connection.socket.settimeout(None)
+            return race.take(connection)
+        finally:
+            race.close()
+
+    def _open_addresses(self, found: Sequence[Address]) -> list[Address]:
+        """Return the addresses that may be dialled. Raises BlockedTarget where none may."""
+        addresses = []
+        refusals = []
+        for address in by_turns(found):
             try:
-                with attempt.blocking(connection.cut):
-                    self._dial(connection, address, share_s)
-                    if tls is not None:
-                        self._shake_hands(connection, tls, host, limit)
-                    # From here on the watchdog is the limit.
-                    connection.socket.settimeout(None)
-                return connection
-            except AttemptAborted:
-                connection.close()
-                raise
-            except OSError as error:
-                connection.close()
-                problem = f"no connection to {key.target} at {numeric}: {why_not_connected(error)}"
-        raise requests.ConnectionError(problem)
+                check_address(str(address.sockaddr[0]), self._blocked, self._allowed)
+                addresses.append(address)
+            except BlockedTarget as refusal:
+                refusals.append(refusal)
+        if not addresses:
+            raise refusals[0]
+        return addresses
 
-    def _left_s(self, limit: int, shared_by: int = 1) -> float:
-        """Return the seconds until ``limit``, or their share of each of several addresses."""
+    def _left_s(self, limit: int) -> float:
+        """Return the seconds until ``limit``."""
         left_s = (limit - self._clock.monotonic()) / SECOND
-        return max(left_s / shared_by, SHORTEST_TIMEOUT_S)
-
-    def _dial(self, connection: Connection, address: Address, timeout_s: float) -> None:
-        connection.socket.settimeout(timeout_s)
-        connection.socket.connect(address.sockaddr)
-        # A request is written at once, and must not wait for the peer's acknowledgement.
-        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return max(left_s, SHORTEST_TIMEOUT_S)
 
     def _shake_hands(
-        self, connection: Connection, tls: ssl.SSLContext, host: str, limit: int
-    ) -> None:
+        self, connection: Connection, race: Race, tls: ssl.SSLContext, host: str
+    ) -> bool:
+        """Begin TLS on a connection. False: it failed, and the race has lost the connection."""
         # ssl takes the timeout for the whole handshake, so that dripping does not renew it.
-        connection.socket.settimeout(self._left_s(limit))
+        connection.socket.settimeout(self._left_s(race.limit))
         name = name_in_certificate(host)
-        connection.socket = tls.wrap_socket(connection.socket, server_hostname=name)
+        try:
+            connection.socket = tls.wrap_socket(connection.socket, server_hostname=name)
+        except OSError as error:
+            race.lose(connection, error)
+            return False
+        return True
 
     def _tls_context(self, verify: bool) -> ssl.SSLContext:
         """Return the shared context: reading the authorities' certificates takes 40 ms."""

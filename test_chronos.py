@@ -22,8 +22,8 @@ time runs against the real process. The target of the webhooks is a real HTTP se
 # 11 Store          what a job's row has of its history
 # 12 Logs, metrics  what is logged and how; every series of /metrics
 # 13 Requests       the request as it goes out; nothing of the environment goes with it
-# 14 The wire       reuse, answers, limits, aborts, names, blocked addresses, TLS, a sentence for
-#                   each failure, what hostile servers cost
+# 14 The wire       reuse, answers, limits, aborts, names, several addresses, blocked ones, TLS, a
+#                   sentence for each failure, what hostile servers cost
 # 15 Work           fire times, missed ones, the clock is set, overlap, the queue, retries, after a
 #                   crash, changes to jobs, retention, alerts
 # 16 Engine         passes, changes that meet outcomes, full disk, errors nobody expected, the stop
@@ -440,14 +440,14 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 class Hostile:
     """A raw socket server: ``behave(server, connection)`` runs in a thread for each connection."""
 
-    def __init__(self, behave, tls=None, host="127.0.0.1"):
+    def __init__(self, behave, tls=None, host="127.0.0.1", port=0):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.behave, self.tls = behave, tls
         self.requests = queue.Queue()
         self.accepted = 0
         self.reached = threading.Semaphore(0)  # one release for each connection that is held
         self.stopping = threading.Event()
-        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self.listener = socket.create_server((host, port), family=family, backlog=1024)
         self.port = self.listener.getsockname()[1]
         self.url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self.handles = set()  # of the connections: TLS detaches the sockets themselves
@@ -528,14 +528,21 @@ def tls(certificate):
     return context
 
 
-@pytest.fixture
-def deaf_url():
-    """Return a URL where a SYN gets no answer: the queue of the listener is full."""
+@contextlib.contextmanager
+def deaf(host="127.0.0.1", port=0):
+    """While this lasts, a SYN to the port gets no answer: the queue of its listener is full."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
         listener.listen(0)
         with socket.create_connection(listener.getsockname()):
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def deaf_url():
+    with deaf() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(autouse=True)
@@ -611,6 +618,22 @@ def name_server(monkeypatch):
     yield let_go
     let_go.set()
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("dns-")])
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    """Gives the name several.test these addresses, in this order."""
+    real = socket.getaddrinfo
+
+    def resolve(*addresses):
+        def look_up(host, port, *arguments, flags=0, **options):
+            if host != "several.test" or flags & socket.AI_NUMERICHOST:
+                return real(host, port, *arguments, flags=flags, **options)
+            return [real(address, port, **options)[0] for address in addresses]
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+    return resolve
 
 
 # --- the wire -------------------------------------------------------------------------
@@ -5838,6 +5861,121 @@ def test_look_ups_wait_for_one_another_and_free_their_place(send, target, monkey
     assert {outcome.error for outcome in outcomes} == {None}
 
 
+# --- several addresses ----------------------------------------------------------------
+
+
+def at_several(server):
+    """Return the URL of a server by the name several.test."""
+    return re.sub(r"//.*:", "//several.test:", server.url)
+
+
+def syns_under_way(port):
+    return len(re.findall(rf":{port:04X} 02 ", proc_tcp()))  # remote port, SYN_SENT
+
+
+@SCHEMES
+def test_an_address_that_is_silent_costs_a_quarter_of_a_second(
+    dispatcher, hostile, resolve, scheme
+):
+    server = hostile(answers(OK, close=True), scheme)
+    resolve("127.0.0.2", "127.0.0.3", "127.0.0.1")
+    before = len(os.listdir("/proc/self/fd"))
+
+    with deaf("127.0.0.2", server.port), deaf("127.0.0.3", server.port):
+        outcome = dispatcher.send(make_attempt(at_several(server), 4, verify_tls=False))
+        assert not syns_under_way(server.port)
+
+    assert outcome.success and 0.5 * SECOND <= outcome.duration < 2 * SECOND
+    dispatcher.close_idle(0)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize("addresses", [
+    ["127.0.0.2", "127.0.0.1"],  # nobody listens there, which is seen at once
+    ["127.0.0.1", "127.0.0.1"],
+    ["127.0.0.9"] * 20 + ["::1", "127.0.0.1"],
+    [f"127.0.0.{number}" for number in range(2, 30)] + ["127.0.0.1"],
+])  # fmt: skip
+def test_an_address_that_refuses_costs_no_time(send, hostile, resolve, addresses):
+    server = hostile(answers(OK))
+    resolve(*addresses)
+
+    assert send(at_several(server), allowed=3).success
+    assert server.accepted == 1
+
+
+def test_where_tls_fails_the_next_address_is_tried(dispatcher, hostile, resolve):
+    server = hostile(answers(OK), "https")
+    resolve("127.0.0.2", "127.0.0.1")
+    other = Hostile(hangs_up, host="127.0.0.2", port=server.port)
+
+    outcome = dispatcher.send(make_attempt(at_several(server), verify_tls=False))
+    other.stop()
+
+    assert outcome.success and (other.accepted, server.accepted) == (1, 1)
+
+
+def test_little_time_is_enough_for_the_second_address(tmp_path, hostile, resolve):
+    class SlowClock(chronos.Clock):
+        """A tenth as fast, so that a busy machine is fast enough."""
+
+        def monotonic(self):
+            return super().monotonic() // 10
+
+    dispatcher = chronos.Dispatcher(SlowClock(), make_settings(tmp_path).dispatcher)
+    server = hostile(answers(OK, close=True))
+    resolve("127.0.0.2", "127.0.0.1")
+
+    with deaf("127.0.0.2", server.port):
+        outcome = dispatcher.send(make_attempt(at_several(server), allowed=0.2))
+    dispatcher.close_idle(0)
+
+    assert outcome.success and outcome.duration < 0.2 * SECOND
+
+
+@pytest.mark.parametrize("ended_by", ["abort", "timeout", "attempt_timeout", "connect_timeout"])
+def test_several_silent_addresses_end_as_one_does(make_dispatcher, resolve, ended_by):
+    options = {"dispatcher__connect_timeout": "1s"} if ended_by == "connect_timeout" else {}
+    dispatcher = make_dispatcher(**options)
+    resolve("127.0.0.2", "127.0.0.3")
+    limit = {"timeout": 1, "attempt_timeout": 1}.get(ended_by, 10)
+    before = len(os.listdir("/proc/self/fd"))
+
+    with deaf("127.0.0.2") as port, deaf("127.0.0.3", port), ThreadPoolExecutor(1) as pool:
+        reason = ended_by if limit == 1 else "timeout"
+        attempt = make_attempt(f"http://several.test:{port}/", limit, reason)
+        sent = pool.submit(timed_send, dispatcher, attempt)
+        wait_until(lambda: syns_under_way(port) == 2)
+        if ended_by == "abort":
+            begun = time.monotonic()
+            attempt.abort("cancelled")
+        outcome, seconds = sent.result()
+        assert not syns_under_way(port)
+
+    if ended_by == "abort":
+        assert outcome.reason == "cancelled" and time.monotonic() - begun < 0.5
+    elif ended_by == "connect_timeout":
+        silent = "at 127.0.0.2: it took too long; at 127.0.0.3: it took too long"
+        assert outcome.error == f"no connection to http://several.test:{port} {silent}"
+    else:
+        assert ended_by in outcome.error and 1 <= seconds <= 1.5
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize(("found", "dialled"), [
+    ("::1", "::1"),
+    ("::1 ::2 ::3 127.0.0.1 127.0.0.2", "::1 127.0.0.1 ::2 127.0.0.2 ::3"),
+    ("127.0.0.1 ::1 127.0.0.2 127.0.0.1", "127.0.0.1 ::1 127.0.0.2"),
+    ("127.0.0.3 127.0.0.2 127.0.0.1", "127.0.0.3 127.0.0.2 127.0.0.1"),
+])  # fmt: skip
+def test_the_two_families_are_dialled_by_turns(found, dialled):
+    addresses = [chronos.look_up(numeric, 80)[0] for numeric in found.split()]
+
+    in_order = [address.sockaddr[0] for address in chronos.by_turns(addresses)]
+
+    assert in_order == dialled.split()
+
+
 # --- addresses that are blocked -------------------------------------------------------
 
 CLOSED_BY_DEFAULT = """
@@ -5927,28 +6065,29 @@ def test_the_unspecified_address_does_not_lead_to_a_blocked_loopback(
     assert (outcome.reason, server.accepted) == ("blocked", 0)
 
 
-@pytest.mark.parametrize("later", [["127.0.0.2"], ["127.0.0.3", "127.0.0.2"]])
-def test_a_name_is_judged_by_what_it_resolves_to_this_time(
-    make_dispatcher, hostile, monkeypatch, later
+@pytest.mark.parametrize(("later", "reason", "error"), [
+    (["127.0.0.2"], "blocked", "127.0.0.2 is blocked: dispatcher.blocked_networks has "),
+    (["127.0.0.2", "127.0.0.4"], "blocked", "127.0.0.2 is blocked: dispatcher.blocked_networks"),
+    (["127.0.0.2", "127.0.0.3"], "no_answer", "no connection to {url} at 127.0.0.3: Connection re"),
+    (["127.0.0.3", "127.0.0.2"], "no_answer", "no connection to {url} at 127.0.0.3: Connection re"),
+    (["127.0.0.2", "127.0.0.1"], None, ""),
+])  # fmt: skip
+def test_a_name_is_judged_by_each_address_that_it_has_this_time(
+    make_dispatcher, hostile, resolve, later, reason, error
 ):
-    real, found = socket.getaddrinfo, [["127.0.0.1"], later]
-
-    def look_up(host, port, *arguments, flags=0, **options):
-        if host != "rebound.test" or flags & socket.AI_NUMERICHOST:
-            return real(host, port, *arguments, flags=flags, **options)
-        return [real(address, port, **options)[0] for address in found.pop(0)]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    dispatcher = make_dispatcher(dispatcher__blocked_networks=["127.0.0.2/32"])
-    closed = hostile(answers(OK), host="127.0.0.2")
+    blocked = ["127.0.0.2/32", "127.0.0.4/32"]
+    dispatcher = make_dispatcher(dispatcher__blocked_networks=blocked)
     opened = hostile(answers(OK, close=True))
-    opened_url = f"http://rebound.test:{opened.port}/"
+    closed = Hostile(answers(OK), host="127.0.0.2", port=opened.port)
 
-    assert dispatcher.send(make_attempt(opened_url)).success
-    outcome = dispatcher.send(make_attempt(f"http://rebound.test:{closed.port}/"))
+    resolve("127.0.0.1")
+    assert dispatcher.send(make_attempt(at_several(opened))).success
+    resolve(*later)
+    outcome = dispatcher.send(make_attempt(at_several(opened)))
+    closed.stop()
 
-    assert (outcome.reason, closed.accepted, found) == ("blocked", 0, [])
-    assert outcome.error == "127.0.0.2 is blocked: dispatcher.blocked_networks has 127.0.0.2/32"
+    assert (outcome.reason, closed.accepted) == (reason, 0)
+    assert (outcome.error or "").startswith(error.format(url=at_several(opened)))
 
 
 # --- TLS ------------------------------------------------------------------------------

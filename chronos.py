@@ -2268,15 +2268,33 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _authorities(value: Any) -> str:
-    """The path of a file with certificates in PEM, which is read now."""
+    """The path of certificates in PEM, in a file or in a directory; they are read now."""
     path: str = a_text(4096)(value)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
-    except ssl.SSLError as error:
-        raise ValueError(f"must be a file with certificates in PEM form, not {path}") from error
+        candidates = [path]
+        if os.path.isdir(path):
+            names = filter(_HASHED_NAME.fullmatch, os.listdir(path))
+            links = [os.path.join(path, name) for name in names]
+            candidates = [link for link in links if os.path.exists(link)]  # A link may be dead.
+        has_certificates = any(_has_certificates(candidate) for candidate in candidates)
     except OSError as error:
-        raise ValueError(f"must be a readable file: {path}: {error.strerror}") from error
+        raise ValueError(f"must be readable: {error.filename}: {error.strerror}") from error
+    if not has_certificates:
+        forms = "a file with certificates in PEM form, or a directory indexed by openssl rehash"
+        raise ValueError(f"must be {forms}, not {path}")
     return path
+
+
+# Under such names OpenSSL looks for certificates in a directory, and under no others.
+_HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")
+
+
+def _has_certificates(path: str) -> bool:
+    """Say whether a file has certificates in PEM. Raises OSError where it can't be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with open(path, "rb"), contextlib.suppress(ssl.SSLError):
+        context.load_verify_locations(cafile=path)
+    return context.cert_store_stats()["x509"] > 0  # There may be lists of revoked ones only.
 
 
 _size_text = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
@@ -6453,22 +6471,54 @@ class Race:
             self._close(connection)
 
 
-class Connector:
-    """Makes connections: resolves, checks, dials and, for https, shakes hands.
+class TlsContexts:
+    """The contexts of TLS, which connections share: reading the usual authorities takes 40 ms.
 
-    attribute       written by   guarded by
-    _tls_contexts   workers      _lock  (so that only one of many reads the certificates)
+    Files that the settings name are read at once, so that what is wrong with them shows at the
+    start, and a file that changes later changes nothing until the next one.
+
+    attribute    written by            guarded by
+    _contexts    its maker, workers    _lock  (so that only one of many reads the certificates)
     """
+
+    def __init__(self, settings: DispatcherSettings) -> None:
+        self._ca_bundle = settings.ca_bundle
+        self._contexts: dict[bool, ssl.SSLContext] = {}  # verify_tls -> context
+        self._lock = threading.Lock()
+        if self._ca_bundle is not None:
+            self.get(True)
+
+    def get(self, verify: bool) -> ssl.SSLContext:
+        """Return the context for targets whose certificate is verified, or is not."""
+        with self._lock:
+            context = self._contexts.get(verify)
+            if context is None:
+                context = self._make(verify)
+                self._contexts[verify] = context
+        return context
+
+    def _make(self, verify: bool) -> ssl.SSLContext:
+        if not verify:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context
+        path = self._ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
+        if os.path.isdir(path):
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+
+
+class Connector:
+    """Makes connections: resolves, checks, dials and, for https, shakes hands."""
 
     def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
         self._clock = clock
         self._timeout = settings.connect_timeout
         self._blocked = settings.blocked_networks
         self._allowed = settings.allowed_networks
-        self._ca_bundle = settings.ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
         self._resolver = Resolver()
-        self._tls_contexts: dict[bool, ssl.SSLContext] = {}  # verify_tls -> context
-        self._lock = threading.Lock()
+        self._tls_contexts = TlsContexts(settings)
 
     def connect(self, attempt: Attempt) -> Connection:
         """Return a connection to the attempt's target, within dispatcher.connect_timeout.
@@ -6481,7 +6531,7 @@ class Connector:
         host = str(parts.hostname)
         tls = None
         if parts.scheme == "https":
-            tls = self._tls_context(key.verify_tls)
+            tls = self._tls_contexts.get(key.verify_tls)
         limit = self._clock.monotonic() + self._timeout
         found = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
         addresses = self._open_addresses(found)
@@ -6532,17 +6582,6 @@ class Connector:
             race.lose(connection, error)
             return False
         return True
-
-    def _tls_context(self, verify: bool) -> ssl.SSLContext:
-        """Return the shared context: reading the authorities' certificates takes 40 ms."""
-        with self._lock:
-            context = self._tls_contexts.get(verify)
-            if context is None:
-                context = ssl.create_default_context(cafile=self._ca_bundle)
-                context.check_hostname = verify
-                context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
-                self._tls_contexts[verify] = context
-        return context
 
 
 def name_in_certificate(host: str) -> str:

@@ -2538,7 +2538,7 @@ TAGS_AND_SHAPES = [
     ("server: {trusted_proxy: ['::1', proxy.lan]}", 0, "server.trusted_proxy 'proxy.lan' does not"),
     ("server: {trusted_proxy: 10.0.0.1/8}", 0, "server.trusted_proxy 10.0.0.1/8 has host bits"),
     ('server: {trusted_proxy: "*"}', 0, "server.trusted_proxy '*' does not appear to be an IPv4"),
-    ("dispatcher: {ca_bundle: /gone.pem}", 1, "dispatcher.ca_bundle must be a readable file"),
+    ("dispatcher: {ca_bundle: /gone.pem}", 1, "dispatcher.ca_bundle must be readable: /gone.pem: "),
     ("dispatcher: {ca_bundle: .}", 1, "dispatcher.ca_bundle must be a "),
     ("dispatcher: {ca_bundle: chronos.yaml}", 1, "dispatcher.ca_bundle must be a file with certif"),
 ])  # fmt: skip
@@ -2624,9 +2624,18 @@ def test_a_relative_data_dir_counts_from_the_file_not_from_where_one_stands(load
     assert Path(beside) == CHRONOS.parent.resolve() / "data"
 
 
+CRL = """-----BEGIN X509 CRL-----
+MIGlME0CAQEwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBeBcNMjYxMTMwMjIzNTQy
+WhgPMjEyNjExMDYyMjM1NDJaoA4wDDAKBgNVHRQEAwIBATAKBggqhkjOPQQDAgNI
+ADBFAiAePirETvitCaiopjrTkNsVrwAyW44uIMQQPLyj4AYYrAIhANkADWUYOMD/
+JUglyP+bOrR905vbbCkrH2IA7pIm9WfB
+-----END X509 CRL-----
+"""
+
+
 @pytest.mark.parametrize(("content", "is_right"), [
     ("certificate", True), ("certificate and key", True),
-    ("key", False), ("der", False), ("empty", False), ("half", False),
+    ("key", False), ("der", False), ("empty", False), ("half", False), ("revoked", False),
 ])  # fmt: skip
 def test_a_ca_bundle_counts_from_the_file_and_is_read_with_it(
     load, refusal, tmp_path, certificate, content, is_right
@@ -2634,7 +2643,7 @@ def test_a_ca_bundle_counts_from_the_file_and_is_read_with_it(
     pem, key = [path.read_text() for path in certificate]
     der = ssl.PEM_cert_to_DER_cert(pem)
     data = {"certificate": pem, "certificate and key": pem + key, "key": key, "empty": ""}
-    data |= {"der": der, "half": pem[: len(pem) // 2]}
+    data |= {"der": der, "half": pem[: len(pem) // 2], "revoked": CRL}
     written = data[content]
     (tmp_path / "ca.pem").write_bytes(written if isinstance(written, bytes) else written.encode())
     config = "dispatcher:\n  ca_bundle: ca.pem"
@@ -2644,6 +2653,22 @@ def test_a_ca_bundle_counts_from_the_file_and_is_read_with_it(
         assert load("", CHRONOS_DISPATCHER_CA_BUNDLE="ca.pem") == load(config)
     else:
         assert "line 2: dispatcher.ca_bundle must be a file with certificates" in refusal(config)
+
+
+def test_a_directory_of_authorities_must_have_names_that_are_looked_for(
+    load, refusal, tmp_path, certificate
+):
+    (tmp_path / "ca").mkdir()
+    (tmp_path / "ca/12345678.0").symlink_to("gone.pem")
+    shutil.copy(certificate[0], tmp_path / "ca/own.pem")
+    shutil.copy(certificate[1], tmp_path / "ca/12345678.1")
+    config = "dispatcher: {ca_bundle: ca}"
+
+    message = refusal(config)
+    subprocess.run(["openssl", "rehash", tmp_path / "ca"], check=True, capture_output=True)
+
+    assert message.endswith(f"a directory indexed by openssl rehash, not {tmp_path / 'ca'}")
+    assert load(config).dispatcher.ca_bundle == str(tmp_path / "ca")
 
 
 @pytest.mark.parametrize(("name", "nearest"), [
@@ -6109,6 +6134,23 @@ def test_an_unknown_authority_is_refused_unless_it_is_in_ca_bundle_or_nobody_ask
     assert trusting.send(make_attempt(server.url)).success
     assert trusting.send(make_attempt(server.url.replace("127.0.0.1", "localhost"))).success
     assert server.requests.qsize() == 3
+
+
+@pytest.mark.parametrize("form", ["file", "directory"])
+def test_authorities_are_taken_from_a_file_or_a_directory_from_the_start_on(
+    make_dispatcher, hostile, certificate, tmp_path, form
+):
+    path = shutil.copy(certificate[0], tmp_path / "own.pem")
+    if form == "directory":
+        subprocess.run(["openssl", "rehash", tmp_path], check=True, capture_output=True)
+        path = tmp_path
+    server = hostile(answers(OK), "https")
+
+    dispatcher = make_dispatcher(dispatcher__ca_bundle=str(path))
+    if form == "file":
+        path.unlink()  # what is read at the start is not read again
+
+    assert dispatcher.send(make_attempt(server.url)).success
 
 
 def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, certificate):

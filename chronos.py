@@ -2297,6 +2297,39 @@ def _has_certificates(path: str) -> bool:
     return context.cert_store_stats()["x509"] > 0  # There may be lists of revoked ones only.
 
 
+_a_host = matching(
+    "[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}",
+    'must be a host in small letters, such as "api.example.com", without scheme and port',
+)
+
+
+def load_client_certificate(context: ssl.SSLContext, path: str) -> None:
+    """Let connections show the certificate of a PEM file that has its key, too.
+
+    Raises ValueError with a sentence that goes on after the name of a setting.
+    """
+
+    def no_password() -> str:
+        # Without this function OpenSSL would ask for one on the terminal.
+        raise ValueError(f"must have a key that is not encrypted: {path}")
+
+    try:
+        context.load_cert_chain(path, password=no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"must have the key of its certificate: {path}") from error
+        raise ValueError(f"must be a PEM file with a certificate and its key: {path}") from error
+    except OSError as error:
+        raise ValueError(f"must be readable: {path}: {error.strerror}") from error
+
+
+def _a_client_certificate(value: Any) -> str:
+    """The path of a PEM file with a certificate and its key, which is read now."""
+    path: str = a_text(4096)(value)
+    load_client_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path)
+    return path
+
+
 _size_text = matching("[1-9][0-9]{0,5}[MG]B", 'must be a size such as "500MB" or "1GB"')
 _SIZE_UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -2406,6 +2439,10 @@ class DispatcherSettings:
     # If any are named, all others are closed.
     allowed_networks: Sequence[str] = setting(list_of(_a_network, 1000), [])
     ca_bundle: str | None = setting(_authorities, None)  # None: that of requests.
+    # By the host of a URL, the file with what it is shown when it asks for a certificate.
+    client_certificates: Mapping[str, str] = setting(
+        mapping_of(_a_host, _a_client_certificate, 100), {}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2764,8 +2801,8 @@ YAML_TAGS = ("!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"
 
 # --- Loading ---
 
-# Settings that name a file; like cluster.data_dir they count from the directory of chronos.yaml.
-FILE_SETTINGS = ("dispatcher.ca_bundle",)
+# Settings that name files; like cluster.data_dir they count from the directory of chronos.yaml.
+FILE_SETTINGS = ("dispatcher.ca_bundle", "dispatcher.client_certificates")
 
 VARIABLES = {"CHRONOS_" + key.replace(".", "_").upper(): key for key in SETTINGS}
 
@@ -2787,8 +2824,7 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings
     values = dict(_flatten(document.data)) | overriding
     directory = (path or Path(__file__)).parent.resolve()
     for key in FILE_SETTINGS:
-        if isinstance(values.get(key), str):
-            values[key] = str(directory / values[key])
+        values[key] = _in_directory(directory, values.get(key))
     try:
         settings = build_settings(values)
         check_access(settings)
@@ -2800,6 +2836,15 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings
         raise StartError(EXIT_CONFIG, "\n".join(sentences)) from error
     data_dir = directory / settings.cluster.data_dir
     return settings.replaced("cluster.data_dir", str(data_dir))
+
+
+def _in_directory(directory: Path, value: Any) -> Any:
+    """Return a path, or each one of a mapping, as it is seen from a directory."""
+    if isinstance(value, dict):
+        return {name: _in_directory(directory, path) for name, path in value.items()}
+    if isinstance(value, str):
+        return str(directory / value)
+    return value  # It is none, and the check of the setting says so.
 
 
 def _read_file(path: Path, environment: Mapping[str, str]) -> Document:
@@ -6482,19 +6527,30 @@ class TlsContexts:
     """
 
     def __init__(self, settings: DispatcherSettings) -> None:
-        self._ca_bundle = settings.ca_bundle
-        self._contexts: dict[bool, ssl.SSLContext] = {}  # verify_tls -> context
+        self._authorities: str = settings.ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
+        self._certificates = settings.client_certificates
+        # By the file of the client's certificate (None: it has none), and verify_tls.
+        self._contexts: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._lock = threading.Lock()
-        if self._ca_bundle is not None:
-            self.get(True)
+        if settings.ca_bundle is not None:
+            self._get(None, True)
+        for certificate in self._certificates.values():
+            self._get(certificate, True)
+            self._get(certificate, False)
 
-    def get(self, verify: bool) -> ssl.SSLContext:
-        """Return the context for targets whose certificate is verified, or is not."""
+    def get(self, host: str, verify: bool) -> ssl.SSLContext:
+        """Return the context for a host whose certificate is verified, or is not."""
+        return self._get(self._certificates.get(host), verify)
+
+    def _get(self, certificate: str | None, verify: bool) -> ssl.SSLContext:
+        key = (certificate, verify)
         with self._lock:
-            context = self._contexts.get(verify)
+            context = self._contexts.get(key)
             if context is None:
                 context = self._make(verify)
-                self._contexts[verify] = context
+                if certificate is not None:
+                    load_client_certificate(context, certificate)
+                self._contexts[key] = context
         return context
 
     def _make(self, verify: bool) -> ssl.SSLContext:
@@ -6503,10 +6559,9 @@ class TlsContexts:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             return context
-        path = self._ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
-        if os.path.isdir(path):
-            return ssl.create_default_context(capath=path)
-        return ssl.create_default_context(cafile=path)
+        if os.path.isdir(self._authorities):
+            return ssl.create_default_context(capath=self._authorities)
+        return ssl.create_default_context(cafile=self._authorities)
 
 
 class Connector:
@@ -6531,7 +6586,7 @@ class Connector:
         host = str(parts.hostname)
         tls = None
         if parts.scheme == "https":
-            tls = self._tls_contexts.get(key.verify_tls)
+            tls = self._tls_contexts.get(host, key.verify_tls)
         limit = self._clock.monotonic() + self._timeout
         found = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
         addresses = self._open_addresses(found)

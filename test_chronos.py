@@ -2479,6 +2479,7 @@ THREADS = "server:\n  http:\n    threads: "
 PAUSED = "scheduler:\n  paused: "
 NODE = "cluster:\n  node_id: "
 DIAL = "dispatcher:\n  "
+CLIENT = DIAL + "client_certificates:"
 SIGN_IN = f'auth: {{type: basic, users: {{ada: "{ADA}"}}}}'
 QUOTES = 'a value with ":", "#", "@" or "*" wants quotes'
 # fmt: off
@@ -2541,6 +2542,11 @@ TAGS_AND_SHAPES = [
     ("dispatcher: {ca_bundle: /gone.pem}", 1, "dispatcher.ca_bundle must be readable: /gone.pem: "),
     ("dispatcher: {ca_bundle: .}", 1, "dispatcher.ca_bundle must be a "),
     ("dispatcher: {ca_bundle: chronos.yaml}", 1, "dispatcher.ca_bundle must be a file with certif"),
+    (CLIENT + "\n    api.test: /gone.pem", 3, "api.test must be readable: /gone.pem: No such file"),
+    (CLIENT + " x.pem", 2, "dispatcher.client_certificates must be an object with at most 100"),
+    (CLIENT + "\n    api.test: .", 3, "client_certificates.api.test must be readable: /"),
+    *((CLIENT + f"\n    {host}: x.pem", 3, "must be a host in small letters, such as")
+      for host in ("API.test", "'https://api.test'", "'api.test:443'", "'*.test'", "'[::1]'")),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
     message = refusal(content)
@@ -2669,6 +2675,37 @@ def test_a_directory_of_authorities_must_have_names_that_are_looked_for(
 
     assert message.endswith(f"a directory indexed by openssl rehash, not {tmp_path / 'ca'}")
     assert load(config).dispatcher.ca_bundle == str(tmp_path / "ca")
+
+
+def test_a_client_certificate_counts_from_the_file_and_is_read_with_it(
+    load, refusal, tmp_path, certificate, monkeypatch
+):
+    pem, key = [path.read_text() for path in certificate]
+    options = ["-pkeyopt", "ec_paramgen_curve:prime256v1", "-aes128", "-pass", "pass:x"]
+    encrypted, other = [
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ec", *given], check=True,
+                       capture_output=True, text=True).stdout
+        for given in (options, options[:2])
+    ]  # fmt: skip
+    mistakes = {
+        "must be a PEM file with a certificate and its key": [pem, key, "", "x"],
+        "must have the key of its certificate": [pem + other],
+        "must have a key that is not encrypted": [pem + encrypted, encrypted + pem],
+    }
+    config = "dispatcher:\n  client_certificates:\n    api.test: own.pem"
+    path = tmp_path / "own.pem"
+
+    for sentence, contents in mistakes.items():
+        for content in contents:
+            path.write_text(content)
+            message = f"line 3: dispatcher.client_certificates.api.test {sentence}: {path}"
+            assert refusal(config).endswith(message)
+    path.write_text(pem + key)
+    settings = load(config)
+
+    assert settings.dispatcher.client_certificates == {"api.test": str(path)}
+    variable = {"CHRONOS_DISPATCHER_CLIENT_CERTIFICATES": "{api.test: own.pem}"}
+    assert load("", **variable) == settings
 
 
 @pytest.mark.parametrize(("name", "nearest"), [
@@ -6118,6 +6155,13 @@ def test_a_name_is_judged_by_each_address_that_it_has_this_time(
 # --- TLS ------------------------------------------------------------------------------
 
 
+def shows_who_came(_server, connection):
+    """Answer with the name in the client's certificate."""
+    while read_request(connection):
+        (((_kind, name),),) = connection.getpeercert()["subject"]
+        connection.sendall(typed(b"text/plain", name.encode()))
+
+
 def test_an_unknown_authority_is_refused_unless_it_is_in_ca_bundle_or_nobody_asks(
     make_dispatcher, hostile, certificate
 ):
@@ -6151,6 +6195,33 @@ def test_authorities_are_taken_from_a_file_or_a_directory_from_the_start_on(
         path.unlink()  # what is read at the start is not read again
 
     assert dispatcher.send(make_attempt(server.url)).success
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("verify_tls", [True, False])
+def test_a_host_that_asks_for_a_certificate_gets_the_one_that_is_meant_for_it(
+    make_dispatcher, hostile, certificate, tmp_path, version, verify_tls
+):
+    own = tmp_path / "own.pem"
+    own.write_text("".join(path.read_text() for path in certificate))
+    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificate[0])
+    asking.load_cert_chain(*certificate)
+    asking.verify_mode = ssl.CERT_REQUIRED
+    asking.maximum_version = version
+    server = hostile(shows_who_came, "https", context=asking)
+    settings = {
+        "dispatcher__ca_bundle": str(certificate[0]),
+        "dispatcher__client_certificates": {"localhost": str(own)},
+    }
+
+    dispatcher = make_dispatcher(**settings)
+    own.unlink()  # what is read at the start is not read again
+    named = make_attempt(server.url.replace("127.0.0.1", "localhost"), verify_tls=verify_tls)
+    served = [dispatcher.send(named) for _ in range(2)]
+    unnamed = dispatcher.send(make_attempt(server.url, verify_tls=verify_tls))
+
+    assert [outcome.response for outcome in served] == ["localhost", "localhost"]
+    assert (unnamed.success, unnamed.reason) == (False, "no_answer")
 
 
 def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, certificate):

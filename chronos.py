@@ -5475,9 +5475,7 @@ class Webhook:
         if self._hides_url:
             found += url_secrets(rest_of_url(self._config["url"]))
             found += url_secrets(self._url.resource)  # As it goes out, and may come back.
-        spellings = {spelling for secret in found for spelling in spellings_of(secret)}
-        long_enough = {spelling for spelling in spellings if len(spelling) >= SHORTEST_MASKED}
-        return sorted(long_enough, key=len, reverse=True)
+        return to_be_masked(found)
 
     def masked(self, text: str, cut: bool = False) -> str:
         """Return a text without the secrets, however their characters are escaped.
@@ -5485,38 +5483,7 @@ class Webhook:
         ``cut``: the text was cut off, so that its end may be the beginning of a secret; that
         goes as well.
         """
-        if not self.secrets:
-            return text
-        plain = text
-        levels = 0  # So often its escapes were resolved.
-        steps: list[Unescaped] = []  # The same, with the places: they are looked up seldom.
-        found: list[tuple[int, int]] = []  # Where secrets begin and end in the text.
-        while True:
-            for begin, end in self._places(plain, cut):
-                while len(steps) < levels:
-                    steps.append(Unescaped(steps[-1].text if steps else text))
-                for step in reversed(steps):
-                    begin = step.place(begin)
-                    end = step.place(end)
-                found.append((begin, end))
-            has_escapes = any(mark in plain for mark in ("\\", "&", "%"))
-            if levels == ESCAPE_LEVELS or not has_escapes:
-                return with_masks(text, found)
-            plain = _ESCAPE.sub(resolved, plain)
-            levels += 1
-
-    def _places(self, text: str, cut: bool) -> Iterator[tuple[int, int]]:
-        """Yield where secrets begin and end in a text without escapes."""
-        wholes = without_half_escapes(text) if cut else []
-        for secret in self.secrets:
-            begin = text.find(secret)
-            while begin >= 0:
-                yield begin, begin + len(secret)
-                begin = text.find(secret, begin + len(secret))
-            for whole in wholes:
-                length = length_of_beginning(secret, whole)
-                if length:
-                    yield len(whole) - length, len(text)
+        return without_secrets(text, self.secrets, cut)
 
     # --- The request ---
 
@@ -5605,6 +5572,54 @@ class Webhook:
 
 
 # --- How secrets are spelled by those who repeat them ---
+
+
+def to_be_masked(secrets: Iterable[str]) -> list[str]:
+    """Return what is looked for to mask these secrets, the longest first."""
+    spellings = {spelling for secret in secrets for spelling in spellings_of(secret)}
+    long_enough = {spelling for spelling in spellings if len(spelling) >= SHORTEST_MASKED}
+    return sorted(long_enough, key=len, reverse=True)
+
+
+def without_secrets(text: str, secrets: Sequence[str], cut: bool = False) -> str:
+    """Return a text without ``secrets``, which are as to_be_masked() returns them.
+
+    ``cut``: see Webhook.masked().
+    """
+    if not secrets:
+        return text
+    plain = text
+    levels = 0  # So often its escapes were resolved.
+    steps: list[Unescaped] = []  # The same, with the places: they are looked up seldom.
+    found: list[tuple[int, int]] = []  # Where secrets begin and end in the text.
+    while True:
+        for begin, end in places_of(secrets, plain, cut):
+            while len(steps) < levels:
+                steps.append(Unescaped(steps[-1].text if steps else text))
+            for step in reversed(steps):
+                begin = step.place(begin)
+                end = step.place(end)
+            found.append((begin, end))
+        has_escapes = any(mark in plain for mark in ("\\", "&", "%"))
+        if levels == ESCAPE_LEVELS or not has_escapes:
+            return with_masks(text, found)
+        plain = _ESCAPE.sub(resolved, plain)
+        levels += 1
+
+
+def places_of(secrets: Sequence[str], text: str, cut: bool) -> Iterator[tuple[int, int]]:
+    """Yield where secrets begin and end in a text without escapes."""
+    wholes = without_half_escapes(text) if cut else []
+    for secret in secrets:
+        begin = text.find(secret)
+        while begin >= 0:
+            yield begin, begin + len(secret)
+            begin = text.find(secret, begin + len(secret))
+        for whole in wholes:
+            length = length_of_beginning(secret, whole)
+            if length:
+                yield len(whole) - length, len(text)
+
 
 # The escapes of JSON and JavaScript, of Python's bytes, HTML and URLs.
 _ESCAPE = re.compile(

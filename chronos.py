@@ -101,10 +101,11 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from http import HTTPStatus
 from itertools import chain, islice, product, zip_longest
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 # Where they were closed, Python has None for them, and bottle 0.12 can't be imported.
@@ -2297,6 +2298,62 @@ def _has_certificates(path: str) -> bool:
     return context.cert_store_stats()["x509"] > 0  # There may be lists of revoked ones only.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A forward proxy for HTTP, as dispatcher.proxy names it."""
+
+    hostname: str
+    port: int
+    user: str = ""  # Empty: it asks for none.
+    password: str = field(default="", repr=False)
+
+    @property
+    def name(self) -> str:
+        """What people read of it, which is all but user and password."""
+        host = f"[{self.hostname}]" if ":" in self.hostname else self.hostname
+        return f"the proxy http://{host}:{self.port}"
+
+
+_PROXY_URL = re.compile(
+    r"(?i:http)://(?:(?P<user>[^/?#:@]+)(?::(?P<password>[^/?#]*))?@)?"
+    r"(?P<host>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[1-9][0-9]{0,4})/?"
+)
+
+
+def _a_proxy(value: Any) -> Proxy:
+    """The URL of a proxy, with user and password where it asks for them."""
+    parts = _PROXY_URL.fullmatch(value) if isinstance(value, str) else None
+    if parts is None or int(parts["port"]) > 65535:
+        # The value is not repeated, because a password may be in it.
+        raise ValueError(
+            'must be a URL such as "http://proxy.example.com:3128" or "http://user:password@…", '
+            "what is special in user and password as in a URL (%40 for @)"
+        )
+    return Proxy(
+        hostname=parts["host"].strip("[]").lower(),
+        port=int(parts["port"]),
+        user=unquote(parts["user"] or ""),
+        password=unquote(parts["password"] or ""),
+    )
+
+
+_a_domain = matching(
+    r"\.?[a-z0-9_-][a-z0-9._-]{0,252}",
+    'must be a name, a suffix such as ".example.com", an address or a network',
+)
+
+
+_NETWORK_FORM = re.compile("[0-9./]+|[0-9A-Fa-f./]*:[0-9A-Fa-f:./]*")
+
+
+def _a_direct_host(value: Any) -> str:
+    """A name, a suffix of names, or a network in the shortest form."""
+    if isinstance(value, str) and _NETWORK_FORM.fullmatch(value):
+        return _a_network(value)
+    name: str = _a_domain(value.lower() if isinstance(value, str) else value)
+    return name
+
+
 _a_host = matching(
     "[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}",
     'must be a host in small letters, such as "api.example.com", without scheme and port',
@@ -2438,6 +2495,12 @@ class DispatcherSettings:
     )
     # If any are named, all others are closed.
     allowed_networks: Sequence[str] = setting(list_of(_a_network, 1000), [])
+    # None: targets are dialled directly.
+    proxy: Proxy | None = setting(_a_proxy, None)  # noqa: RUF009 - a field
+    # Names, .suffixes and networks that are dialled directly all the same.
+    no_proxy: Sequence[str] = setting(
+        list_of(_a_direct_host, 1000), ["localhost", "127.0.0.0/8", "::1/128"]
+    )
     ca_bundle: str | None = setting(_authorities, None)  # None: that of requests.
     # By the host of a URL, the file with what it is shown when it asks for a certificate.
     client_certificates: Mapping[str, str] = setting(
@@ -5973,6 +6036,7 @@ class Connection:
         ask_for_keepalive(self.socket)
         self.used_at_mono = 0  # When it became idle, by the monotonic clock.
         self.reusable = False  # The last answer was read to its end, and nothing follows it.
+        self.is_for_one_request = False  # Whatever the answer says.
         self.heard = False  # Something came after the last request.
         self._handle = self.socket.dup()  # What cut() shuts down; see the head of the section.
         self._received = bytearray()  # It has come and is not read yet.
@@ -6048,6 +6112,8 @@ class Connection:
 
     def _may_stay_open(self, head: Head) -> bool:
         """Say whether another request may follow on the connection (RFC 9112, 9.3)."""
+        if self.is_for_one_request:
+            return False
         headers = head.headers
         if head.version != "1.1" or "close" in headers.get("connection", "").lower():
             return False
@@ -6305,7 +6371,7 @@ class IdleConnections:
                 oldest.close()
 
 
-# --- From a target to a connection ---
+# --- From a name to addresses ---
 
 
 class Address(NamedTuple):
@@ -6368,6 +6434,120 @@ class Resolver:
             self._places.release()
 
 
+# --- Through a proxy ---
+
+
+class Route(NamedTuple):
+    """How requests get to a target."""
+
+    key: ConnectionKey  # Which connections can carry them.
+    proxy: Proxy | None  # None: they go directly.
+
+    @property
+    def peer(self) -> str:
+        """Who is dialled, for people."""
+        return self.key.target if self.proxy is None else self.proxy.name
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether a proxy reads the requests, and does not only carry the bytes of TLS."""
+        return self.proxy is not None and self.key.target == self.proxy.name
+
+
+class Routes:
+    """Says whether a target is reached through dispatcher.proxy, and speaks with the proxy.
+
+    A target of http: is asked for in the absolute form (RFC 9112, 3.2.2), each time on a new
+    connection: there are proxies (Tinyproxy is one) that look at the first request only, and
+    pass what follows it on to the same target, whatever it says. To a target of https: a tunnel
+    is opened, in which TLS begins.
+    """
+
+    def __init__(self, settings: DispatcherSettings) -> None:
+        self._proxy = settings.proxy
+        self._names = [entry for entry in settings.no_proxy if "/" not in entry]
+        self._networks = [entry for entry in settings.no_proxy if "/" in entry]
+        self._header = ""  # The one that signs in at the proxy; empty: it asks for none.
+        self._secrets: list[str] = []
+        if self._proxy is not None and self._proxy.user:
+            pair = f"{self._proxy.user}:{self._proxy.password}"
+            encoded = base64.b64encode(pair.encode()).decode()
+            self._header = f"Proxy-Authorization: Basic {encoded}\r\n"
+            self._secrets = to_be_masked([self._proxy.password, encoded])
+
+    def route(self, webhook: Webhook) -> Route:
+        """Return how the requests of a webhook get to their target."""
+        key = webhook.connection_key
+        if self._proxy is None:
+            return Route(key, None)
+        parts = urlsplit(key.target)
+        if self._is_direct(str(parts.hostname)):
+            return Route(key, None)
+        if parts.scheme == "http":
+            key = ConnectionKey(self._proxy.name, verify_tls=True)
+        return Route(key, self._proxy)
+
+    def _is_direct(self, host: str) -> bool:
+        """Say whether dispatcher.no_proxy names this host."""
+        name = host.rstrip(".")
+        for entry in self._names:
+            if name == entry or (entry[0] == "." and name.endswith(entry)):
+                return True
+        try:
+            numeric = str(look_up(host, 0, socket.AI_NUMERICHOST)[0].sockaddr[0])
+        except (OSError, UnicodeError):
+            return False  # It is a name, and only the proxy knows what it stands for.
+        readings = readings_of(numeric)
+        networks = [parse_network(entry) for entry in self._networks]
+        return any(address in network for network in networks for address in readings)
+
+    def addressed(self, request: bytes, webhook: Webhook) -> bytes:
+        """Return a request in the absolute form, and signed in, as a proxy wants it."""
+        method, _blank, rest = request.partition(b" ")
+        path, _line_end, rest = rest.partition(b"\r\n")
+        origin = webhook.connection_key.target.removesuffix(":80")
+        line = b"%s %s%s\r\n" % (method, origin.encode(), path)
+        return line + f"{self._header}Connection: close\r\n".encode() + rest
+
+    def tunnel_request(self, authority: str) -> bytes:
+        """Return the request for a tunnel to host:port (CONNECT: RFC 9110, 9.3.6)."""
+        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
+        head += f"User-Agent: chronos/{__version__}\r\n{self._header}\r\n"
+        return head.encode()
+
+    def refusal(self, proxy: Proxy, code: int, phrase: str) -> str:
+        """Return a sentence about what a proxy answers that does not let a request through."""
+        answer = self.masked(f"{code} {phrase}".strip())[:PHRASE_LIMIT]
+        sentence = f"{proxy.name} answered {answer}"
+        # Tinyproxy has a 401 for a wrong password.
+        if code in (HTTPStatus.PROXY_AUTHENTICATION_REQUIRED, HTTPStatus.UNAUTHORIZED):
+            wrong = "the wrong user or password" if proxy.user else "no user and password"
+            sentence += f": dispatcher.proxy has {wrong}"
+        return sentence
+
+    def who_answered(self, webhook: Webhook, head: Head) -> str:
+        """Return whose answer it is, for people.
+
+        Raises requests.ConnectionError where it is the proxy's alone: it wants a password.
+        """
+        route = self.route(webhook)
+        if route.proxy is None or not route.is_forwarded:
+            return "the server"
+        if head.code == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            raise requests.ConnectionError(self.refusal(route.proxy, head.code, head.phrase))
+        return f"the server, or {route.proxy.name},"
+
+    def masked(self, text: str, cut: bool = False) -> str:
+        """Return a text without the password of the proxy, which may have repeated it."""
+        return without_secrets(text, self._secrets, cut)
+
+
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+
+
+# --- Dialling and TLS ---
+
+
 def by_turns(addresses: Sequence[Address]) -> list[Address]:
     """Return each address once, the two families by turns (RFC 8305, 4).
 
@@ -6397,7 +6577,7 @@ class Race:
     def __init__(
         self,
         clock: Clock,
-        key: ConnectionKey,
+        route: Route,
         addresses: Sequence[Address],
         limit: int,
         interval: int,
@@ -6407,7 +6587,7 @@ class Race:
         ``interval``: µs from one address to the next, as long as none of them answers.
         """
         self._clock = clock
-        self._key = key
+        self._route = route
         self.limit = limit
         self._waiting = deque(addresses)
         self._interval = interval
@@ -6435,7 +6615,7 @@ class Race:
                     return winner
         sentences = [f"at {numeric}: {problem}" for numeric, problem in self._problems.items()]
         told = "; ".join(sentences[:MAX_PROBLEMS])
-        raise requests.ConnectionError(f"no connection to {self._key.target} {told}")
+        raise requests.ConnectionError(f"no connection to {self._route.peer} {told}")
 
     def _may_dial(self, now: int) -> bool:
         """Say whether it is the turn of the next address."""
@@ -6447,7 +6627,7 @@ class Race:
         """Begin to connect, without waiting for the end of it."""
         self._next_at = self._clock.monotonic() + self._interval
         try:
-            connection = Connection(self._key, address.family)
+            connection = Connection(self._route.key, address.family)
         except OSError as error:
             self._note(address, error)
             return
@@ -6456,6 +6636,7 @@ class Race:
             is_cut = self._is_cut
         if is_cut:
             raise AttemptAborted  # Nobody would cut this one.
+        connection.is_for_one_request = self._route.is_forwarded
         # A request is written at once, and must not wait for the peer's acknowledgement.
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.socket.setblocking(False)
@@ -6580,45 +6761,70 @@ class TlsContexts:
 
 
 class Connector:
-    """Makes connections: resolves, checks, dials and, for https, shakes hands."""
+    """Makes connections: resolves, checks, dials and, for https, shakes hands.
 
-    def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
+    Where there is a proxy, it is the proxy that is resolved, checked and dialled.
+    """
+
+    def __init__(self, clock: Clock, settings: DispatcherSettings, routes: Routes) -> None:
         self._clock = clock
+        self._routes = routes
         self._timeout = settings.connect_timeout
         self._blocked = settings.blocked_networks
         self._allowed = settings.allowed_networks
         self._resolver = Resolver()
         self._tls_contexts = TlsContexts(settings)
 
-    def connect(self, attempt: Attempt) -> Connection:
+    def connect(self, attempt: Attempt, route: Route) -> Connection:
         """Return a connection to the attempt's target, within dispatcher.connect_timeout.
 
         Where the attempt has less time left, the watchdog ends it.
         Raises requests.ConnectionError, BlockedTarget or AttemptAborted.
         """
-        key = attempt.webhook.connection_key
-        parts = urlsplit(key.target)
-        host = str(parts.hostname)
+        target = urlsplit(attempt.webhook.connection_key.target)
+        name = name_in_certificate(str(target.hostname))
         tls = None
-        if parts.scheme == "https":
-            tls = self._tls_contexts.get(host, key.verify_tls)
+        if target.scheme == "https":
+            tls = self._tls_contexts.get(name, route.key.verify_tls)
         limit = self._clock.monotonic() + self._timeout
-        found = self._resolver.resolve(host, parts.port or 0, self._left_s(limit), attempt)
-        addresses = self._open_addresses(found)
+        addresses = self._addresses(route.proxy or target, route, limit, attempt)
         # Where there is little time, each address gets its turn in it all the same.
         left = min(limit, attempt.limit) - self._clock.monotonic()
         interval = min(DIAL_INTERVAL, left // len(addresses))
-        race = Race(self._clock, key, addresses, limit, interval)
+        race = Race(self._clock, route, addresses, limit, interval)
         try:
             with attempt.blocking(race.cut):
                 connection = race.run()
-                while tls is not None and not self._shake_hands(connection, race, tls, host):
-                    connection = race.run()
+                if tls is not None and route.proxy is not None:
+                    self._open_tunnel(connection, route.proxy, limit)
+                    self._shake_hands_in_tunnel(connection, route.proxy, tls, name, limit)
+                elif tls is not None:
+                    while not self._shake_hands(connection, race, tls, name):
+                        connection = race.run()
                 # From here on the watchdog is the limit.
                 connection.socket.settimeout(None)
             return race.take(connection)
         finally:
             race.close()
+
+    def _addresses(
+        self, dialled: Proxy | SplitResult, route: Route, limit: int, attempt: Attempt
+    ) -> list[Address]:
+        """Return where the target or the proxy may be dialled.
+
+        Raises requests.ConnectionError, BlockedTarget or AttemptAborted.
+        """
+        host = str(dialled.hostname)
+        port = dialled.port or 0
+        try:
+            found = self._resolver.resolve(host, port, self._left_s(limit), attempt)
+            return self._open_addresses(found)
+        except AttemptAborted:
+            raise
+        except requests.RequestException as error:
+            if route.proxy is None:
+                raise
+            raise type(error)(f"{route.peer} can't be used: {error}") from error
 
     def _open_addresses(self, found: Sequence[Address]) -> list[Address]:
         """Return the addresses that may be dialled. Raises BlockedTarget where none may."""
@@ -6640,18 +6846,59 @@ class Connector:
         return max(left_s, SHORTEST_TIMEOUT_S)
 
     def _shake_hands(
-        self, connection: Connection, race: Race, tls: ssl.SSLContext, host: str
+        self, connection: Connection, race: Race, tls: ssl.SSLContext, name: str
     ) -> bool:
         """Begin TLS on a connection. False: it failed, and the race has lost the connection."""
         # ssl takes the timeout for the whole handshake, so that dripping does not renew it.
         connection.socket.settimeout(self._left_s(race.limit))
-        name = name_in_certificate(host)
         try:
             connection.socket = tls.wrap_socket(connection.socket, server_hostname=name)
         except OSError as error:
             race.lose(connection, error)
             return False
         return True
+
+    def _open_tunnel(self, connection: Connection, proxy: Proxy, limit: int) -> None:
+        """Let the proxy connect to the target. Raises requests.ConnectionError."""
+        target = connection.key.target
+        authority = target.removeprefix("https://")
+        received = bytearray()
+        try:
+            connection.socket.settimeout(self._left_s(limit))
+            connection.socket.sendall(self._routes.tunnel_request(authority))
+            while not (end := _END_OF_HEAD.search(received)):
+                # Anew for each piece, so that dripping does not renew it.
+                connection.socket.settimeout(self._left_s(limit))
+                piece = connection.socket.recv(RECEIVE_BYTES)
+                if not piece or len(received) > MAX_HEAD_BYTES:
+                    raise EOFError
+                received += piece
+        except TimeoutError as error:
+            problem = f"has not connected to {target} within connect_timeout"
+            raise requests.ConnectionError(f"{proxy.name} {problem}") from error
+        except (OSError, EOFError) as error:
+            problem = f"closed the connection when it was to connect to {target}"
+            raise requests.ConnectionError(f"{proxy.name} {problem}") from error
+        first_line = received.partition(b"\n")[0].decode("latin-1").removesuffix("\r")
+        status = _STATUS_LINE.fullmatch(first_line)
+        if status is None or (status[2][0] == "2" and end.end() < len(received)):
+            problem = "sent what is not a proper answer to CONNECT"
+            raise requests.ConnectionError(f"{proxy.name} {problem}")
+        if status[2][0] != "2":
+            refusal = self._routes.refusal(proxy, int(status[2]), status[3] or "")
+            raise requests.ConnectionError(f"no connection to {target}: {refusal}")
+
+    def _shake_hands_in_tunnel(
+        self, connection: Connection, proxy: Proxy, tls: ssl.SSLContext, name: str, limit: int
+    ) -> None:
+        """Begin TLS with the target behind a proxy. Raises requests.ConnectionError."""
+        connection.socket.settimeout(self._left_s(limit))
+        try:
+            connection.socket = tls.wrap_socket(connection.socket, server_hostname=name)
+        except OSError as error:
+            way = f"{connection.key.target} through {proxy.name}"
+            problem = f"no connection to {way}: {why_not_connected(error)}"
+            raise requests.ConnectionError(problem) from error
 
 
 def name_in_certificate(host: str) -> str:
@@ -6722,7 +6969,8 @@ class Dispatcher:
     def __init__(self, clock: Clock, settings: DispatcherSettings) -> None:
         self._clock = clock
         self._max_bytes = settings.max_response_bytes
-        self._connector = Connector(clock, settings)
+        self._routes = Routes(settings)
+        self._connector = Connector(clock, settings, self._routes)
         self._idle = IdleConnections(clock, settings.max_concurrent_jobs)
         self._in_flight: set[Attempt] = set()
         self._stopped = threading.Event()
@@ -6820,7 +7068,10 @@ class Dispatcher:
     def _exchange(self, attempt: Attempt) -> Answer:
         """Send the request on an idle connection, or on a new one. Raises RequestException."""
         request = attempt.webhook.to_bytes(attempt.execution)
-        idle = self._idle.take(attempt.webhook.connection_key)
+        route = self._routes.route(attempt.webhook)
+        if route.is_forwarded:
+            request = self._routes.addressed(request, attempt.webhook)
+        idle = self._idle.take(route.key)
         if idle is not None:
             sent_at_mono = self._clock.monotonic()
             try:
@@ -6832,7 +7083,7 @@ class Dispatcher:
                     raise
                 # It was closed while it was idle, as the request was on its way: a new one is
                 # tried.
-        connection = self._connector.connect(attempt)
+        connection = self._connector.connect(attempt, route)
         return self._exchange_on(connection, request, attempt)
 
     def _exchange_on(self, connection: Connection, request: bytes, attempt: Attempt) -> Answer:
@@ -6850,14 +7101,16 @@ class Dispatcher:
         """Return what an answer means for the execution."""
         code = answer.head.code
         headers = answer.head.headers
+        who = self._routes.who_answered(webhook, answer.head)
         response = self._to_text(answer, webhook)
         if code in webhook.success_codes:
             return Verdict(success=True, status_code=code, response=response)
-        sentence = f"the server answered {code} {answer.head.phrase}".strip()
-        remark = remark_on(answer.head)
+        sentence = f"{who} answered {code} {answer.head.phrase}".strip()
+        error = self._masked(sentence, webhook)[:PHRASE_LIMIT]
+        error += self._masked(remark_on(answer.head), webhook)[:PHRASE_LIMIT]
         return Verdict(
             reason=Reason.HTTP_STATUS,
-            error=webhook.masked(sentence)[:PHRASE_LIMIT] + webhook.masked(remark)[:PHRASE_LIMIT],
+            error=error,
             status_code=code,
             response=response,
             retry_after=parse_retry_after(headers.get("retry-after"), self._clock.now()),
@@ -6873,10 +7126,14 @@ class Dispatcher:
         charset = named[1] if named else "utf-8"
         text = str(body[: self._max_bytes], charset, "replace")
         if len(answer.body) <= self._max_bytes and len(body) <= self._max_bytes:
-            return webhook.masked(text)
+            return self._masked(text, webhook)
         whole_characters = text.rstrip("\ufffd")  # The cut may have gone through the last one.
-        text = webhook.masked(whole_characters, cut=True)
+        text = self._masked(whole_characters, webhook, cut=True)
         return f"{text}\n[cut off after {min(len(body), self._max_bytes)} bytes]"
+
+    def _masked(self, text: str, webhook: Webhook, cut: bool = False) -> str:
+        """Return a text without the secrets of the webhook and of the proxy."""
+        return self._routes.masked(webhook.masked(text, cut), cut)
 
 
 def remark_on(head: Head) -> str:

@@ -22,8 +22,8 @@ time runs against the real process. The target of the webhooks is a real HTTP se
 # 11 Store          what a job's row has of its history
 # 12 Logs, metrics  what is logged and how; every series of /metrics
 # 13 Requests       the request as it goes out; nothing of the environment goes with it
-# 14 The wire       reuse, answers, limits, aborts, names, several addresses, blocked ones, TLS, a
-#                   sentence for each failure, what hostile servers cost
+# 14 The wire       reuse, answers, limits, aborts, names, several addresses, blocked ones, a
+#                   sentence for each failure, through a proxy, TLS, what hostile servers cost
 # 15 Work           fire times, missed ones, the clock is set, overlap, the queue, retries, after a
 #                   crash, changes to jobs, retention, alerts
 # 16 Engine         passes, changes that meet outcomes, full disk, errors nobody expected, the stop
@@ -2545,13 +2545,21 @@ TAGS_AND_SHAPES = [
     (CLIENT + "\n    api.test: /gone.pem", 3, "api.test must be readable: /gone.pem: No such file"),
     (CLIENT + " x.pem", 2, "dispatcher.client_certificates must be an object with at most 100"),
     (CLIENT + "\n    api.test: .", 3, "client_certificates.api.test must be readable: /"),
+    *((DIAL + f"proxy: {word}", 2, "dispatcher.proxy must be a URL such as")
+      for word in ("proxy.test:3128", "https://proxy.test:3128", "http://proxy.test", "5",
+                   "http://proxy.test:70000", "http://proxy.test:3128/path", "http://:3128",
+                   "socks5://proxy.test:1080", f"http://ada:{CANARY}@proxy.test")),
+    (DIAL + "no_proxy: '*'", 2, "dispatcher.no_proxy must be a list of 0 to 1000 values"),
+    *((DIAL + f"no_proxy: ['{word}']", 2, f"dispatcher.no_proxy {said}")
+      for word, said in (("*", "must be a name, a suf"), ("http://x", "must be a name, a suffix"),
+                         ("10.0.0.1/8", "10.0.0.1/8 has host bits"), ("10.0.0", "'10.0.0' does"))),
     *((CLIENT + f"\n    {host}: x.pem", 3, "must be a host in small letters, such as")
       for host in ("API.test", "'https://api.test'", "'api.test:443'", "'*.test'", "'[::1]'")),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
     message = refusal(content)
 
-    assert said in message
+    assert said in message and CANARY not in message
     assert f": line {line}: " in message or not line
 
 
@@ -2675,6 +2683,22 @@ def test_a_directory_of_authorities_must_have_names_that_are_looked_for(
 
     assert message.endswith(f"a directory indexed by openssl rehash, not {tmp_path / 'ca'}")
     assert load(config).dispatcher.ca_bundle == str(tmp_path / "ca")
+
+
+@pytest.mark.parametrize(("written", "read"), [
+    ("http://proxy.test:3128", ("proxy.test", 3128, "", "")),
+    ("HTTP://PROXY.test:1/", ("proxy.test", 1, "", "")),
+    ("http://[::1]:8080", ("::1", 8080, "", "")),
+    ("http://ada@10.0.0.1:80", ("10.0.0.1", 80, "ada", "")),
+    ("http://a%3Ab:p%40:%2F@p@proxy.test:80", ("proxy.test", 80, "a:b", "p@:/@p")),
+])  # fmt: skip
+def test_a_proxy_is_read_from_its_url_and_never_shows_its_password(load, written, read):
+    proxy = load("", CHRONOS_DISPATCHER_PROXY=f"'{written}'").dispatcher.proxy
+
+    assert (proxy.hostname, proxy.port, proxy.user, proxy.password) == read
+    host = f"[{read[0]}]" if ":" in read[0] else read[0]
+    assert proxy.name == f"the proxy http://{host}:{read[1]}"
+    assert not proxy.password or proxy.password not in repr(proxy)
 
 
 def test_a_client_certificate_counts_from_the_file_and_is_read_with_it(
@@ -6381,6 +6405,233 @@ def test_what_slips_through_validation_ends_as_an_outcome(send, target, webhook)
 
     assert (outcome.success, outcome.status_code) == (False, None)
     assert outcome.reason in ("no_answer", "blocked") and outcome.error
+
+
+# --- through a proxy ------------------------------------------------------------------
+
+
+@pytest.fixture
+def tinyproxy(tmp_path):
+    """Starts a real forward proxy, which wants a password; returns its host:port."""
+    program = shutil.which("tinyproxy")
+    if not program:
+        pytest.skip("no tinyproxy: apt install tinyproxy-bin")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    settings = tmp_path / "tinyproxy.conf"
+    settings.write_text(f"Port {port}\nListen 127.0.0.1\nTimeout 20\nBasicAuth ada {CANARY}\n")
+    process = subprocess.Popen([program, "-d", "-c", settings], stdout=subprocess.DEVNULL)
+
+    def is_up():
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port)).close() is None
+
+    wait_until(is_up, 20)
+    yield f"127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def behind(make_dispatcher, certificate):
+    """Makes a dispatcher that reaches everything through a proxy, unless no_proxy names it."""
+
+    def make(address, no_proxy=(), **settings):
+        return make_dispatcher(
+            dispatcher__proxy=address if "//" in address else f"http://{address}",
+            dispatcher__no_proxy=list(no_proxy),
+            dispatcher__ca_bundle=str(certificate[0]),
+            **settings,
+        )
+
+    return make
+
+
+@SCHEMES
+def test_a_request_reaches_its_target_through_a_real_proxy(behind, hostile, tinyproxy, scheme):
+    dispatcher = behind(f"http://ada:{CANARY}@{tinyproxy}")
+    server = hostile(answers(OK), scheme)
+    url = server.url.replace("127.0.0.1", "localhost")
+
+    first = dispatcher.send(make_attempt(f"{url}/hook?a=1", method="POST", body="x" * 100_000))
+    second = dispatcher.send(make_attempt(url))
+
+    assert (first.error, second.error, first.response) == (None, None, "OK")
+    request = server.requests.get_nowait()
+    assert request.startswith(b"POST /hook?a=1 HTTP/1.")
+    assert f"Host: localhost:{server.port}\r\n".encode() in request
+    assert b"roxy-Auth" not in request  # the proxy keeps it
+    assert (b"Via: " in request) == (scheme == "http")  # the bytes of TLS it only carries
+
+
+@SCHEMES
+def test_what_a_real_proxy_refuses_is_told_from_what_a_target_does(
+    behind, hostile, tinyproxy, scheme
+):
+    server = hostile(answers(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"), scheme)
+    url = server.url.replace("127.0.0.1", "localhost")
+    proxy = f"the proxy http://{tinyproxy}"
+    signed_in = behind(f"http://ada:{CANARY}@{tinyproxy}")
+
+    busy = signed_in.send(make_attempt(url))
+    dead = signed_in.send(make_attempt(f"{scheme}://127.0.0.1:1/"))
+    stranger = behind(tinyproxy).send(make_attempt(url))
+
+    refusal = f"{proxy} answered 407 Proxy Authentication Required"
+    assert (busy.reason, stranger.reason) == ("http_status", "no_answer")
+    assert stranger.error.endswith(f"{refusal}: dispatcher.proxy has no user and password")
+    if scheme == "http":
+        assert busy.error == f"the server, or {proxy}, answered 503 Busy"
+        assert dead.error == f"the server, or {proxy}, answered 500 Unable to connect"
+    else:
+        assert busy.error == "the server answered 503 Busy"
+        target = "no connection to https://127.0.0.1:1"
+        assert dead.error == f"{target}: {proxy} answered 500 Unable to connect"
+
+
+PROXY_SAYS = "no connection to {url}: the proxy {proxy} answered "
+TUNNEL = b"HTTP/1.0 200 Connection established\r\n\r\n"
+PROXY_FAILURES = [  # scheme of the target, what the proxy does, what is said
+    ("https", answers(b"HTTP/1.1 502 Bad Gateway\r\n\r\n"), PROXY_SAYS + "502 Bad Gateway"),
+    ("https", answers(b"HTTP/1.1 403\r\n\r\n"), PROXY_SAYS + "403"),
+    ("https", answers(b"HTTP/1.1 407 Who?\r\nA: b\r\n\r\nbody"),
+     PROXY_SAYS + "407 Who?: dispatcher.proxy has the wrong user or password"),
+    ("http", answers(b"HTTP/1.1 407 Who?\r\nContent-Length: 0\r\n\r\n"),
+     "the proxy {proxy} answered 407 Who?: dispatcher.proxy has the wrong user or password"),
+    ("https", hangs_up, "the proxy {proxy} closed the connection when it was to connect to {url}"),
+    ("https", resets, "the proxy {proxy} closed the connection when it was to connect to {url}"),
+    ("http", resets, "the proxy {proxy} closed the connection without an answer"),
+    ("https", stalls(b""), "the proxy {proxy} has not connected to {url} within connect_timeout"),
+    ("https", repeats(HEAD, b"x", 0.05),
+     "the proxy {proxy} has not connected to {url} within connect_timeout"),
+    ("https", repeats(HEAD, b"x" * 65536),
+     "the proxy {proxy} closed the connection when it was to connect to {url}"),
+    ("https", answers(b"SSH-2.0-OpenSSH\r\n\r\n"),
+     "the proxy {proxy} sent what is not a proper answer to CONNECT"),
+    ("https", answers(TUNNEL + b"more"),
+     "the proxy {proxy} sent what is not a proper answer to CONNECT"),
+    ("https", answers(TUNNEL, close=True),
+     "no connection to {url} through the proxy {proxy}: TLS failed: unexpected eof while reading"),
+    ("https", stalls(TUNNEL), "no connection to {url} through the proxy {proxy}: it took too long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "behave", "sentence"), PROXY_FAILURES)
+def test_each_failure_of_a_proxy_has_its_sentence(behind, hostile, scheme, behave, sentence):
+    proxy = hostile(behave)
+    dispatcher = behind(
+        f"http://ada:{CANARY}@127.0.0.1:{proxy.port}", dispatcher__connect_timeout="500ms"
+    )
+    url = f"{scheme}://target.test:9"
+
+    outcome, seconds = timed_send(dispatcher, make_attempt(f"{url}/hook?token=x"))
+
+    assert (outcome.reason, outcome.status_code) == ("no_answer", None)
+    # A connection that is closed with bytes unread is reset, so that its end has two forms.
+    said = outcome.error.replace(
+        "Connection reset by peer", "TLS failed: unexpected eof while reading"
+    )
+    assert said == sentence.format(url=url, proxy=proxy.url)
+    assert seconds < 2 and not REPR.search(outcome.error)
+
+
+@pytest.mark.parametrize(("proxy", "settings", "reason", "sentence"), [
+    ("127.0.0.1:1", {}, "no_answer",
+     "no connection to the proxy http://127.0.0.1:1 at 127.0.0.1: Connection refused"),
+    ("nowhere.example:1", {}, "no_answer",
+     "the proxy http://nowhere.example:1 can't be used: the name nowhere.example cannot be resol"),
+    ("127.0.0.2:1", {"dispatcher__blocked_networks": ["127.0.0.2/32"]}, "blocked",
+     "the proxy http://127.0.0.2:1 can't be used: 127.0.0.2 is blocked: dispatcher.blocked_netw"),
+])  # fmt: skip
+@SCHEMES
+def test_a_proxy_that_can_not_be_reached_has_its_sentence(
+    behind, name_server, scheme, proxy, settings, reason, sentence
+):
+    outcome = behind(proxy, **settings).send(make_attempt(f"{scheme}://target.test/"))
+
+    assert outcome.reason == reason and outcome.error.startswith(sentence)
+
+
+def test_the_address_that_is_checked_is_the_one_of_the_proxy(behind, hostile):
+    proxy = hostile(answers(OK))
+    closed = ["169.254.0.0/16", "10.0.0.0/8"]
+    dispatcher = behind(f"127.0.0.1:{proxy.port}", dispatcher__blocked_networks=closed)
+
+    outcomes = [
+        dispatcher.send(make_attempt(url, method="POST", body="b"))
+        for url in ("http://10.0.0.1/a?b=%2f", "http://name.test:8080", "http://[::1]:80/x")
+    ]
+
+    assert [outcome.error for outcome in outcomes] == [None, None, None]
+    lines = [proxy.requests.get_nowait().partition(b"\r\n")[0] for _ in outcomes]
+    targets = [line.split()[1].decode() for line in lines]
+    assert targets[0].lower() == "http://10.0.0.1/a?b=%2f"
+    assert targets[1:] == ["http://name.test:8080/", "http://[::1]/x"]
+
+
+@pytest.mark.parametrize(("no_proxy", "host", "is_direct"), [
+    (["localhost"], "localhost", True), (["LOCALHOST"], "LocalHost", True),
+    (["localhost"], "127.0.0.1", False), (["host"], "localhost", False),
+    ([".test"], "several.test", True), (["several.test"], "several.test", True),
+    (["everal.test"], "several.test", False), ([".several.test"], "several.test", False),
+    (["127.0.0.1"], "127.0.0.1", True), (["127.0.0.0/8"], "127.1", True),
+    (["127.0.0.0/8"], "[::ffff:127.0.0.1]", True), (["10.0.0.0/8", "::1"], "127.0.0.1", False),
+    (["127.0.0.0/8"], "several.test", False), ([], "localhost", False),
+])  # fmt: skip
+@SCHEMES
+def test_what_no_proxy_names_is_dialled_directly(
+    behind, hostile, resolve, no_proxy, host, is_direct, scheme
+):
+    proxy = hostile(answers(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"))
+    server = hostile(answers(OK), scheme)
+    resolve("127.0.0.1")
+    url = server.url.replace("127.0.0.1", host)
+
+    outcome = behind(f"127.0.0.1:{proxy.port}", no_proxy).send(make_attempt(url, verify_tls=False))
+
+    assert (outcome.success, server.accepted, proxy.accepted) == (
+        (True, 1, 0) if is_direct else (False, 0, 1)
+    )
+
+
+@SCHEMES
+def test_an_abort_ends_an_attempt_that_waits_for_a_proxy(behind, hostile, scheme):
+    proxy = hostile(lambda server, connection: read_request(connection) and server.hold())
+    dispatcher = behind(f"127.0.0.1:{proxy.port}")
+    before = len(os.listdir("/proc/self/fd"))
+    attempt = make_attempt(f"{scheme}://target.test/")
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dispatcher.send, attempt)
+        assert proxy.reached.acquire(timeout=10)
+        aborted_at = time.monotonic()
+        attempt.abort("cancelled")
+        assert sent.result().reason == "cancelled"
+
+    assert time.monotonic() - aborted_at < 0.5
+    proxy.stopping.set()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+@pytest.mark.parametrize("spell", [
+    str, lambda header: base64.b64decode(header).decode().partition(":")[2],
+    lambda header: header + "x" * 100_000, lambda header: "x" * (65536 - 8) + header,
+])  # fmt: skip
+def test_a_proxy_that_repeats_its_password_is_masked(behind, hostile, spell):
+    def behave(_server, connection):
+        request = read_request(connection).decode()
+        said = spell(re.search("Proxy-Authorization: Basic (.*)\r\n", request)[1])
+        head = f"HTTP/1.1 403 {said[:100]}\r\nContent-Length: {len(said)}\r\n\r\n"
+        connection.sendall((head + said).encode())
+
+    dispatcher = behind(f"http://ada:{CANARY}@127.0.0.1:{hostile(behave).port}")
+    encoded = base64.b64encode(f"ada:{CANARY}".encode()).decode()
+
+    for scheme in ("http", "https"):
+        outcome = dispatcher.send(make_attempt(f"{scheme}://target.test/"))
+        text = f"{outcome.error} {outcome.response}"
+        assert " 403 " in text
+        assert not any(part in text for part in (CANARY, encoded[:8], encoded[-20:]))
 
 
 # --- what it costs the process --------------------------------------------------------

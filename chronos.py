@@ -6022,8 +6022,8 @@ class Connection:
     """A connection to a target, and HTTP/1.1 on it (RFC 9112): liberal and bounded.
 
     What curl, and Go or Node, take for an answer is one: to refuse it would be to send again what
-    the target has done. But where an answer ends must be clear, and a connection whose answer was
-    odd in that carries no other request.
+    the target has done. But where an answer ends must be clear: else it is refused, or at least
+    the connection carries no other request.
 
     One worker uses it at a time, and only cut() may be called by other threads meanwhile.
     Reading raises OSError, EOFError, or ValueError: what came is no HTTP.

@@ -13911,7 +13911,8 @@ ODD_HEADERS = [
     "Content-Encoding: gzip", "Cookie: " + "a=b; " * 500, "Authorization: Basic \udcff", "no colon",
     "X-HTTP-Method-Override: DELETE", "X-Forwarded-For: ' OR 1=1", "X-Forwarded-Proto: gopher",
     "\r\n".join(f"X-{n}: {n}" for n in range(100)), "X: " + "x" * 8000, "Upgrade: h2c", "\udcff: x",
-    "Transfer-Encoding: gzip", "Content_Length: 5", "X: a\rb", "X: a\0b",
+    "Transfer-Encoding: gzip", "Content_Length: 5", "X: a\rb", "X: a\0b", "If-None-Match: *",
+    "If-None-Match: \udcff", "Idempotency-Key: \udcff", "Idempotency-Key: a\r\nIdempotency-Key: b",
 ]
 ODD_METHODS = ["TRACE", "CONNECT", "OPTIONS", "HEAD", "BREW", "ANY", "PROXY", "get", "G" * 5000]
 TABLES = {(): chronos.JOB_FIELDS, ("webhook",): chronos.WEBHOOK_FIELDS, ("tags",): ["odd"],

@@ -3886,6 +3886,15 @@ EXECUTION_SUMMARY = EXECUTION_COLUMNS.replace(
 )
 EXECUTION_VALUES = ", ".join(f":{name}" for name in STORED_FIELDS)
 
+# Write how an execution stands; other conditions may follow.
+SAVE = """
+    UPDATE executions
+       SET status = :status, due_at = :due_at, spent = :spent, completed_at = :completed_at,
+           reason = :reason, error = :error, status_code = :status_code,
+           attempt_log = :attempt_log, response = :response, width = :width
+     WHERE id = :id
+    """
+
 # The ends that say nothing about whether a job is well.
 NO_VERDICTS = ", ".join(f"'{word}'" for word, end in ENDINGS.items() if not end.is_verdict)
 
@@ -4373,9 +4382,7 @@ class ExecutionLists:
                          ORDER BY seq DESC LIMIT 1)
                   FROM jobs WHERE id IN (:list))
             """  # noqa: S608
-        rows = self._database.run_with_list(sql, job_ids)
-        found = [Execution.from_row(row) for row in rows]
-        return {execution.job_id: execution for execution in found}
+        return self._by_job(sql, job_ids)
 
     def retries_of(self, job_ids: list[str]) -> dict[str, Execution]:
         """Return by job id the oldest execution of each job that waits for its next attempt.
@@ -4390,6 +4397,10 @@ class ExecutionLists:
                          WHERE status = 'pending' AND attempts > 0 ORDER BY seq LIMIT 1)
                   FROM jobs WHERE id IN (:list))
             """  # noqa: S608
+        return self._by_job(sql, job_ids)
+
+    def _by_job(self, sql: str, job_ids: list[str]) -> dict[str, Execution]:
+        """Return by job id the execution that a SELECT finds for each of these jobs."""
         rows = self._database.run_with_list(sql, job_ids)
         found = [Execution.from_row(row) for row in rows]
         return {execution.job_id: execution for execution in found}
@@ -4509,26 +4520,11 @@ class ExecutionTable(ExecutionLists):
 
     def save(self, execution: Execution) -> None:
         """Write how an execution stands."""
-        sql = """
-            UPDATE executions
-               SET status = :status, due_at = :due_at, spent = :spent,
-                   completed_at = :completed_at, reason = :reason, error = :error,
-                   status_code = :status_code, attempt_log = :attempt_log, response = :response,
-                   width = :width
-             WHERE id = :id
-            """
-        self._database.run(sql, **execution._asdict(), width=execution.width)
+        self._database.run(SAVE, **execution._asdict(), width=execution.width)
 
     def save_if_running(self, execution: Execution) -> bool:
         """Write how an execution stands, if it still runs in this attempt; say whether it does."""
-        sql = """
-            UPDATE executions
-               SET status = :status, due_at = :due_at, spent = :spent,
-                   completed_at = :completed_at, reason = :reason, error = :error,
-                   status_code = :status_code, attempt_log = :attempt_log, response = :response,
-                   width = :width
-             WHERE id = :id AND status = 'running' AND attempts = :attempts
-            """
+        sql = f"{SAVE} AND status = 'running' AND attempts = :attempts"
         return self._database.change(sql, **execution._asdict(), width=execution.width) > 0
 
     def start(self, ids: list[str], now: int, node_id: str) -> None:

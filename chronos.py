@@ -3297,6 +3297,9 @@ INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, strip, fail
 VALUES (0, :id, 0, FALSE, 0, 0, '', 0, :declared, FALSE, 'alerts')
 """
 
+# Execution.width of one that has ended, less its response.
+BARE_WIDTH = f"{EXECUTION_BYTES} + length(attempt_log)"
+
 SCHEMA_1_ASIDE = """
 DROP VIEW configured_jobs;
 DROP VIEW named_executions;
@@ -3319,7 +3322,7 @@ ALTER TABLE ends RENAME TO old_ends;
 
 # Schema 1 kept name and tags in the JSON alone, and the due_at of what is running. A version that
 # is damaged stays so: its job is there, and waits for a better one.
-FROM_SCHEMA_1 = """
+FROM_SCHEMA_1 = f"""
 CREATE VIEW readable_versions AS
     SELECT * FROM old_versions WHERE json_valid(config) AND json_type(config, '$.name') = 'text';
 INSERT INTO meta (key, value) SELECT key, value FROM old_meta;
@@ -3354,8 +3357,7 @@ SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        attempts, spent, started_at, attempt_at, completed_at, reason, error,
        status_code, node_id, replay_of, missed_count, missed_from, missed_to,
        CASE WHEN completed_at IS NULL THEN 0
-            ELSE :execution_bytes + length(attempt_log)
-                 + coalesce(length(CAST(response AS BLOB)), 0) END,
+            ELSE {BARE_WIDTH} + coalesce(length(CAST(response AS BLOB)), 0) END,
        attempt_log, response
   FROM old_executions ORDER BY seq;
 UPDATE jobs
@@ -3367,11 +3369,11 @@ DROP TABLE old_jobs;
 DROP TABLE old_versions;
 DROP TABLE old_executions;
 DROP TABLE old_ends;
-"""
+"""  # noqa: S608
 
 # What brings a file of an older schema to the newest one, in one step. The next schema adds an
 # entry for the one before it, and adapts the entries that are there to its new SCHEMA. Besides
-# SQLite's own functions the statements may call search_words(), and name :execution_bytes.
+# SQLite's own functions the statements may call search_words().
 MIGRATIONS: dict[int, str] = {
     1: SCHEMA_1_ASIDE + SCHEMA + FROM_SCHEMA_1,
 }
@@ -3690,7 +3692,7 @@ class Database:
         connection.create_function("search_words", 2, search_words, deterministic=True)
         before = self._count_rows()
         for statement in split_script(MIGRATIONS[version]):
-            connection.execute(statement, {"execution_bytes": EXECUTION_BYTES})
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
         check_for_damage(connection)
         after = self._count_rows()
@@ -4643,25 +4645,22 @@ class HistorySize:
 
         ``after``: only those with a larger seq.
         """
-        sql = """
-            SELECT id, seq, width, :execution_bytes + length(attempt_log) AS bare FROM executions
+        sql = f"""
+            SELECT id, seq, width, {BARE_WIDTH} AS bare FROM executions
              WHERE job_id = :id AND completed_at IS NOT NULL AND seq > :after
                AND seq <= (SELECT seq FROM executions WHERE job_id = :id
                             ORDER BY seq DESC LIMIT 1 OFFSET 10)
              ORDER BY seq LIMIT :most
-            """
-        values = {"id": job_id, "after": after, "execution_bytes": EXECUTION_BYTES, "most": most}
-        rows = self._database.run(sql, **values)
+            """  # noqa: S608
+        rows = self._database.run(sql, id=job_id, after=after, most=most)
         return [HistoryRow(row["id"], row["seq"], row["width"], row["bare"]) for row in rows]
 
     def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> None:
         """Remove what was answered to these executions of a job."""
-        sql = """
-            UPDATE executions SET response = NULL, width = :execution_bytes + length(attempt_log)
-             WHERE id IN (:list)
-            """
-        ids = [row.id for row in rows]
-        self._database.run_with_list(sql, ids, execution_bytes=EXECUTION_BYTES)
+        sql = f"""
+            UPDATE executions SET response = NULL, width = {BARE_WIDTH} WHERE id IN (:list)
+            """  # noqa: S608
+        self._database.run_with_list(sql, [row.id for row in rows])
         self._note_freed(job_id, sum(row.width - row.bare for row in rows))
 
     def drop(self, job_id: str, rows: list[HistoryRow]) -> None:

@@ -166,6 +166,7 @@ RULES_TARGET = 10_000  # A turn applies new rules of time zones to cursors for s
 RULES_BATCHES = 25  # and to so many batches
 RULES_JOBS = 20  # of so many jobs.
 PRUNE_ROWS = 250  # Executions that one turn removes: more than the 100 failed ones it spares.
+PRUNE_BYTES = 1 << 22  # And no more bytes of them, but for the last one: each is overwritten.
 PRUNE_VERSIONS = 4  # Versions that one turn removes: one may have 1 MB, which is overwritten.
 VERSION_IN_ROWS = PRUNE_ROWS // PRUNE_VERSIONS + 1  # What removing one is worth in executions.
 PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
@@ -4786,7 +4787,7 @@ class History(HistorySize):
         return {word: numbers.get(ending.letter, 0) for word, ending in ENDINGS.items()}
 
     def prune(self, job_id: str, before: int, keep: int) -> int:
-        """Remove some executions of a job that are not to be kept; return how many.
+        """Remove some executions of a job that are not to be kept; return what it is worth.
 
         Of those that have ended: what ended ``before``, but for the newest 10; and what is not
         among the newest ``keep``, but for the newest 100 of it that failed.
@@ -4800,19 +4801,22 @@ class History(HistorySize):
                     SELECT seq FROM mine
                      WHERE status = 'failed' AND seq <= (SELECT seq FROM beyond_kept)
                      ORDER BY seq DESC LIMIT 100),
-                oldest (seq, completed_at) AS (
-                    SELECT seq, completed_at FROM mine
-                     WHERE completed_at IS NOT NULL ORDER BY seq LIMIT :most)
-                SELECT seq FROM oldest
-                 WHERE (seq <= (SELECT seq FROM beyond_kept)
-                        AND seq NOT IN (SELECT seq FROM spared))
-                    OR (completed_at < :before AND seq <= (SELECT seq FROM beyond_ten)))
+                oldest (seq, completed_at, width) AS (
+                    SELECT seq, completed_at, width FROM mine
+                     WHERE completed_at IS NOT NULL ORDER BY seq LIMIT :most),
+                chosen (seq, bytes_before) AS (
+                    SELECT seq, sum(width) OVER (ORDER BY seq) - width FROM oldest
+                     WHERE (seq <= (SELECT seq FROM beyond_kept)
+                            AND seq NOT IN (SELECT seq FROM spared))
+                        OR (completed_at < :before AND seq <= (SELECT seq FROM beyond_ten)))
+                SELECT seq FROM chosen WHERE bytes_before < :bytes)
             RETURNING width
             """
-        values = {"id": job_id, "before": before, "keep": keep, "most": PRUNE_ROWS}
-        removed = self._database.run(sql, **values)
-        self._note_freed(job_id, sum(row["width"] for row in removed))
-        return len(removed)
+        values = {"id": job_id, "before": before, "keep": keep}
+        removed = self._database.run(sql, **values, most=PRUNE_ROWS, bytes=PRUNE_BYTES)
+        freed = sum(row["width"] for row in removed)
+        self._note_freed(job_id, freed)
+        return worth_of(len(removed), freed)
 
     def prune_versions(self, job_id: str, oldest: int) -> int:
         """Remove some old versions of a job; return how many executions that is worth.
@@ -4839,11 +4843,16 @@ class History(HistorySize):
         """Remove some executions of a deleted job, then some versions; return what it is worth."""
         sql = """
             DELETE FROM executions WHERE seq IN (
-                SELECT seq FROM executions WHERE job_id = :id ORDER BY seq LIMIT :most)
+                WITH oldest (seq, width) AS (
+                    SELECT seq, width FROM executions WHERE job_id = :id ORDER BY seq LIMIT :most),
+                chosen (seq, bytes_before) AS (
+                    SELECT seq, sum(width) OVER (ORDER BY seq) - width FROM oldest)
+                SELECT seq FROM chosen WHERE bytes_before < :bytes)
+            RETURNING width
             """
-        removed = self._database.change(sql, id=job_id, most=PRUNE_ROWS)
+        removed = self._database.run(sql, id=job_id, most=PRUNE_ROWS, bytes=PRUNE_BYTES)
         if removed:
-            return removed
+            return worth_of(len(removed), sum(row["width"] for row in removed))
         sql = """
             DELETE FROM versions WHERE job_id = :id AND version IN (
                 SELECT version FROM versions WHERE job_id = :id ORDER BY version LIMIT :most)
@@ -4874,6 +4883,14 @@ class History(HistorySize):
         sql = "SELECT min(job_id) FROM executions WHERE job_id > :id"
         found: str | None = self._database.value(sql, id=job_id)
         return found
+
+
+def worth_of(rows: int, freed: int) -> int:
+    """Return what it is worth to remove so many executions, which had so many bytes together.
+
+    It is as much work as to remove so many small ones: PRUNE_ROWS are what a turn does.
+    """
+    return max(rows, freed * PRUNE_ROWS // PRUNE_BYTES)
 
 
 class News:
@@ -8284,7 +8301,7 @@ class SizeLimit:
             if job_id is None:
                 self._is_exhausted = True
                 self._complain(most)
-            elif self._free(job_id, excess + margin):
+            elif self._free(job_id, min(excess + margin, PRUNE_BYTES)):
                 return True
             else:
                 self._passed_over += 1

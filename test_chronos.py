@@ -8440,6 +8440,33 @@ def test_beyond_max_size_the_oldest_history_goes_and_the_file_grows_no_more(make
     assert max(sizes[1:]) < sizes[1] * 1.2
 
 
+@pytest.mark.parametrize("why", ["number", "age", "size", "deletion"])
+def test_a_turn_removes_no_more_bytes_than_it_has_time_to_overwrite(make_world, why):
+    limits = {
+        "number": {"executions_per_job": 10},
+        "age": {"max_age": "1h"},
+        "size": {"max_size": "1MB"},
+    }
+    world = make_world(**{f"retention__{key}": value for key, value in limits.get(why, {}).items()})
+    world.advance(120)  # by then the clock is trusted
+    jobs = [world.create(NOBODY, enabled=False) for _ in range(2)]
+    for job in jobs:
+        add_executions(world, job, 20, "success", NOON - chronos.DAY, response="x" * 10**6)
+    look_over_all(world)
+    left = [40]
+    if why == "deletion":
+        for job in jobs:
+            world.engine.hand_in(world.engine.job_changes.delete, job, False)
+
+    while len(left) == 1 or left[-1] < left[-2]:
+        world.clock.advance(60)
+        world.engine.run_turn()
+        left += by_hand(world, "SELECT count(response) FROM executions")[0]
+
+    assert left[-1] == (0 if why == "deletion" else 20)
+    assert max(before - after for before, after in itertools.pairwise(left)) == 5
+
+
 def test_what_has_not_ended_keeps_nothing_behind_it_from_going(make_world, target):
     world = make_world(retention__executions_per_job=1000)
     job = world.create(target.url, enabled=False, concurrency="allow")

@@ -169,6 +169,7 @@ PRUNE_ROWS = 250  # Executions that one turn removes: more than the 100 failed o
 PRUNE_BYTES = 1 << 22  # And no more bytes of them, but for the last one: each is overwritten.
 PRUNE_VERSIONS = 4  # Versions that one turn removes: one may have 1 MB, which is overwritten.
 VERSION_IN_ROWS = PRUNE_ROWS // PRUNE_VERSIONS + 1  # What removing one is worth in executions.
+PRUNE_TARGET = TURN_TARGET // 2  # Time for what goes by number and age, and the same for size.
 PRUNE_JOBS = 20  # Jobs whose history one turn looks at.
 VERSIONS_PAGE = 1000  # Versions that one turn of the daily walk looks at.
 PRUNE_INTERVAL = 100_000  # Pause between two looks (100 ms) while there is other work.
@@ -3190,9 +3191,10 @@ CREATE TABLE jobs (
     is_bad        BOOLEAN NOT NULL,      -- what the alerts have told, or are about to tell
     news_at       INTEGER,               -- since when that is news; NULL: it is told
     name          TEXT NOT NULL,         -- of the newest configuration
-    history_bytes INTEGER NOT NULL DEFAULT 0  -- the width of its executions together
+    history_bytes INTEGER NOT NULL DEFAULT 0,  -- the width of its executions together
+    may_give      BOOLEAN NOT NULL DEFAULT FALSE  -- an end has come since no more of that could go
 );
-CREATE INDEX jobs_history ON jobs (history_bytes) WHERE history_bytes > 0;
+CREATE INDEX jobs_history ON jobs (may_give, history_bytes) WHERE history_bytes > 0;
 CREATE INDEX jobs_news ON jobs (news_at) WHERE news_at IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE next_run_at IS NOT NULL;
 CREATE TABLE job_tags (                  -- of the newest configuration
@@ -3362,7 +3364,8 @@ SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        attempt_log, response
   FROM old_executions ORDER BY seq;
 UPDATE jobs
-   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id);
+   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id),
+       may_give = TRUE;
 INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
 DROP VIEW readable_versions;
 DROP TABLE old_meta;
@@ -4632,14 +4635,18 @@ class HistorySize:
             self._database.run(sql, id=job_id, freed=freed)
             self._note_size(-freed)
 
-    def job_with_most(self, offset: int) -> str | None:
-        """Return the job with the largest history, after so many; None: there is none."""
+    def job_with_most(self) -> str | None:
+        """Return the job with the largest history of those that may give; None: there is none."""
         sql = """
-            SELECT id FROM jobs WHERE history_bytes > 0
-             ORDER BY history_bytes DESC LIMIT 1 OFFSET :offset
+            SELECT id FROM jobs WHERE may_give = TRUE AND history_bytes > 0
+             ORDER BY history_bytes DESC LIMIT 1
             """
-        found: str | None = self._database.value(sql, offset=offset)
+        found: str | None = self._database.value(sql)
         return found
+
+    def pass_over(self, job_id: str) -> None:
+        """Note that nothing of a job may go, until another execution of it ends."""
+        self._database.run("UPDATE jobs SET may_give = FALSE WHERE id = :id", id=job_id)
 
     def oldest(self, job_id: str, after: int, most: int) -> list[HistoryRow]:
         """Return the oldest executions of a job that have ended and are not its newest 10.
@@ -4656,19 +4663,23 @@ class HistorySize:
         rows = self._database.run(sql, id=job_id, after=after, most=most)
         return [HistoryRow(row["id"], row["seq"], row["width"], row["bare"]) for row in rows]
 
-    def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> None:
-        """Remove what was answered to these executions of a job."""
+    def drop_responses(self, job_id: str, rows: list[HistoryRow]) -> int:
+        """Remove what was answered to these executions of a job; return what it is worth."""
         sql = f"""
             UPDATE executions SET response = NULL, width = {BARE_WIDTH} WHERE id IN (:list)
             """  # noqa: S608
         self._database.run_with_list(sql, [row.id for row in rows])
-        self._note_freed(job_id, sum(row.width - row.bare for row in rows))
+        freed = sum(row.width - row.bare for row in rows)
+        self._note_freed(job_id, freed)
+        return worth_of(len(rows), freed)
 
-    def drop(self, job_id: str, rows: list[HistoryRow]) -> None:
-        """Remove these executions of a job."""
+    def drop(self, job_id: str, rows: list[HistoryRow]) -> int:
+        """Remove these executions of a job; return what it is worth."""
         sql = "DELETE FROM executions WHERE id IN (:list)"
         self._database.run_with_list(sql, [row.id for row in rows])
-        self._note_freed(job_id, sum(row.width for row in rows))
+        freed = sum(row.width for row in rows)
+        self._note_freed(job_id, freed)
+        return worth_of(len(rows), freed)
 
 
 class History(HistorySize):
@@ -4720,7 +4731,7 @@ class History(HistorySize):
                    failing_since = CASE WHEN :succeeds THEN NULL
                                         WHEN :fails THEN coalesce(failing_since, :at)
                                         ELSE failing_since END,
-                   history_bytes = history_bytes + :width
+                   history_bytes = history_bytes + :width, may_give = TRUE
              WHERE id = :job_id
             """
         self._database.run_many(sql, endings)
@@ -8264,7 +8275,8 @@ class SizeLimit:
     """Keeps the history within retention.max_size, a batch a turn.
 
     What goes first is the oldest of the job that has most, the responses before the rows, and
-    never the newest 10 of a job. Jobs of which nothing may go are passed over for a minute.
+    never the newest 10 of a job. A job that has no more than those is passed over until another
+    of its executions ends.
 
     attribute    written by             guarded by
     problem      the engine's thread    nothing (others only read it)
@@ -8273,66 +8285,68 @@ class SizeLimit:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.problem: str | None = None  # Why the history is larger than it may be.
+        self._is_told = False  # The log says so.
         self._history = store.history
         self._clock = clock
-        self._begin()
+        self.look_anew()
 
-    def _begin(self) -> None:
+    def look_anew(self) -> None:
+        """Forget where responses were looked for."""
         self._began_at = self._clock.monotonic()
-        self._passed_over = 0  # So many jobs, the largest ones, have nothing that may go.
-        self._is_exhausted = False  # No job has.
         self._bare_to: dict[str, int] = {}  # Job id -> seq up to which no response is left.
 
     def work(self, most: int) -> bool:
         """Remove a batch if there are over ``most`` bytes; return whether there may be more."""
-        excess = self._history.size() - most
-        margin = most // 100  # A little more goes, so that not every turn has to remove something.
-        if excess <= 0:
-            if self.problem and excess <= -margin:
-                log.warning("the history has no more than retention.max_size again")
-                self.problem = None
-            return False
         if self._clock.monotonic() - self._began_at >= MINUTE:
-            self._begin()
-        for _job in range(PRUNE_JOBS):
-            if self._is_exhausted:
-                return False
-            job_id = self._history.job_with_most(self._passed_over)
-            if job_id is None:
-                self._is_exhausted = True
-                self._complain(most)
-            elif self._free(job_id, min(excess + margin, PRUNE_BYTES)):
-                return True
-            else:
-                self._passed_over += 1
-        return True
-
-    def _complain(self, most: int) -> None:
-        """Say once that the limit can't be kept."""
-        if self.problem is None:
-            size = self._history.size() / 10**6
-            self.problem = (
-                f"the history has {size:.1f} MB, more than the {most / 10**6:g} MB of "
+            self.look_anew()  # What began long ago may have ended with a response.
+        has_more = self._shrink(most)
+        size = self._history.size()
+        problem = None
+        if size > most and not has_more:
+            problem = (
+                f"the history has {size / 10**6:.1f} MB, more than the {most / 10**6:g} MB of "
                 "retention.max_size: the newest 10 executions of each job stay in any case"
             )
-            log.warning("%s", self.problem)
+            if not self._is_told:
+                self._is_told = True
+                log.warning("%s", problem)
+        elif self._is_told and size <= most - most // 100:
+            self._is_told = False
+            log.warning("the history has no more than retention.max_size again")
+        self.problem = problem
+        return has_more
 
-    def _free(self, job_id: str, wanted: int) -> bool:
-        """Remove some of a job, about ``wanted`` bytes; False: it has nothing that may go."""
+    def _shrink(self, most: int) -> bool:
+        """Remove a batch if there are over ``most`` bytes; return whether more may have to go."""
+        margin = most // 100  # A little more goes, so that not every turn has to remove something.
+        start = self._clock.monotonic()
+        left = PRUNE_ROWS
+        while left > 0 and self._clock.monotonic() - start < PRUNE_TARGET:
+            excess = self._history.size() - most
+            job_id = self._history.job_with_most() if excess > 0 else None
+            if job_id is None:
+                return False
+            wanted = min(excess + margin, PRUNE_BYTES * left // PRUNE_ROWS)
+            left -= self._free(job_id, wanted)
+        return True
+
+    def _free(self, job_id: str, wanted: int) -> int:
+        """Remove some of a job, about ``wanted`` bytes; return what it is worth, at least 1."""
         rows = self._history.oldest(job_id, self._bare_to.get(job_id, 0), PRUNE_LOOK)
         answered = [row for row in rows if row.width > row.bare]
         if answered:
             chosen = self._enough(answered, [row.width - row.bare for row in answered], wanted)
-            self._history.drop_responses(job_id, chosen)
             self._bare_to[job_id] = chosen[-1].seq
-            return True
+            return self._history.drop_responses(job_id, chosen)
         if rows:
             self._bare_to[job_id] = rows[-1].seq
-            return True  # The next look is at those behind them.
+            return 1  # The next look is at those behind them.
         rows = self._history.oldest(job_id, 0, PRUNE_ROWS)
-        chosen = self._enough(rows, [row.width for row in rows], wanted)
-        self._history.drop(job_id, chosen)
-        return bool(chosen)
+        if rows:
+            chosen = self._enough(rows, [row.width for row in rows], wanted)
+            return self._history.drop(job_id, chosen)
+        self._history.pass_over(job_id)
+        return 1
 
     def _enough(self, rows: list[HistoryRow], sizes: list[int], wanted: int) -> list[HistoryRow]:
         """Return as many rows as free the wanted bytes, at most PRUNE_ROWS."""
@@ -8372,16 +8386,16 @@ class Retention:
             self._prune_cursor = ""
             self._version_cursor = ""
             self._store.history.forget_size()  # Should a sum ever be wrong, it does not stay so.
+        limits = turn.settings.retention
         has_just_looked = self._clock.monotonic() - self._looked_at < PRUNE_INTERVAL
         if is_busy and has_just_looked:
-            return bool(self._to_prune)
+            return bool(self._to_prune) or self._store.history.size() > limits.max_size
         self._looked_at = self._clock.monotonic()
-        limits = turn.settings.retention
-        if self.size_limit.work(limits.max_size):
-            return True
         # Nothing is too old by a clock that may be wrong.
         before = turn.now - limits.max_age if turn.is_clock_settled else 0
-        return self._prune_jobs(before, limits)
+        is_untidy = self._prune_jobs(before, limits)
+        is_too_large = self.size_limit.work(limits.max_size)
+        return is_untidy or is_too_large
 
     def _prune_jobs(self, before: int, limits: RetentionSettings) -> bool:
         """Look at some jobs; return whether there are more to look at."""
@@ -8398,7 +8412,7 @@ class Retention:
             if found:
                 self._to_prune[job_id] = None  # There may be more of it: later again.
                 removed += found
-            if removed >= PRUNE_ROWS or self._clock.monotonic() - start >= TURN_TARGET:
+            if removed >= PRUNE_ROWS or self._clock.monotonic() - start >= PRUNE_TARGET:
                 break
         return True
 
@@ -8434,6 +8448,7 @@ class Retention:
         """Walk over all jobs again: what a turn has noted was rolled back with it."""
         self._prune_cursor = ""
         self._version_cursor = ""
+        self.size_limit.look_anew()
         self._store.history.forget_size()
 
 
@@ -9944,8 +9959,9 @@ class ServerHandlers(Handlers):
             raise Unavailable(problem)
         whole_second = self.clock.now() // SECOND * SECOND
         health: Json = {"status": "healthy", "timestamp": format_time(whole_second)}
-        if self.engine.retention.size_limit.problem:
-            health["details"] = [self.engine.retention.size_limit.problem]
+        problem = self.engine.retention.size_limit.problem
+        if problem:
+            health["details"] = [problem]
         return health
 
     def _problem(self) -> str | None:

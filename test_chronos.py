@@ -3071,7 +3071,8 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     for mark in ("next_run_at <=", "due_at <=", "RECURSIVE", "min(due_at)", "FROM active",
                  "status = 'running'", "SET due_at", "seq DESC", "DELETE FROM ex"):  # fmt: skip
         assert any(mark in statement for statement in plans), mark
-    walks = r"SCAN (TABLE )?(jobs|versions|executions|due)\b(?! USING INDEX executions_active)"
+    may = "INDEX executions_active|COVERING INDEX jobs_history"  # the size, which is kept then
+    walks = rf"SCAN (TABLE )?(jobs|versions|executions|due)\b(?! USING ({may}))"
     assert not [plan for plan in plans.items() if re.search(walks, plan[1])]
     active = [plan for text, plan in plans.items() if "FROM active" in text]
     assert all(re.search("executions_(active|listed)", plan) for plan in active)
@@ -8352,6 +8353,87 @@ def test_a_chatty_job_pushes_nothing_out_of_the_history_of_a_quiet_one(make_worl
     assert kept[:182] + kept[-10:] == [None] * 182 + [64_000] * 10
 
 
+def look_now(world):
+    """Make the engine look at the size of the history, as it does after each run."""
+    world.clock.advance(1)
+    set_number(world, "looked")
+    world.settle()
+
+
+def test_a_job_that_had_nothing_to_give_gives_as_soon_as_it_has_grown(make_world):
+    world = make_world(retention__max_size="2MB")
+    quiet, *chatty = [world.create(NOBODY, enabled=False) for _ in range(3)]
+    for job in chatty:
+        add_answered(world, job, 10, 90_000)
+    add_answered(world, quiet, 60, 5_000)
+    look_now(world)  # only the quiet one has more than ten
+    kept = lengths(world, quiet)
+
+    for _second in range(30):
+        for job in chatty:
+            add_answered(world, job, 2, 90_000)
+        look_now(world)
+        assert world.store.history.size() <= 2 * 10**6
+
+    assert kept.count(5_000) > 20
+    assert lengths(world, quiet) == kept
+
+
+def test_jobs_that_had_nothing_to_give_are_looked_at_again_only_once_they_have_grown(make_world):
+    world = make_world(retention__max_size="1MB")
+    jobs = [world.create(NOBODY, enabled=False) for _ in range(100)]
+    for job in jobs:
+        add_answered(world, job, 10, 2_000)
+    look_now(world)
+    statements = []
+    engine_connection(world).set_trace_callback(statements.append)
+
+    for number in range(5):
+        add_answered(world, jobs[number], 1, 2_000)
+        world.advance(61)
+
+    looks = [statement for statement in statements if "AS bare" in statement]
+    assert 5 <= len(looks) <= 30
+    assert all(lengths(world, job) == [2_000] * 10 for job in jobs)
+
+
+def test_what_is_beyond_the_number_goes_also_while_the_size_is_being_looked_after(make_world):
+    world = make_world(retention__max_size="1MB", retention__executions_per_job=10)
+    job, *larger = [world.create(NOBODY, enabled=False) for _ in range(300)]
+    world.settle()
+    add_executions(world, job, 600, "success")
+    for other in larger:
+        add_answered(world, other, 1, 300_000)
+    world.engine.retention._to_prune[job.id] = None
+
+    for _turn in range(2):
+        world.clock.advance(60)
+        world.engine.run_turn()
+
+    assert len(world.executions(job)) <= 100
+
+
+def test_after_a_turn_that_failed_responses_still_go_before_rows(make_world, monkeypatch):
+    world = make_world(retention__max_size="1MB")
+    job = world.create(NOBODY, enabled=False)
+    work = world.engine.retention.work
+
+    def fail_afterwards(*arguments):
+        work(*arguments)
+        raise RuntimeError("a bug")
+
+    world.settle()
+    add_answered(world, job, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.engine.retention, "work", fail_afterwards)
+        look_now(world)
+    assert lengths(world, job) == [64_000] * 40
+    world.advance(2)
+
+    assert len(world.executions(job)) == 40
+    assert world.store.history.size() <= 10**6
+
+
 def test_large_versions_are_no_history_and_push_none_out(make_world, target):
     world = make_world(retention__max_size="1MB")
     job = world.create(target.url, enabled=False)
@@ -8407,6 +8489,10 @@ def test_a_max_size_that_cannot_be_kept_is_said_once_and_in_health(make_world, c
 
     assert "the history has 1.9 MB, more than the 1 MB of retention.max_size" in told
     assert api.server.health()["details"] == [told]
+    add_answered(world, jobs[0], 10, 200_000)
+    look_now(world)
+    assert "the history has 3.3 MB, more than the 1 MB" in api.server.health()["details"][0]
+    assert [line for line in caplog.messages if "max_size" in line] == [told]
     for job in jobs[:2]:
         world.do(world.engine.job_changes.delete, job, False)
     world.settle()

@@ -8089,7 +8089,7 @@ ToDeclare = tuple[str, Declaration | None]  # The id of a job; None: it is not d
 class Declared(NamedTuple):
     """What declare() has done."""
 
-    done: int  # So many of what it was given.
+    done: int  # So many of what it was given, the first ones; 0: call it again.
     changed: list[Job]  # Those among them that are not as they were.
 
 
@@ -8146,14 +8146,16 @@ class JobChanges:
         A job whose declaration is as before keeps its state, so what somebody has disabled stays
         so. One that is not declared any more (None) is disabled and no longer managed.
         """
-        start = self._clock.monotonic()
+        deadline = self._clock.monotonic() + TURN_TARGET // 2
         changed: list[Job] = []
         for done, (job_id, declaration) in enumerate(wanted):
-            if done and self._clock.monotonic() - start >= TURN_TARGET // 2:
+            if done and self._clock.monotonic() >= deadline:
                 return Declared(done, changed)
             try:
                 job = self._scheduler.job_up_to_date(turn, job_id)
             except NotFound:
+                if not self._is_rest_gone(job_id, deadline):
+                    return Declared(done, changed)  # The next turn goes on with it.
                 job = self._blank(turn, job_id)
             wanted_job = self._as_declared(turn, job, declaration)
             if turn.starting and job.enabled and wanted_job.timing() != job.timing():
@@ -8221,11 +8223,18 @@ class JobChanges:
         for execution in self._store.executions.active_of(job.id):
             turn.deleted[execution.id] = execution
 
+    def _is_rest_gone(self, job_id: str, deadline: int) -> bool:
+        """Remove what is left of a deleted job; say whether all of it is gone.
+
+        It would become part of a new job with the same id. ``deadline``: by the monotonic clock.
+        """
+        while self._store.history.prune_deleted(job_id):
+            if self._clock.monotonic() >= deadline:
+                return False
+        return True
+
     def _blank(self, turn: Turn, job_id: str) -> Job:
         """Return a job that is not in the store yet, before its first version."""
-        # What is left of a deleted job that had this id would become part of the new one.
-        while self._store.history.prune_deleted(job_id):
-            pass
         return Job(
             id=job_id,
             version=0,

@@ -8253,6 +8253,27 @@ def test_many_declarations_are_spread_over_turns_none_of_which_is_long(tmp_path)
     assert names == [body["name"] for body in bodies]
 
 
+def test_what_a_deleted_job_has_left_is_removed_over_turns_before_it_is_declared_anew(tmp_path):
+    clock = HookedClock()
+    world = World(tmp_path / "data", clock)
+    body = job_body(NOBODY)
+    declarations = chronos.build_settings({"jobs": [body]}).jobs
+    [job] = declare_all(world, declarations)
+    add_versions(world, job, 100)
+    by_hand(world, "DELETE FROM jobs WHERE id = ?", job.id)
+    clock.hook = lambda: clock.advance(0.005)  # what a batch takes
+
+    first = world.do(world.engine.job_changes.declare, list(declarations.items()))
+    left = version_numbers(world, job)
+    [anew] = declare_all(world, declarations)
+    numbers = version_numbers(world, job)
+    world.close()
+
+    assert first == (0, [])
+    assert 60 < len(left) < 100
+    assert (anew.id, anew.version, numbers) == (job.id, 1, [1])
+
+
 def test_declared_jobs_are_listed_in_the_order_of_the_file(world):
     names = [f"job {n}" for n in range(20)]
 

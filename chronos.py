@@ -6627,15 +6627,15 @@ class Race:
         """
         while self._waiting or self._dialled:
             now = self._clock.monotonic()
+            if self._may_dial(now):
+                self._dial(self._waiting.popleft())
+            # What has connected wins, even if this thread got no time to see it before the limit.
+            winner = self._wait(now)
+            if winner is not None:
+                self._call_off(winner)
+                return winner
             if now >= self.limit:
                 self._time_is_up()
-            elif self._may_dial(now):
-                self._dial(self._waiting.popleft())
-            else:
-                winner = self._wait(now)
-                if winner is not None:
-                    self._call_off(winner)
-                    return winner
         sentences = [f"at {numeric}: {problem}" for numeric, problem in self._problems.items()]
         told = "; ".join(sentences[:MAX_PROBLEMS])
         raise requests.ConnectionError(f"no connection to {self._route.peer} {told}")
@@ -6672,13 +6672,15 @@ class Race:
 
     def _wait(self, now: int) -> Connection | None:
         """Wait until one has connected, which is returned, or it is time for something else."""
+        if not self._dialled:
+            return None
         until = self.limit
         if self._waiting and len(self._dialled) < MAX_DIALLED:
             until = min(until, self._next_at)
         poll = select.poll()
         for connection in self._dialled:
             poll.register(connection.socket, select.POLLOUT)
-        timeout_ms = (until - now) * 1000 / SECOND
+        timeout_ms = max(0, until - now) * 1000 / SECOND
         ended = {descriptor for descriptor, _event in poll.poll(timeout_ms)}
         for connection in list(self._dialled):
             if connection.socket.fileno() in ended:

@@ -186,6 +186,7 @@ SILENCE_LIMIT = 30 * SECOND  # A thread whose loop has not come round for so lon
 IDLE_CONNECTION = 30 * SECOND  # A connection that nobody has used for so long is closed.
 TCP_KEEPALIVE_S = 60  # TCP asks a peer that has been quiet for so long whether it is still there.
 KEEP_ALIVE_RACE = SECOND // 10  # A server that had closed it shows that within so long (100 ms).
+FREE_THREADS = 4  # Of the API: whoever waits for something leaves so many to all other calls.
 READ_LIMIT = 5 * SECOND  # What is read for an API call takes no longer, or each piece of it.
 LOOKUP_PATIENCE_S = 0.4  # A look-up waits this long for one of MAX_LOOKUPS to end.
 LOG_PATIENCE_S = 2.0  # The exit waits this long for somebody to read the end of the log.
@@ -9347,27 +9348,38 @@ class LongAnswers:
 
 # --- Sign-in ---
 
-SIGN_IN_FAILURES = 10  # After so many in a minute an address has to wait.
+SIGN_IN_FAILURES = 10  # After so many in a minute an address has to wait,
+NETWORK_FAILURES = 50  # and after so many a network.
 SIGN_IN_PATIENCE_S = 5.0  # A request waits so long for the hash of its password.
 NO_SUCH_USER = f"scrypt:{'00' * 16}:"  # Has a salt to hash with, but is the hash of nothing.
+
+
+class Place(NamedTuple):
+    """Where somebody asks from, as failures are counted."""
+
+    address: str  # Of IPv6 the /64, which one subscriber has.
+    network: str  # The /24 around an address of IPv4, the /48 around one of IPv6.
+
+    @classmethod
+    def of(cls, address: str) -> Place:
+        """Return the place of an address; what is none is a place of its own."""
+        try:
+            ip = parse_ip(address)
+        except ValueError:
+            return cls(address, address)
+        if ip.version == 4:
+            widths = (32, 24)
+        else:
+            widths = (64, 48)
+        around = [ipaddress.ip_network((int(ip), width), strict=False) for width in widths]
+        return cls(str(around[0]), str(around[1]))
 
 
 class PendingHash(NamedTuple):
     """A password that is being hashed, or waits for that."""
 
-    result: Future[bool]  # Whether it is right.
-    addresses: dict[str, str]  # Who asks: place_of(address) -> address.
-
-
-def place_of(address: str) -> str:
-    """Return what counts as one address: of IPv6 it is the /64, which one subscriber has."""
-    try:
-        ip = parse_ip(address)
-    except ValueError:
-        return address
-    if ip.version == 4:
-        return str(ip)
-    return str(ipaddress.ip_network((int(ip), 64), strict=False))
+    result: Future[bool | None]  # Whether it is right; None: it was not hashed after all.
+    addresses: dict[Place, str]  # Who asks.
 
 
 class Passwords:
@@ -9379,18 +9391,20 @@ class Passwords:
     attribute    written by              guarded by
     _verified    the hashing thread      _lock  (name -> proof of the password that was right)
     _pending     API and hashing         _lock  (proof -> the hash that is on its way)
+    _waiting     API threads             _lock  (where those ask from who wait for a hash)
     _failures    the hashing thread      _lock  (the last 1,000: place, µs of the monotonic clock)
     """
 
-    def __init__(self, clock: Clock, most_pending: int) -> None:
-        """``most_pending`` is how many different passwords may wait for their hash."""
+    def __init__(self, clock: Clock, most_waiting: int) -> None:
+        """``most_waiting`` is how many threads, and how many passwords, may wait for a hash."""
         self._clock = clock
-        self._most_pending = most_pending
+        self._most_waiting = most_waiting
         self._key = os.urandom(32)
         self._lock = threading.Lock()
         self._verified: dict[str, bytes] = {}
         self._pending: dict[bytes, PendingHash] = {}
-        self._failures = deque[tuple[str, int]](maxlen=1000)
+        self._waiting: list[Place] = []
+        self._failures = deque[tuple[Place, int]](maxlen=1000)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sign-in")
 
     def are_right(self, name: str, password: str, known_hash: str, address: str) -> bool:
@@ -9402,51 +9416,75 @@ class Passwords:
         # The hash is in the proof, so another hash for a name makes what was verified worthless.
         credentials = f"{known_hash}:{name}:{password}".encode()
         proof = hmac.digest(self._key, credentials, "sha256")
-        if self._is_verified(name, proof):
-            return True
         with self._lock:
-            # It may have become so meanwhile: many calls come at once after a start.
-            if self._is_verified(name, proof):
+            if hmac.compare_digest(self._verified.get(name, b""), proof):
                 return True
-            place = place_of(address)
-            self._check_failures(place, proof)
+            place = Place.of(address)
+            self._check_room(place)
             pending = self._pending.get(proof)
             if pending is None:
-                pending = self._begin(name, password, known_hash, proof)
+                result = self._hasher.submit(self._hash, name, password, known_hash, proof)
+                pending = self._pending[proof] = PendingHash(result, {})
             pending.addresses.setdefault(place, address)
+            self._waiting.append(place)
         try:
-            return pending.result.result(SIGN_IN_PATIENCE_S)
+            is_right = pending.result.result(SIGN_IN_PATIENCE_S)
         except (TimeoutError, CancelledError):
-            raise self._too_many(SECOND) from None
+            is_right = None
+        finally:
+            with self._lock:
+                self._waiting.remove(place)
+        if is_right is None:
+            raise self._too_many(SECOND)
+        return is_right
 
-    def _is_verified(self, name: str, proof: bytes) -> bool:
-        """Return whether this password of this user was right before."""
-        return hmac.compare_digest(self._verified.get(name, b""), proof)
+    def _check_room(self, place: Place) -> None:
+        """Raise TooManyRequests if nobody may wait for a hash here now.
 
-    def _check_failures(self, place: str, proof: bytes) -> None:
-        """Raise TooManyRequests if so many have failed here within the last minute, or may yet."""
+        A network where somebody has failed may take half of the room: there is some beside it.
+        """
+        penalty = self._penalty(place)
+        if penalty > 0:
+            raise self._too_many(penalty)
+        room = self._most_waiting
+        if len(self._waiting) >= room or len(self._pending) >= room:
+            raise self._too_many(SECOND)
+        _of_address, failed = self._failed_at(place)
+        waiting = [other for other in self._waiting if other.network == place.network]
+        if failed and len(waiting) >= room // 2:
+            raise self._too_many(SECOND)
+
+    def _penalty(self, place: Place) -> int:
+        """Return how many µs this place has to wait because of its failures; 0: none."""
         now = self._clock.monotonic()
-        failed = [at for where, at in self._failures if where == place and at > now - MINUTE]
-        others = 0
-        for other, pending in self._pending.items():
-            if other != proof and place in pending.addresses:
-                others += 1
-        if len(failed) >= SIGN_IN_FAILURES:
-            raise self._too_many(failed[-SIGN_IN_FAILURES] + MINUTE - now)
-        if len(failed) + others >= SIGN_IN_FAILURES:
-            raise self._too_many(SECOND)
+        of_address, of_network = self._failed_at(place)
+        waits = [0]
+        if len(of_address) >= SIGN_IN_FAILURES:
+            waits.append(of_address[-SIGN_IN_FAILURES] + MINUTE - now)
+        if len(of_network) >= NETWORK_FAILURES:
+            waits.append(of_network[-NETWORK_FAILURES] + MINUTE - now)
+        return max(waits)
 
-    def _begin(self, name: str, password: str, known_hash: str, proof: bytes) -> PendingHash:
-        """Hand a password to the hashing thread. Raises TooManyRequests."""
-        if len(self._pending) >= self._most_pending:
-            raise self._too_many(SECOND)
-        result = self._hasher.submit(self._hash, name, password, known_hash, proof)
-        pending = PendingHash(result, {})
-        self._pending[proof] = pending
-        return pending
+    def _failed_at(self, place: Place) -> tuple[list[int], list[int]]:
+        """Return when sign-ins failed in the last minute: at this address, and in its network."""
+        since = self._clock.monotonic() - MINUTE
+        of_network = [
+            (other, at)
+            for other, at in self._failures
+            if other.network == place.network and at > since
+        ]
+        of_address = [at for other, at in of_network if other.address == place.address]
+        return of_address, [at for _other, at in of_network]
 
-    def _hash(self, name: str, password: str, known_hash: str, proof: bytes) -> bool:
-        """Return whether the password is right, and note it. The hashing thread does it."""
+    def _hash(self, name: str, password: str, known_hash: str, proof: bytes) -> bool | None:
+        """Return whether the password is right, and note it. The hashing thread does it.
+
+        None: it was not hashed, because those before it were too many wrong ones.
+        """
+        with self._lock:
+            if all(self._penalty(place) > 0 for place in self._pending[proof].addresses):
+                del self._pending[proof]
+                return None
         is_right: bool | None = None  # None: no hash came of it.
         _kind, salt, _hash = known_hash.split(":")
         try:
@@ -9812,9 +9850,8 @@ class ExecutionHandlers(Handlers):
 
     def __init__(self, engine: Engine, store: Store, settings: Settings, clock: Clock) -> None:
         super().__init__(engine, store, clock)
-        # Whoever waits for an end, or sends a long answer, holds a thread, and four of them stay
-        # free for all other calls.
-        self.may_wait = threading.BoundedSemaphore(settings.server.http.threads - 4)
+        # Whoever waits for an end, or sends a long answer, holds a thread.
+        self.may_wait = threading.BoundedSemaphore(settings.server.http.threads - FREE_THREADS)
 
     def trigger(self, job_id: str) -> Reply:
         """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
@@ -10186,7 +10223,7 @@ class Api:
         self.jobs = JobHandlers(engine, store, settings, clock)
         self.executions = ExecutionHandlers(engine, store, settings, clock)
         self.server = ServerHandlers(engine, store, settings, clock)
-        self.passwords = Passwords(clock, settings.server.http.threads // 2)
+        self.passwords = Passwords(clock, settings.server.http.threads - FREE_THREADS)
         self.long_answers = LongAnswers(store, clock, self.executions.may_wait)
         self.sign_in: SignIn | None = None  # None: everybody may come in.
         own_names = ["", "localhost", platform.node(), *settings.server.allowed_hosts]

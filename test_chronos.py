@@ -9864,31 +9864,47 @@ def test_the_same_right_password_many_times_at_once_is_hashed_once(guarded, hash
     assert hashing.passwords == ["pässwörd"]
 
 
-def test_who_signs_in_while_others_do_waits_for_a_turn(guarded, hashing, background):
+def waiting_for_a_hash(service):
+    return len(service.service.api.passwords._waiting)
+
+
+def test_twelve_people_who_sign_in_at_once_are_all_let_in(make_service, guard, hashing, background):
+    names = ["vera", *(f"user-{n}" for n in range(11))]
+    service = make_service(**guard | {"auth__users": dict.fromkeys(names, HASHED)})
     hashing.let_go.clear()
 
-    calls = [background.submit(guarded.call, "GET", "/jobs", headers=credentials(name))
-             for name in ("ada", "vera")]  # fmt: skip
-    concurrent.futures.wait(calls, timeout=1)
+    calls = [background.submit(service.call, "GET", "/jobs", headers=credentials(name))
+             for name in names]  # fmt: skip
+    done, _waiting = concurrent.futures.wait(calls, timeout=1)
     hashing.let_go.set()
 
-    assert [call.result(10)[0] for call in calls] == [200, 200]
+    assert not done
+    assert [call.result(20)[0] for call in calls] == [200] * 12
 
 
-def test_while_others_sign_in_for_long_half_the_threads_are_free(guarded, hashing, background):
+@pytest.mark.parametrize("passwords", [1, 20])
+def test_however_many_strangers_wait_for_a_hash_four_threads_are_free(
+    guarded, hashing, background, passwords
+):
     known = credentials("ada")
     guarded.expect(200, "GET", "/jobs", headers=known)
     hashing.let_go.clear()
 
-    calls = [background.submit(guarded.call, "GET", "/jobs", headers=credentials("eve", f"{n}"))
-             for n in range(8)]  # fmt: skip
-    wait_until(lambda: len(guarded.service.api.passwords._pending) == 8)
+    wrong = [credentials("eve", f"{n % passwords}") for n in range(20)]
+    calls = [background.submit(guarded.call, "GET", "/jobs", headers=one) for one in wrong]
+    wait_until(lambda: sum(call.done() for call in calls) == 8)
     error = guarded.expect(429, "GET", "/jobs", headers=credentials("vera"))
     guarded.expect(200, "GET", "/jobs", headers=known)
+    assert all(health_is_quick(guarded) for _ in range(5))
+    assert waiting_for_a_hash(guarded) == 12
     hashing.let_go.set()
 
     assert "too many sign-ins at once" in error["message"]
-    assert [call.result(10)[0] for call in calls] == [401] * 8
+    made = min(passwords, 10)  # the others of the twelve come after ten wrong ones
+    statuses = collections.Counter(call.result(20)[0] for call in calls)
+    assert statuses == ({401: 12, 429: 8} if passwords == 1 else {401: 10, 429: 10})
+    assert len(hashing.passwords) == 1 + made
+    assert waiting_for_a_hash(guarded) == 0
 
 
 def test_a_reload_leaves_in_who_was_verified_unless_the_hash_is_another(guarded, hashing):
@@ -9918,9 +9934,9 @@ def test_other_spellings_of_the_same_credentials_cost_no_hash(guarded, hashing):
 
 @pytest.fixture
 def passwords(clock, monkeypatch):
-    """Verifies passwords, none of which is right."""
+    """Verifies passwords, none of which is right; 20 may wait at once."""
     monkeypatch.setattr(chronos, "hash_password", lambda *_: "")
-    passwords = chronos.Passwords(clock, 100)
+    passwords = chronos.Passwords(clock, 20)
     yield passwords
     passwords.stop()
 
@@ -9935,7 +9951,7 @@ def guess(passwords, address, password="x"):
 
 
 def test_failures_are_counted_by_address_and_forgotten_when_there_are_too_many(passwords):
-    others = [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]
+    others = [f"10.{n // 250 + 1}.{n % 250}.1" for n in range(1000)]
 
     statuses = [guess(passwords, address) for address in ["10.0.0.1"] * 11 + others]
 
@@ -9956,27 +9972,75 @@ def test_the_addresses_of_one_subscriber_count_as_one(passwords, address, other,
     assert guess(passwords, other) == (429 if is_the_same else 401)
 
 
-def test_guesses_at_the_same_time_count_before_they_have_failed(passwords, background, monkeypatch):
-    let_go = threading.Event()
-    monkeypatch.setattr(chronos, "hash_password", lambda *_: let_go.wait(10) and "")
+@pytest.mark.parametrize(("addresses", "outside"), [
+    ([f"2001:db8:0:{n:x}::1" for n in range(60)], "2001:db8:1::1"),
+    ([f"10.0.0.{n}" for n in range(60)], "10.0.1.0"),
+])  # fmt: skip
+def test_after_fifty_wrong_passwords_a_network_waits_and_no_other(
+    passwords, clock, addresses, outside
+):
+    assert [guess(passwords, address) for address in addresses] == [401] * 50 + [429] * 10
+    assert guess(passwords, outside) == 401
 
+    clock.advance(61)
+    assert guess(passwords, addresses[-1]) == 401
+
+
+@pytest.fixture
+def held_up(passwords, monkeypatch):
+    """Hashes no password while it is not set; then all are wrong."""
+    held_up = threading.Event()
+    monkeypatch.setattr(chronos, "hash_password", lambda *_: held_up.wait(20) and "")
+    yield held_up
+    held_up.set()
+
+
+def test_guesses_at_the_same_time_are_no_more_than_ten(passwords, background, held_up):
     guesses = [background.submit(guess, passwords, "10.0.0.1", f"{n}") for n in range(20)]
-    wait_until(lambda: sum(one.done() for one in guesses) == 10)
-    let_go.set()
+    wait_until(lambda: len(passwords._waiting) == 20)
+    held_up.set()
 
     assert sorted(one.result(10) for one in guesses) == [401] * 10 + [429] * 10
+    assert len(passwords._failures) == 10
 
 
-def test_at_the_stop_who_waits_for_a_hash_is_told_so(passwords, background, monkeypatch):
-    let_go = threading.Event()
-    monkeypatch.setattr(chronos, "hash_password", lambda *_: let_go.wait(10) and "")
+def test_a_network_where_somebody_fails_leaves_half_of_the_room_to_others(
+    passwords, background, held_up
+):
+    held_up.set()
+    guess(passwords, "2001:db8::1")
+    held_up.clear()
+
+    addresses = [f"2001:db8:0:{n:x}::1" for n in range(20)]
+    guesses = [background.submit(guess, passwords, one, one) for one in addresses]
+    wait_until(lambda: sum(one.done() for one in guesses) == 10)
+    other = background.submit(guess, passwords, "10.0.0.1")
+    wait_until(lambda: len(passwords._waiting) == 11)
+    held_up.set()
+
+    assert sorted(one.result(10) for one in guesses) == [401] * 10 + [429] * 10
+    assert other.result(10) == 401
+
+
+def test_passwords_whose_hash_nobody_has_waited_for_are_no_more_than_the_room(
+    passwords, held_up, monkeypatch
+):
+    monkeypatch.setattr(chronos, "SIGN_IN_PATIENCE_S", 0)
+
+    statuses = [guess(passwords, f"10.0.{n}.1", f"{n}") for n in range(30)]
+
+    assert statuses == [429] * 30
+    assert len(passwords._pending) == 20
+
+
+def test_at_the_stop_who_waits_for_a_hash_is_told_so(passwords, background, held_up):
     guesses = [background.submit(guess, passwords, "10.0.0.1", f"{n}") for n in range(2)]
     wait_until(lambda: len(passwords._pending) == 2)
 
     passwords.stop()
 
     assert next(as_completed(guesses, 5)).result() == 429
-    let_go.set()
+    held_up.set()
     assert sorted(one.result(10) for one in guesses) == [401, 429]
 
 
@@ -9994,7 +10058,7 @@ def test_wrong_passwords_cost_no_memory(make_process, background):
     port = int(process.url.rpartition(":")[2])
 
     def guess(n):
-        source = (f"127.0.0.{2 + n // 9}", 0)
+        source = (f"127.0.{2 + n // 9}.1", 0)
         with contextlib.closing(
             http.client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=source)
         ) as caller:

@@ -9300,13 +9300,13 @@ class LongAnswers:
 
         Iterators in it are lists: see json_pieces().
         """
-        pieces = json_pieces({"success": True, "data": data, "error": None})
-        begin = bytearray()
-        while len(begin) < SHORT_ANSWER:
-            chunk = self._make_chunk(pieces)
-            if not chunk:
-                return bytes(begin) + b"\n"
-            begin += chunk
+        answer = json_pieces({"success": True, "data": data, "error": None})
+        pieces = chain(answer, ["\n"])  # The only line end: in the JSON of a text it is escaped.
+        begin = bytearray(self._make_chunk(pieces))  # What ends with this waits for nobody.
+        while not begin.endswith(b"\n") and len(begin) < SHORT_ANSWER:
+            begin += self._make_chunk_in_turn(pieces)
+        if begin.endswith(b"\n"):
+            return bytes(begin)
         for places in self._places:
             if places.acquire(blocking=False):
                 return self._send(bytes(begin), pieces, places)
@@ -9316,15 +9316,19 @@ class LongAnswers:
         """Return the next pieces, as many as CHUNK_BYTES and CHUNK_TIME allow; empty: the end."""
         found: list[str] = []
         size = 0
-        with self._making:
-            self._store.database.bound_reads(self._clock.monotonic)
-            until = self._clock.monotonic() + CHUNK_TIME
-            for piece in pieces:
-                found.append(piece)
-                size += len(piece)
-                if size >= CHUNK_BYTES or self._clock.monotonic() > until:
-                    break
+        self._store.database.bound_reads(self._clock.monotonic)
+        until = self._clock.monotonic() + CHUNK_TIME
+        for piece in pieces:
+            found.append(piece)
+            size += len(piece)
+            if size >= CHUNK_BYTES or self._clock.monotonic() > until:
+                break
         return "".join(found).encode()
+
+    def _make_chunk_in_turn(self, pieces: Iterator[str]) -> bytes:
+        """Return the next pieces as _make_chunk() does, once few enough threads make some."""
+        with self._making:
+            return self._make_chunk(pieces)
 
     def _send(
         self, begin: bytes, pieces: Iterator[str], places: threading.BoundedSemaphore
@@ -9336,9 +9340,8 @@ class LongAnswers:
         place = f"{bottle.request.method} {bottle.request.path}"
         try:
             yield begin
-            while chunk := self._make_chunk(pieces):
+            while chunk := self._make_chunk_in_turn(pieces):
                 yield chunk
-            yield b"\n"
         except ApiError as error:
             log.warning("%s was broken off: %s", place, error)
             raise

@@ -11323,6 +11323,7 @@ def free_places(service, keep=False):
 
 def test_long_answers_leave_threads_for_all_other_calls(service, monkeypatch):
     monkeypatch.setattr(chronos, "SHORT_ANSWER", 1000)
+    monkeypatch.setattr(chronos, "CHUNK_BYTES", 1000)
     for _ in range(9):
         service.create(NOBODY)
     for _ in range(20):  # each gives its place back
@@ -11335,6 +11336,53 @@ def test_long_answers_leave_threads_for_all_other_calls(service, monkeypatch):
 
     assert error["code"] == "UNAVAILABLE" and "too many long answers" in error["message"]
     assert service.get("/jobs?limit=1")["total"] == 9
+
+
+@pytest.fixture
+def long_answers(service, clock):
+    """Makes answers as the API does, by the clock of the test."""
+    return chronos.LongAnswers(service.service.store, clock, threading.BoundedSemaphore(12))
+
+
+def test_no_more_than_two_threads_make_a_long_answer_at_a_time(
+    long_answers, background, monkeypatch
+):
+    monkeypatch.setattr(chronos, "CHUNK_BYTES", 100)
+    lock, making = threading.Lock(), [0, 0]  # now, and at most
+
+    def items():
+        yield "x" * 100  # the first chunk waits for nobody
+        for _ in range(10):
+            with lock:
+                making[:] = making[0] + 1, max(making[1], making[0] + 1)
+            time.sleep(0.002)
+            with lock:
+                making[0] -= 1
+            yield "y" * 100
+
+    bodies = list(background.map(lambda _: long_answers.body(items()), range(8)))
+
+    assert [len(json.loads(body)["data"]) for body in bodies] == [11] * 8
+    assert making == [0, 2]
+
+
+@pytest.mark.parametrize(("cost", "waits"), [(0.003, False), (0.006, True)])
+def test_what_is_short_and_soon_made_waits_for_no_long_answer(
+    long_answers, clock, background, cost, waits
+):
+    def items():
+        for n in range(3):
+            clock.advance(cost)
+            yield n
+
+    for _ in range(2):  # as if two long answers were being made
+        long_answers._making.acquire()
+    body = background.submit(long_answers.body, items())
+    done, _waiting = concurrent.futures.wait([body], timeout=1)
+    assert (not done) == waits
+    long_answers._making.release()
+
+    assert json.loads(body.result(20))["data"] == [0, 1, 2]
 
 
 def test_a_read_that_takes_long_is_a_503_and_the_next_one_is_answered(service, monkeypatch):

@@ -11561,12 +11561,31 @@ def test_upcoming_names_the_fire_times_of_the_next_hours_job_by_job(service):
     assert wrong_fields(service, "GET", "/schedules/upcoming?hours=0") == ["hours"]
 
 
+def test_of_a_dense_schedule_no_more_fire_times_are_computed_than_tell_that_there_are_more(
+    make_service, clock, monkeypatch
+):
+    service = make_service(clock=clock)  # It stands still, so the engine computes none.
+    service.create(NOBODY, schedule="* * * * * *", enabled=True)
+    computed, fire_times = [], chronos.Schedule.fire_times
+
+    def counted(*asked):
+        for at in islice(fire_times(*asked), 1000):  # of 604,800
+            computed.append(at)
+            yield at
+
+    monkeypatch.setattr(chronos.Schedule, "fire_times", counted)
+    [dense] = service.get("/schedules/upcoming?hours=168")["upcoming"]
+
+    assert (len(dense["fire_times"]), dense["has_more"]) == (50, True)
+    assert len(computed) == 50  # the first is the job's next_run
+
+
 def test_a_job_that_is_deleted_meanwhile_is_left_out_of_what_comes(service, monkeypatch):
     service.create(NOBODY, name="stays", schedule="@daily", enabled=True)
-    store = service.service.store
-    gone, due_jobs = chronos.DueJob(str(uuid.uuid4()), 1, NOON), store.jobs.due
+    jobs = service.service.store.jobs
+    gone, soonest = chronos.DueJob(str(uuid.uuid4()), 1, NOON), jobs.soonest
 
-    monkeypatch.setattr(store.jobs, "due", lambda *asked: [gone, *due_jobs(*asked)])
+    monkeypatch.setattr(jobs, "soonest", lambda *asked: [gone, *soonest(*asked)])
 
     upcoming = service.get("/schedules/upcoming?hours=168")["upcoming"]
     assert [job["job_name"] for job in upcoming] == ["stays"]

@@ -3893,15 +3893,6 @@ EXECUTION_SUMMARY = EXECUTION_COLUMNS.replace(
 )
 EXECUTION_VALUES = ", ".join(f":{name}" for name in STORED_FIELDS)
 
-# Write how an execution stands; other conditions may follow.
-SAVE = """
-    UPDATE executions
-       SET status = :status, due_at = :due_at, spent = :spent, completed_at = :completed_at,
-           reason = :reason, error = :error, status_code = :status_code,
-           attempt_log = :attempt_log, response = :response, width = :width
-     WHERE id = :id
-    """
-
 # The ends that say nothing about whether a job is well.
 NO_VERDICTS = ", ".join(f"'{word}'" for word, end in ENDINGS.items() if not end.is_verdict)
 
@@ -4042,13 +4033,11 @@ def values_of(filters: Json) -> Json:
     return values | {name: value for name, value in filters.items() if value is not None}
 
 
-class JobTable:
-    """Jobs with their newest configuration, their versions and their tags."""
+class JobLists:
+    """What is read of jobs, with their newest configuration, and of their versions."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    # --- Reading ---
 
     def get(self, job_id: str) -> Job:
         """Return a job. Raises NotFound."""
@@ -4177,9 +4166,31 @@ class JobTable:
             return _read_version(row, read_config(row["config"]))
         raise NotFound(f"job {job_id} has no version {number}")
 
+    def newest_versions(self, job_ids: Iterable[str]) -> list[Json]:
+        """Return the newest version of some of these jobs, as many as one read may hold.
+
+        Those that can't be read are not among them.
+        """
+        sql = """
+            SELECT v.job_id, v.version, v.config, v.created_at, v.created_by
+              FROM jobs JOIN stored_versions AS v ON v.job_id = jobs.id AND v.version = jobs.version
+             WHERE jobs.id IN (:list)
+            """
+        found = []
+        for row in self._database.run_page(sql, job_ids).rows:
+            with contextlib.suppress(UnusableConfig):
+                found.append(_read_version(row, read_config(row["config"])))
+        return found
+
     def is_there(self, job_id: str) -> bool:
         """Say whether there is a job of this id."""
         return self._database.value("SELECT seq FROM jobs WHERE id = :id", id=job_id) is not None
+
+
+class JobTable(JobLists):
+    """Jobs with their versions and their tags: when they fire, and what is written of them."""
+
+    # --- When they fire ---
 
     def due(self, now: int, most: int) -> list[DueJob]:
         """Return jobs that fire by ``now``, or are to be looked at again, the oldest first."""
@@ -4268,17 +4279,20 @@ class JobTable:
         self._database.run("DELETE FROM job_tags WHERE job_id = :id", id=job_id)
         self._database.run("DELETE FROM job_search WHERE job_id = :id", id=job_id)
 
-    def move_cursor(self, job_id: str, next_run_at: int | None) -> None:
-        """Set the next fire time of an enabled job.
+    def move_cursors(self, cursors: Mapping[str, int | None]) -> None:
+        """Set the next fire times of enabled jobs, by their ids.
 
-        None: its schedule is spent, so it is enabled no more.
+        None: the schedule is spent, so the job is enabled no more.
         """
         sql = """
             UPDATE jobs SET next_run_at = :at, enabled = :enabled, invalid_from = NULL
              WHERE id = :id
             """
-        is_enabled = next_run_at is not None
-        self._database.run(sql, id=job_id, at=next_run_at, enabled=is_enabled)
+        rows = [
+            {"id": job_id, "at": next_run_at, "enabled": next_run_at is not None}
+            for job_id, next_run_at in cursors.items()
+        ]
+        self._database.run_many(sql, rows)
 
     def put_off(self, job_id: str, invalid_from: int, look_at: int) -> None:
         """Note that a job can't fire from a fire time on, and when to look at it again."""
@@ -4441,6 +4455,13 @@ class ExecutionLists:
         return [Execution.from_row(row) for row in self._database.run(sql, most=most)]
 
 
+def _values_of(execution: Execution) -> Json:
+    """Return what is stored of an execution, by the names of the columns."""
+    values = execution._asdict()
+    values["width"] = execution.width
+    return values
+
+
 class ExecutionTable(ExecutionLists):
     """Executions: those that wait and run are the queue, those that have ended the history.
 
@@ -4458,6 +4479,19 @@ class ExecutionTable(ExecutionLists):
             id=job_id,
             most=NO_LIMIT if most is None else most,
         )
+
+    def oldest_active(self, job_ids: Iterable[str]) -> dict[str, Execution]:
+        """Return by job id the oldest execution of each of these jobs that waits or runs.
+
+        They are without response and log.
+        """
+        sql = f"""
+            SELECT {EXECUTION_SUMMARY} FROM executions WHERE seq IN (
+                SELECT (SELECT min(seq) FROM active WHERE job_id = jobs.id)
+                  FROM jobs WHERE id IN (:list))
+            """  # noqa: S608
+        found = map(Execution.from_row, self._database.run_with_list(sql, job_ids))
+        return {execution.job_id: execution for execution in found}
 
     def count_active(self, job_id: str) -> int:
         """Return how many executions of a job wait or run."""
@@ -4516,23 +4550,37 @@ class ExecutionTable(ExecutionLists):
         rows = self._database.run_with_list(sql, passed_over, now=now, most=most)
         return [Execution.from_row(row) for row in rows]
 
-    def add(self, execution: Execution) -> bool:
-        """Add an execution; False: there is one with this id, and nothing was done."""
+    def known(self, ids: Iterable[str]) -> set[str]:
+        """Return those of these ids that executions have."""
+        sql = "SELECT id FROM executions WHERE id IN (:list)"
+        return {row["id"] for row in self._database.run_with_list(sql, ids)}
+
+    def add(self, executions: Iterable[Execution]) -> None:
+        """Add executions, in this order; none of their ids is known() yet."""
         sql = f"""
             INSERT INTO executions ({EXECUTION_COLUMNS}, width)
             VALUES ({EXECUTION_VALUES}, :width)
-                ON CONFLICT (id) DO NOTHING
             """  # noqa: S608
-        return self._database.change(sql, **execution._asdict(), width=execution.width) > 0
+        self._database.run_many(sql, map(_values_of, executions))
 
-    def save(self, execution: Execution) -> None:
-        """Write how an execution stands."""
-        self._database.run(SAVE, **execution._asdict(), width=execution.width)
+    def still_running(self, executions: Iterable[Execution]) -> set[str]:
+        """Return the ids of those of these executions that run, each in the attempt it names."""
+        sql = "SELECT id, attempts FROM executions WHERE status = 'running' AND id IN (:list)"
+        attempts = {execution.id: execution.attempts for execution in executions}
+        rows = self._database.run_with_list(sql, attempts)
+        return {row["id"] for row in rows if row["attempts"] == attempts[row["id"]]}
 
-    def save_if_running(self, execution: Execution) -> bool:
-        """Write how an execution stands, if it still runs in this attempt; say whether it does."""
-        sql = f"{SAVE} AND status = 'running' AND attempts = :attempts"
-        return self._database.change(sql, **execution._asdict(), width=execution.width) > 0
+    def save(self, executions: Iterable[Execution]) -> None:
+        """Write how executions stand."""
+        sql = """
+            UPDATE executions
+               SET status = :status, due_at = :due_at, spent = :spent,
+                   completed_at = :completed_at, reason = :reason, error = :error,
+                   status_code = :status_code, attempt_log = :attempt_log, response = :response,
+                   width = :width
+             WHERE id = :id
+            """
+        self._database.run_many(sql, map(_values_of, executions))
 
     def start(self, ids: list[str], now: int, node_id: str) -> None:
         """Let pending executions run: each in its next attempt."""
@@ -7215,6 +7263,7 @@ class Turn:
     ended: dict[str, Execution] = field(default_factory=dict)  # By id.
     deleted: dict[str, Execution] = field(default_factory=dict)  # By id: their jobs went.
     counted: int = 0  # So many of ``ended`` are in the counts.
+    fired: list[tuple[Execution, str]] = field(default_factory=list)  # With their policies.
     caught_up: set[str] = field(default_factory=set)  # Ids of jobs that had missed fire times.
     to_prune: dict[str, None] = field(default_factory=dict)  # Ids of jobs with new history.
     taken: list[Attempt] = field(default_factory=list)
@@ -7301,10 +7350,26 @@ class VersionCache:
         version = self._cached.pop(key, None)
         if version is None:
             version = self._load(job_id, number)
-            self._make_room(version.size)
-            self._size += version.size
+            self._add(version)
         self._cached[key] = version
         return version
+
+    def load_newest(self, due: Iterable[DueJob]) -> None:
+        """Read what get() will be asked of these jobs, most of it in one statement.
+
+        What is left out, get() reads by itself, or says what is wrong with it.
+        """
+        wanted = [job.job_id for job in due if (job.job_id, job.version) not in self._cached]
+        if not wanted:
+            return
+        for row in self._jobs.newest_versions(wanted):
+            with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+                self._add(Version(row))
+
+    def _add(self, version: Version) -> None:
+        self._make_room(version.size)
+        self._size += version.size
+        self._cached[version.job_id, version.number] = version
 
     def _make_room(self, size: int) -> None:
         """Forget those that were not used for longest, until one of this size fits in."""
@@ -7368,31 +7433,12 @@ def fire_id(namespace: uuid.UUID, at: int) -> str:
     return f"exec-{uuid.uuid5(namespace, str(format_time(at)))}"
 
 
-class RunQueue:
-    """What may run: it makes executions, takes due ones, and records how attempts have ended.
+class NewExecutions:
+    """Makes executions and puts them into the history, where an older one may be in the way."""
 
-    attribute      written by           read by
-    _in_flight     the engine's thread  also the thread that stops (how many are left, to abort)
-    the others     the engine's thread  nobody else
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        versions: VersionCache,
-        pool: WorkerPool,
-        settings: Settings,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
-        self._versions = versions
-        self._pool = pool
-        self._clock = clock
         self._node_id = settings.cluster.node_id
-        self._per_target = settings.dispatcher.max_concurrent_per_host
-        self._in_flight: dict[str, Attempt] = {}  # By the id of the execution.
-
-    # --- New executions ---
 
     def new_execution(
         self, turn: Turn, version: Version, trigger: Trigger, at: int, due_at: int | None
@@ -7432,46 +7478,88 @@ class RunQueue:
             error=error,
             node_id=self._node_id,
         )
-        if self._store.executions.add(execution):
-            turn.ended[execution.id] = execution
+        self.add(turn, [execution])
 
-    def enqueue(self, turn: Turn, execution: Execution, concurrency: str) -> None:
-        """Add an execution that is not in the history yet, as the concurrency policy has it.
+    def add(self, turn: Turn, executions: list[Execution]) -> list[Execution]:
+        """Add executions that are not in the history yet; return those that were added."""
+        known = self._store.executions.known(execution.id for execution in executions)
+        added = []
+        for execution in executions:
+            if execution.id in known:
+                # This fire time is in the history: whatever was to happen has happened.
+                ids = about(execution.job_id, execution.id)
+                message = "job %s: %s is in the history, so nothing is sent"
+                log.info(message, *ids.values(), extra=ids)
+                continue
+            added.append(execution)
+            if execution.has_ended:
+                turn.ended[execution.id] = execution
+        self._store.executions.add(added)
+        return added
+
+    def enqueue(self, turn: Turn, wanted: list[tuple[Execution, str]]) -> None:
+        """Add executions, one of a job, each as the concurrency policy beside it has it.
 
         ``forbid`` skips it while an older one has not ended, ``replace`` ends the older ones,
         ``allow`` lets both run, up to MAX_ACTIVE.
         """
-        to_replace: list[Execution] = []
-        if concurrency == "replace":
-            to_replace = self._store.executions.active_of(execution.job_id, MAX_ACTIVE)
-        elif problem := self._overlap(execution.job_id, concurrency):
-            execution = ended(execution, Status.SKIPPED, Reason.OVERLAP, problem, turn.now)
-        if not self._store.executions.add(execution):
-            # This fire time is in the history: whatever was to happen has happened.
-            ids = about(execution.job_id, execution.id)
-            log.info("job %s: %s is in the history, so nothing is sent", *ids.values(), extra=ids)
-            return
-        if execution.has_ended:
-            turn.ended[execution.id] = execution
-        for other in to_replace:
-            self.fail(turn, other, Reason.REPLACED, f"replaced by {execution.id}")
+        older = self._store.executions.oldest_active(execution.job_id for execution, _ in wanted)
+        executions = []
+        to_replace: dict[str, list[Execution]] = {}  # By the id of what replaces them.
+        for execution, concurrency in wanted:
+            job_id = execution.job_id
+            if job_id not in older:
+                executions.append(execution)
+            elif concurrency == "replace":
+                to_replace[execution.id] = self._store.executions.active_of(job_id, MAX_ACTIVE)
+                executions.append(execution)
+            else:
+                problem = self._overlap(older[job_id], concurrency)
+                if problem is not None:
+                    execution = ended(execution, Status.SKIPPED, Reason.OVERLAP, problem, turn.now)
+                executions.append(execution)
+        for execution in self.add(turn, executions):
+            for other in to_replace.get(execution.id, ()):
+                self.fail(turn, other, Reason.REPLACED, f"replaced by {execution.id}")
 
-    def _overlap(self, job_id: str, concurrency: str) -> str | None:
-        """Return what is in the way of one more execution of this job; None: nothing."""
-        if concurrency == "allow":
-            if self._store.executions.count_active(job_id) < MAX_ACTIVE:
-                return None
-            return f"{MAX_ACTIVE} executions had not ended"
-        for older in self._store.executions.active_of(job_id, 1):
+    def _overlap(self, older: Execution, concurrency: str) -> str | None:
+        """Return why there can't be one more execution beside an older one; None: there can."""
+        if concurrency != "allow":
             return f"{older.id} was still {older.status}"
+        if self._store.executions.count_active(older.job_id) >= MAX_ACTIVE:
+            return f"{MAX_ACTIVE} executions had not ended"
         return None
 
     def fail(self, turn: Turn, execution: Execution, reason: Reason, error: str) -> Execution:
         """Fail an execution that has not ended; its request is aborted after the commit."""
         failed = ended(execution, Status.FAILED, reason, error, turn.now)
-        self._store.executions.save(failed)
+        self._store.executions.save([failed])
         turn.ended[failed.id] = failed
         return failed
+
+
+class RunQueue(NewExecutions):
+    """What may run: it takes what is due, and records how attempts have ended.
+
+    attribute      written by           read by
+    _in_flight     the engine's thread  also the thread that stops (how many are left, to abort)
+    the others     the engine's thread  nobody else
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        versions: VersionCache,
+        pool: WorkerPool,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
+        super().__init__(store, settings)
+        self._versions = versions
+        self._pool = pool
+        self._clock = clock
+        self._per_target = settings.dispatcher.max_concurrent_per_host
+        self._in_flight: dict[str, Attempt] = {}  # By the id of the execution.
 
     # --- Changes: submit() them, from any thread ---
 
@@ -7495,7 +7583,7 @@ class RunQueue:
             scheduled_at = turn.now
         execution = self.new_execution(turn, version, kind, scheduled_at, turn.now)
         execution = execution._replace(id=new_id, replay_of=replay_of)
-        self.enqueue(turn, execution, job.config["concurrency"])
+        self.enqueue(turn, [(execution, job.config["concurrency"])])
 
     def cancel(self, turn: Turn, job_id: str, execution_id: str, user: str) -> Execution:
         """Fail an execution that has not ended, and abort its request.
@@ -7561,24 +7649,36 @@ class RunQueue:
         turn.follows_at_once = True  # Others may be due behind it.
         return None
 
-    def record(self, turn: Turn, outcome: Outcome) -> None:
-        """Write down how an attempt ended, unless its execution ended otherwise before."""
+    def record(self, turn: Turn, outcomes: list[Outcome]) -> None:
+        """Write down how attempts ended, but of executions that ended otherwise before."""
+        recorded = []
+        for outcome in outcomes:
+            after = self._after(turn, outcome)
+            if after is not None:
+                recorded.append(after)
+        running = self._store.executions.still_running(recorded)
+        recorded = [execution for execution in recorded if execution.id in running]
+        self._store.executions.save(recorded)
+        for execution in recorded:
+            if execution.has_ended:
+                turn.ended[execution.id] = execution
+
+    def _after(self, turn: Turn, outcome: Outcome) -> Execution | None:
+        """Return an execution as it stands after an attempt; None: its job was deleted."""
         execution = outcome.execution
         try:
             version = self._versions.get(execution.job_id, execution.job_version)
             retry_policy = version.retry_policy
             timeout = version.timeout
-        except NotFound:  # Its job was deleted.
+        except NotFound:
             self._store.executions.delete(execution.id)
-            return
+            return None
         except UnusableConfig:
             # What has happened stays true, but there can't be another attempt.
             retry_policy = {"max_attempts": 0}
             timeout = 0
         ended_at = turn.now - (self._clock.monotonic() - outcome.ended_at_mono)
-        after = after_attempt(outcome, retry_policy, timeout, ended_at)
-        if self._store.executions.save_if_running(after) and after.has_ended:
-            turn.ended[after.id] = after
+        return after_attempt(outcome, retry_policy, timeout, ended_at)
 
     # --- Outside of the transaction ---
 
@@ -7701,7 +7801,7 @@ class ClockCorrection:
             cursor = 0  # It may have another schedule now: it is computed anew.
         is_earlier = job.next_run_at is not None and RELEASED_AT <= job.next_run_at <= cursor
         if not is_earlier:
-            self._store.jobs.move_cursor(job_id, cursor)
+            self._store.jobs.move_cursors({job_id: cursor})
 
     def _was_spent(self, job: Job) -> bool:
         """Say whether it was the clock that has disabled a job: nothing came any more."""
@@ -7799,10 +7899,7 @@ class Scheduler:
         self._look_for_absence(turn, start)
         if not self.may_fire(turn):
             return
-        for job in self._store.jobs.due(turn.now, MAX_FIRES_PER_TURN):
-            if self._clock.monotonic() - start >= TURN_TARGET:
-                return
-            self._fire(turn, job)
+        self._fire(turn, self._store.jobs.due(turn.now, MAX_FIRES_PER_TURN))
 
     def job_up_to_date(self, turn: Turn, job_id: str) -> Job:
         """Return a job whose due fire times are in the history, so that no change erases them.
@@ -7813,7 +7910,7 @@ class Scheduler:
             raise Unavailable("the server is stopping")
         job = self._store.jobs.get(job_id)
         while self.may_fire(turn) and job.next_run_at is not None and job.next_run_at <= turn.now:
-            self._fire(turn, DueJob(job_id, job.version, job.next_run_at, job.invalid_from))
+            self._fire(turn, [DueJob(job_id, job.version, job.next_run_at, job.invalid_from)])
             job = self._store.jobs.get(job_id)
         return job
 
@@ -7865,23 +7962,37 @@ class Scheduler:
 
     # --- What becomes of a fire time ---
 
-    def _fire(self, turn: Turn, job: DueJob) -> None:
-        """Enqueue a fire time, or deal with a whole backlog; move the job's cursor."""
-        try:
-            version = self._versions.get(job.job_id, job.version)
-            if job.fire_time < RELEASED_AT:
-                # The cursor was reset, or comes from a wrong clock: decades were not missed.
-                cursor = version.next_after(turn.now)
-            elif job.invalid_from is None:
-                absence = self._absence if job.fire_time < self._missed_before else None
-                cursor = self._run_from(turn, version, job.fire_time, absence)
-            else:
-                cursor = self._fire_again(turn, version, job.invalid_from)
-            self._store.jobs.move_cursor(job.job_id, cursor)
-        except StoreError:
-            raise
-        except Exception as error:  # Whatever is wrong with one job must not stop the others.
-            self._put_off(turn, job, error)
+    def _fire(self, turn: Turn, jobs: list[DueJob]) -> None:
+        """Enqueue a fire time of each job, or deal with whole backlogs; move their cursors.
+
+        What would take too long is left out: it stays due.
+        """
+        start = self._clock.monotonic()
+        self._versions.load_newest(jobs)
+        turn.fired = []
+        cursors: dict[str, int | None] = {}
+        for job in jobs:
+            if self._clock.monotonic() - start >= TURN_TARGET:
+                break
+            try:
+                version = self._versions.get(job.job_id, job.version)
+                cursors[job.job_id] = self._fire_one(turn, job, version)
+            except StoreError:
+                raise
+            except Exception as error:  # Whatever is wrong with one job must not stop the others.
+                self._put_off(turn, job, error)
+        self._run_queue.enqueue(turn, turn.fired)
+        self._store.jobs.move_cursors(cursors)
+
+    def _fire_one(self, turn: Turn, job: DueJob, version: Version) -> int | None:
+        """Deal with what is due of a job, return its next fire time. Raises UnusableConfig."""
+        if job.fire_time < RELEASED_AT:
+            # The cursor was reset, or comes from a wrong clock: decades were not missed.
+            return version.next_after(turn.now)
+        if job.invalid_from is not None:
+            return self._fire_again(turn, version, job.invalid_from)
+        absence = self._absence if job.fire_time < self._missed_before else None
+        return self._run_from(turn, version, job.fire_time, absence)
 
     def _run_from(
         self, turn: Turn, version: Version, fire_time: int, absence: str | None
@@ -7900,7 +8011,7 @@ class Scheduler:
         execution = self._run_queue.new_execution(
             turn, version, Trigger.SCHEDULE, fire_time, turn.now
         )
-        self._run_queue.enqueue(turn, execution, version.concurrency)
+        turn.fired.append((execution, version.concurrency))
         return following
 
     def _fire_again(self, turn: Turn, version: Version, invalid_from: int) -> int | None:
@@ -7952,11 +8063,13 @@ class Scheduler:
             first = next(fire_time for fire_time in chain([first], later) if fire_time not in known)
             missed = Missed(count, first, passed_over[-1], absence)
             self._skip_missed(turn, version, missed)
+        executions = []
         for fire_time in made_up:
             execution = self._run_queue.new_execution(
                 turn, version, Trigger.CATCH_UP, fire_time, None
             )
-            self._store.executions.add(execution)
+            executions.append(execution)
+        self._run_queue.add(turn, executions)
         turn.caught_up.add(version.job_id)
         return newest[-1]
 
@@ -7968,8 +8081,7 @@ class Scheduler:
         execution = self._run_queue.new_execution(turn, version, Trigger.SCHEDULE, last, None)
         missed = ended(execution, Status.SKIPPED, Reason.MISSED, error, turn.now)
         missed = missed._replace(missed_count=number, missed_from=first, missed_to=last)
-        if self._store.executions.add(missed):
-            turn.ended[missed.id] = missed
+        self._run_queue.add(turn, [missed])
 
 
 def digest_of_rules() -> int:
@@ -8062,7 +8174,7 @@ class ZoneRules:
         except (ValueError, OverflowError):
             return  # It can't be used: that is told when it is due.
         if cursor != due.fire_time:
-            self._store.jobs.move_cursor(due.job_id, cursor)
+            self._store.jobs.move_cursors({due.job_id: cursor})
             message = "job %s: by the rules of %s its next fire time is %s, not %s"
             ids = about(due.job_id)
             times = (format_time(cursor), format_time(due.fire_time))
@@ -8557,7 +8669,7 @@ class Alerts:
         number = self._store.news.save_alert(config, turn.now)
         version = self._versions.get(ALERTS_ID, number)
         alert = self._run_queue.new_execution(turn, version, Trigger.ALERT, turn.now, turn.now)
-        self._store.executions.add(alert)
+        self._store.executions.add([alert])
 
     def _body(self, node_id: str) -> str:
         """Return what the alert's receiver gets, as JSON that fits into a request."""
@@ -8978,8 +9090,7 @@ class Engine:
         self.store.database.check_file()
         self._beat(turn)
         self.scheduler.look_at_clock(turn, step)
-        for outcome in self._outcomes:
-            self.run_queue.record(turn, outcome)
+        self.run_queue.record(turn, self._outcomes)
         self.zone_rules.apply(turn)
         self.scheduler.fire_due(turn)
         self._count_ends(turn)  # Alerts and the answers to changes show the counts.

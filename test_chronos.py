@@ -870,7 +870,7 @@ def add_executions(world, job, count, status, ended_at=None, **fields):
         for number in range(count):
             values = (f"exec-{uuid.uuid4()}", job.id, 1, "manual", status, number, target, due_at)
             added.append(chronos.Execution(*values, completed_at=ended_at, **fields))
-            assert world.store.executions.add(added[-1])
+            world.store.executions.add([added[-1]])
         world.store.history.count_ends(added)
     return [execution.id for execution in added]
 
@@ -4060,7 +4060,7 @@ def add_ledger(world, jobs, number):
             execution = execution._replace(**missed)
         added.append(execution)
     with world.store.database.transaction():
-        assert all(world.store.executions.add(execution) for execution in added)
+        world.store.executions.add(added)
         world.store.history.count_ends(added)
     return added
 
@@ -7882,7 +7882,7 @@ def add_waiting(world, targets, seconds=0):
         for target in targets:
             ids = (f"exec-{uuid.uuid4()}", str(uuid.uuid4()))
             values = (1, "manual", "pending", due_at, target, due_at)
-            assert world.store.executions.add(chronos.Execution(*ids, *values))
+            world.store.executions.add([chronos.Execution(*ids, *values)])
 
 
 def test_taking_stays_quick_while_one_of_15000_targets_is_full(world):
@@ -13498,10 +13498,10 @@ def add_history(service, jobs, runs):
             job = engine.job_changes.create(turn, config | about, True, "tester")
             for run in range(runs):
                 status, at = "failed" if run == 7 else "success", now - (runs - run) * SECOND
-                store.executions.add(chronos.Execution(
+                store.executions.add([chronos.Execution(
                     f"exec-{job.id}-{run}", job.id, 1, "schedule", status, at, NOBODY, None,
                     completed_at=at, started_at=at, attempts=1,
-                ))  # fmt: skip
+                )])  # fmt: skip
 
     engine.submit(add)
 

@@ -1511,7 +1511,6 @@ SIGNATURE_HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
 SIGNING_PREFIX = "whsec_"  # Before a secret: it only says what that is.
 MAX_SIGNING_SECRET = 200  # Characters: enough for two secrets of 64 bytes.
 
-_SIGNATURE_PROBLEM = "is a header that webhook.signing_secret sets: leave one of them out"
 _MASK_PROBLEM = f"is {MASK}, which only stands for a secret of the same URL: give the secret itself"
 _printable = matching(
     r"(?:[!-~\xa0-\xff](?:[\t -~\xa0-\xff]{0,8190}[!-~\xa0-\xff])?)?",
@@ -1566,24 +1565,39 @@ def signing_keys(secret: str) -> list[bytes]:
 
 
 def a_webhook(table: Mapping[str, Field]) -> Check:
-    """A webhook with the fields of this table, none of which sets a header of the signature."""
+    """A webhook with the fields of this table, which set no header twice."""
 
     def check(value: Any) -> Json:
         webhook = validate(table, value)
-        if webhook["signing_secret"] is None:
-            return webhook
-        problems = []
-        for name in webhook["headers"]:
-            if name.lower() in SIGNATURE_HEADERS:
-                problems.append((f"headers.{name}", _SIGNATURE_PROBLEM))
-        auth = webhook["auth"] or {}
-        if auth.get("header", "").lower() in SIGNATURE_HEADERS:
-            problems.append(("auth.header", _SIGNATURE_PROBLEM))
+        problems = _doubled_headers(webhook)
         if problems:
             raise InvalidFields(problems)
         return webhook
 
     return check
+
+
+def _doubled_headers(webhook: Json) -> list[tuple[str, str]]:
+    """Return the fields that set a header which another one sets: one would be lost in silence.
+
+    Case makes no difference in the names of headers (RFC 9110, 5.1).
+    """
+    set_by: dict[str, str] = {}  # The name of a header in lower case -> what sets it.
+    if webhook["signing_secret"] is not None:
+        set_by = dict.fromkeys(SIGNATURE_HEADERS, "webhook.signing_secret")
+    setters = []
+    auth = webhook["auth"]
+    if auth is not None and "header" in auth:
+        setters.append(("auth.header", auth["header"]))
+    elif auth is not None:
+        setters.append(("auth", "Authorization"))
+    setters += [(f"headers.{name}", name) for name in webhook["headers"]]
+    problems = []
+    for path, name in setters:
+        setter = set_by.setdefault(name.lower(), f"webhook.{path}")
+        if setter != f"webhook.{path}":
+            problems.append((path, f"is a header that {setter} sets: leave one of them out"))
+    return problems
 
 
 def _auth(value: Any) -> Json:

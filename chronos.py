@@ -7749,25 +7749,26 @@ class ClockCorrection:
         """Take up what the last process has left."""
         self.latest_at = self._store.number("latest_at") or 0
 
-    def turn_failed(self) -> None:
-        """Look into the store again: what a turn has taken back is there again."""
-        self._is_under_way = True
+    def note(self, before: int) -> int:
+        """Note what the clock would show if it had not been moved; return the latest of them."""
+        ahead_until = max(before, self._store.number("ahead_until") or 0)
+        self._store.set_number("ahead_until", ahead_until)
+        self.latest_at = max(before, self.latest_at)
+        self._store.set_number("latest_at", self.latest_at)
+        return ahead_until
 
     def begin(self, turn: Turn, before: int) -> None:
         """Deal with what was noted of times that are yet to come, by a clock that went back.
 
-        ``before`` is what it would show if it had not been moved. Cursors wait, unless they are
-        too far ahead: several small steps back add up.
+        ``before``: as for note(). Cursors wait, unless they are too far ahead: several small
+        steps back add up.
         """
-        ahead_until = max(before, self._store.number("ahead_until") or 0)
+        ahead_until = self.note(before)
         if ahead_until <= turn.now:
             return
         if ahead_until - turn.now > CLOCK_FAR_BACK:
             self._store.reset_cursors(turn.now)
-            ahead_until = turn.now
-        self._store.set_number("ahead_until", ahead_until)
-        self.latest_at = max(before, self.latest_at)
-        self._store.set_number("latest_at", self.latest_at)
+            self._store.set_number("ahead_until", turn.now)
         self._store.history.forget_later_hours(turn.now)
         self._store.set_number("take_back_after", turn.now)
         self._store.set_number("take_back_below", NO_LIMIT)
@@ -7834,6 +7835,59 @@ class Missed(NamedTuple):
     absence: str  # Why: goes on after "while".
 
 
+class Absence:
+    """Knows until when nobody could look for due fire times: what was due before was missed.
+
+    What the engine itself delays, by a long turn, is late.
+    """
+
+    def __init__(self, grace: int, clock: Clock, stood_still: Callable[[], int]) -> None:
+        """``grace``: µs that a fire time may be late all the same.
+
+        ``stood_still`` is that of the Dispatcher.
+        """
+        self.reason = ""  # Of the last one; goes on after "while".
+        self._grace = grace
+        self._clock = clock
+        self._stood_still = stood_still
+        self._missed_before = 0  # An older fire time that is still due was missed.
+        self._seen_still = 0  # What stood_still() returned when due fire times were looked for.
+        self._failing_since: int | None = None  # By the monotonic clock; None: turns work.
+
+    def turn_worked(self) -> None:
+        """Note that a turn is on disk, so that fire times are dealt with again."""
+        self._failing_since = None
+
+    def turn_failed(self) -> None:
+        """Note that a turn was rolled back, with the fire times that it had dealt with."""
+        if self._failing_since is None:
+            self._failing_since = self._clock.monotonic()
+
+    def look(self) -> None:
+        """Find out whether nobody could look since this was last called."""
+        # The pause may have been since the turn began: what counts is the time when it was over.
+        still = self._stood_still()
+        if still - self._seen_still > self._grace:
+            self.note(self._clock.now(), "the server was suspended")
+        self._seen_still = still
+        failing_since = self._failing_since
+        if failing_since is not None and self._clock.monotonic() - failing_since > self._grace:
+            self.note(self._clock.now(), "the database failed")
+
+    def note(self, until: int, reason: str) -> None:
+        """Note that nobody could look for due fire times until this instant."""
+        self._missed_before = until - self._grace
+        self.reason = reason
+
+    def clock_moved(self, now: int) -> None:
+        """Have no fire time missed that is later than what a clock shows which was moved."""
+        self._missed_before = min(self._missed_before, now - self._grace)
+
+    def reason_of(self, fire_time: int) -> str | None:
+        """Return why a fire time that is due was missed; None: it was not."""
+        return self.reason if fire_time < self._missed_before else None
+
+
 class Scheduler:
     """What becomes due: it watches the clock and turns fire times into executions."""
 
@@ -7851,14 +7905,10 @@ class Scheduler:
         self._versions = versions
         self._run_queue = run_queue
         self._clock = clock
-        self._stood_still = stood_still
         self._grace = settings.scheduler.missed_run_grace
+        self.absence = Absence(self._grace, clock, stood_still)
         self._offset = clock.now() - clock.monotonic()  # A change of it is a step of the clock.
         self._is_held = False  # The clock shows less than the release date: nothing fires.
-        self._missed_before = 0  # An older fire time that is still due was missed,
-        self._absence = ""  # for this reason.
-        self._seen_still = 0  # What stood_still() returned when due fire times were looked for.
-        self._failing_since: int | None = None  # By the monotonic clock; None: turns work.
         self._moved_at = clock.monotonic()  # When the clock was last moved, or we started.
         self._correction = ClockCorrection(store, clock)
 
@@ -7869,7 +7919,7 @@ class Scheduler:
         last_seen = self._store.number("last_seen") or 0
         self._offset = max(self._offset, last_seen - self._clock.monotonic())
         self._correction.recover()
-        self._note_absence(self._clock.now(), "the server was down")
+        self.absence.note(self._clock.now(), "the server was down")
 
     def clock_step(self, now: int) -> int:
         """Return by how many µs the wall clock has moved otherwise than the monotonic one."""
@@ -7893,10 +7943,12 @@ class Scheduler:
             log.warning("the clock was moved by %s s", step / SECOND)
             self._moved_at = self._clock.monotonic()
             if abs(step) > self._grace:
-                self._note_absence(turn.now, "the clock was moved")
-            self._missed_before = min(self._missed_before, turn.now - self._grace)
+                self.absence.note(turn.now, "the clock was moved")
+            self.absence.clock_moved(turn.now)
             self._store.shift_times(step, turn.now)
-            if not is_held:
+            if is_held:
+                self._correction.note(turn.now - step)
+            else:
                 self._correction.begin(turn, turn.now - step)
         turn.is_clock_settled = self._clock.monotonic() - self._moved_at >= CLOCK_SETTLED
         self._correction.work(turn)
@@ -7909,8 +7961,7 @@ class Scheduler:
 
     def fire_due(self, turn: Turn) -> None:
         """Turn due fire times into executions; what would take too long stays for the next turn."""
-        start = self._clock.monotonic()
-        self._look_for_absence(turn, start)
+        self.absence.look()
         if not self.may_fire(turn):
             return
         self._fire(turn, self._store.jobs.due(turn.now, MAX_FIRES_PER_TURN))
@@ -7939,40 +7990,11 @@ class Scheduler:
             if job.invalid_from is not None:
                 begin = version.next_after(job.invalid_from)
             if begin is not None and begin <= turn.now:
-                self._catch_up(turn, version, begin, 0, self._absence)
+                self._catch_up(turn, version, begin, 0, self.absence.reason)
         except StoreError:
             raise
         except Exception as error:  # The declaration may be what mends it.
             self._put_off(turn, DueJob(job.id, job.version, first, job.invalid_from), error)
-
-    # --- Late or missed ---
-
-    def turn_worked(self) -> None:
-        """Note that a turn is on disk, so that fire times are dealt with again."""
-        self._failing_since = None
-
-    def turn_failed(self) -> None:
-        """Note that a turn was rolled back, with the fire times that it had dealt with."""
-        self._correction.turn_failed()
-        if self._failing_since is None:
-            self._failing_since = self._clock.monotonic()
-
-    def _look_for_absence(self, turn: Turn, mono: int) -> None:
-        """Find out whether fire times were missed since they were last looked for.
-
-        Only if nobody could look: what the engine itself delays, by a long turn, is late.
-        """
-        still = self._stood_still()
-        if still - self._seen_still > self._grace:
-            self._note_absence(turn.now, "the server was suspended")
-        self._seen_still = still
-        if self._failing_since is not None and mono - self._failing_since > self._grace:
-            self._note_absence(turn.now, "the database failed")
-
-    def _note_absence(self, now: int, reason: str) -> None:
-        """Note that nobody could look for due fire times until ``now``."""
-        self._missed_before = now - self._grace
-        self._absence = reason
 
     # --- What becomes of a fire time ---
 
@@ -8005,7 +8027,7 @@ class Scheduler:
             return version.next_after(turn.now)
         if job.invalid_from is not None:
             return self._fire_again(turn, version, job.invalid_from)
-        absence = self._absence if job.fire_time < self._missed_before else None
+        absence = self.absence.reason_of(job.fire_time)
         return self._run_from(turn, version, job.fire_time, absence)
 
     def _run_from(
@@ -9072,7 +9094,7 @@ class Engine:
                 with self.store.database.transaction():
                     turn.now = self.clock.now()  # It may have waited for a lock.
                     self._work(turn, step)
-                self.scheduler.turn_worked()
+                self.scheduler.absence.turn_worked()
                 if self.problem:
                     log.warning("the engine works again")
                 self.problem = None
@@ -9130,10 +9152,11 @@ class Engine:
 
     def _beat(self, turn: Turn) -> None:
         """Note once a minute that we live: a start compares its clock with that."""
-        since = turn.now - self._heartbeat_at
-        if not 0 <= since < HEARTBEAT:  # Below 0: the clock went back.
+        if 0 <= turn.now - self._heartbeat_at < HEARTBEAT:  # Below 0: the clock went back.
+            return
+        self._heartbeat_at = turn.now
+        if turn.now >= RELEASED_AT:  # Else it can't be right, and nothing is compared with it.
             self.store.set_number("last_seen", turn.now)
-            self._heartbeat_at = turn.now
 
     def _set_wake_at(self, turn: Turn) -> None:
         """Find out when the next turn has something to do."""
@@ -9171,7 +9194,7 @@ class Engine:
         with self._reporter.isolated("refuse the changes of a turn that failed"):
             self._submissions.fail(turn, error)
         self.versions.clear()  # What was rolled back may be in it.
-        self.scheduler.turn_failed()
+        self.scheduler.absence.turn_failed()
         self.zone_rules.turn_failed()
         self.retention.turn_failed()
         self._heartbeat_at = 0
@@ -11057,22 +11080,23 @@ def _reload_until_stopped(service: Service, asked: argparse.Namespace) -> None:
     """Reload at every SIGHUP, until a signal comes that stops."""
     while True:
         tell_systemd("READY=1", *service.signs_of_life())
-        came = _wait_for_signal()
-        if came in STOP_SIGNALS:
+        if _wait_for_signal() in STOP_SIGNALS:
             return
-        if came == signal.SIGHUP:
-            tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
-            _reload(service, asked)
+        tell_systemd("RELOADING=1", f"MONOTONIC_USEC={Clock().monotonic()}")
+        _reload(service, asked)
 
 
-def _wait_for_signal() -> int | None:
-    """Return the one of SIGNALS that has come; None: something else has ended the waiting."""
+def _wait_for_signal() -> int:
+    """Return the one of SIGNALS that has come; of several one that stops."""
     # Not sigtimedwait(): when the process was stopped (SIGSTOP, Ctrl-Z, a debugger) for longer
     # than its time, Python returns a number that nobody has sent.
-    try:
-        return signal.sigwait(SIGNALS)
-    except InterruptedError:
-        return None
+    while True:
+        with contextlib.suppress(InterruptedError):
+            came = signal.sigwait(SIGNALS)
+            if signal.sigpending() & set(STOP_SIGNALS):
+                # SIGHUP has the lower number, so it comes first, however often it is sent.
+                came = signal.sigwait(STOP_SIGNALS)
+            return came
 
 
 def _reload(service: Service, asked: argparse.Namespace) -> None:

@@ -7183,6 +7183,21 @@ def test_a_suspend_in_a_long_turn_is_missed_time(world, target):
     assert states(world, job, "reason") == [("missed",)]
 
 
+def test_a_suspend_in_a_turn_that_has_not_yet_fired_is_missed_time(world, target, monkeypatch):
+    job = world.create(target.url, schedule="* * * * *", missed_run_policy="ignore")
+    pauses = [3600]
+
+    def suspended(_turn):
+        if pauses:
+            world.clock.advance(pauses.pop())
+
+    monkeypatch.setattr(world.engine.zone_rules, "apply", suspended)
+    world.advance(50)
+    world.settle()
+
+    assert states(world, job, "reason", "missed_count") == [("missed", 60)]
+
+
 def the_server_is_down(make_world):
     make_world().clock.advance(100)
     return make_world()
@@ -7356,8 +7371,12 @@ def days(target):
     ("execute_all", ["2027-03-02", "2027-03-03"], ["2027-03-04"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("back", [
+    [-2 * 86_400],
+    [-NOON / SECOND, NOON / SECOND - 2 * 86_400],  # by way of 1970
+])  # fmt: skip
 def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_run(
-    make_world, target, policy, ahead, later, restart
+    make_world, target, policy, ahead, later, restart, back
 ):
     world = make_world()
     world.create(target.url, schedule="0 9 * * *", missed_run_policy=policy)
@@ -7365,9 +7384,10 @@ def test_a_clock_that_was_ahead_for_a_moment_costs_no_later_run(
     world.advance(3)
     assert days(target) == ahead
 
-    world.clock.step(-2 * 86_400)
-    world = make_world() if restart else world
-    world.settle()
+    for step in back:
+        world.clock.step(step)
+        world = make_world() if restart else world
+        world.settle()
     for _ in range(73):
         world.advance(3600)
 
@@ -11832,6 +11852,18 @@ def test_of_many_signals_at_once_only_those_with_a_meaning_do_something(make_pro
         process.process.send_signal(number)
     assert process.end(signal.SIGTERM) == 0
     assert not [line for line in process.log if "INFO" not in line]
+
+
+def test_a_signal_that_stops_does_not_wait_for_a_reload(make_process):
+    process = make_process()
+
+    process.process.send_signal(signal.SIGSTOP)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        process.process.send_signal(number)
+    process.process.send_signal(signal.SIGCONT)
+
+    assert process.end(signal.SIGCONT) == 0
+    assert not any("was read again" in line for line in process.log)
 
 
 def test_a_low_soft_limit_of_open_files_is_raised(make_process):

@@ -4000,6 +4000,12 @@ ASKED_OF_EACH = {
     "since": "+scheduled_at >= :since",
     "until": "coalesce(missed_from, scheduled_at) < :until",
 }
+# What says of a job's executions in a status that an index has no others of the job.
+INDEX_OF_STATUS = {
+    Status.PENDING: "status IN ('pending', 'running')",
+    Status.RUNNING: "status IN ('pending', 'running')",
+    Status.FAILED: "status = 'failed'",
+}
 # The two times together, in the form that does take indexes.
 IN_TIME = """
     (scheduled_at >= :since AND scheduled_at < :until
@@ -4015,6 +4021,8 @@ def matching_executions(job_id: str | None, filters: Json) -> str:
     conditions = ["seq < :place"]
     if job_id is not None:
         conditions.append("job_id = :job_id")
+        if status in INDEX_OF_STATUS:
+            conditions.append(INDEX_OF_STATUS[status])
     elif "reason" in each:
         conditions.append("reason = :reason")
         del each["reason"]

@@ -3084,6 +3084,23 @@ def test_no_statement_of_the_engine_walks_a_whole_table(make_world, target):
     assert all(re.search("executions_(active|listed)", plan) for plan in active)
 
 
+@pytest.mark.parametrize(("status", "index"), [
+    ("pending", "executions_active"), ("running", "executions_active"),
+    ("failed", "executions_failed"),
+])  # fmt: skip
+def test_what_waits_runs_or_has_failed_of_a_job_is_found_by_an_index(world, status, index):
+    job, statements = world.create(NOBODY), set()
+    engine_connection(world).set_trace_callback(statements.add)
+    found = list(world.store.executions.newest(job.id, 10, filters={"status": status}))
+    count = world.store.executions.count(job.id, {"status": status})
+    engine_connection(world).set_trace_callback(None)
+
+    assert (found, count, len(statements)) == ([], 0, 2)
+    for statement in statements:
+        plan = by_hand(world, f"EXPLAIN QUERY PLAN {statement}")
+        assert plan[0][3].endswith(f"INDEX {index} (job_id=? AND seq<?)"), statement
+
+
 def test_the_metrics_look_at_no_execution_that_has_ended(world, monkeypatch):
     api = chronos.Api(world.engine, world.store, world.settings, world.clock)
     run, plans = world.store.database.run, []

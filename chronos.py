@@ -8836,9 +8836,19 @@ class Submissions:
         self._waiting.clear()
 
     def answer(self, future: Future[Any], result: Any) -> None:
-        """Tell who waits for a future what its change returned or raised."""
+        """Tell who waits for a future what its change returned or raised; raise nothing.
+
+        Whatever goes wrong with that, there is an answer: nothing else ends the wait.
+        """
         if future.done():
             return  # A second answer would raise, and keep others from theirs.
+        try:
+            self._answer(future, result)
+        except Exception:
+            log.exception("a bug: the engine could not answer who has submitted a change")
+            future.set_exception(InternalError("a bug: the server's log has more"))
+
+    def _answer(self, future: Future[Any], result: Any) -> None:
         if isinstance(result, ApiError):
             future.set_exception(result)
         elif isinstance(result, Exception):
@@ -9185,8 +9195,7 @@ class Engine:
         with self._reporter.isolated("start what was taken"):
             self.run_queue.after_commit(turn)
         for future, result in turn.results:
-            with self._reporter.isolated("answer who has submitted a change"):
-                self._submissions.answer(future, result)
+            self._submissions.answer(future, result)
         with self._reporter.isolated("wake those who wait for an end"):
             self.waiters.wake([*turn.ended, *turn.deleted])
         with self._reporter.isolated("tell of attempts"):

@@ -4401,17 +4401,18 @@ class ExecutionLists:
         return int(found)
 
     def last_verdicts(self, job_id: str, most: int) -> list[Execution]:
-        """Return the newest executions whose end says whether the job is well, newest first."""
-        return self._select_named(
-            f"""
-            named_executions
+        """Return the newest executions whose end says whether the job is well, newest first.
+
+        They are without response and log.
+        """
+        sql = f"""
+            SELECT {EXECUTION_SUMMARY}, job_name FROM named_executions
              WHERE job_id = :job_id AND completed_at IS NOT NULL
                AND coalesce(reason, '') NOT IN ({NO_VERDICTS})
              ORDER BY seq DESC LIMIT :most
-            """,
-            job_id=job_id,
-            most=most,
-        )
+            """  # noqa: S608
+        rows = self._database.run(sql, job_id=job_id, most=most)
+        return [Execution.from_row(row) for row in rows]
 
     def last_of(self, job_ids: list[str], has_ended: bool = False) -> dict[str, Execution]:
         """Return by job id the newest execution of each of these jobs that has one.
@@ -8745,11 +8746,11 @@ class Alerts:
         }
 
     def _shortened(self, execution: Execution, characters: int) -> Execution:
-        """Return an execution as an alert shows it: without what was answered."""
+        """Return an execution as an alert shows it: with so many characters of its error."""
         error = execution.error
         if error and len(error) > characters:
             error = f"{error[:characters]} …"
-        return execution._replace(response=None, error=error)
+        return execution._replace(error=error)
 
     def _line(self, job: Json, last: list[Execution]) -> str:
         """Return the line of the alert's text about one job."""

@@ -8834,6 +8834,19 @@ def test_an_alert_is_an_execution_of_a_built_in_job(watched, target, bell):
     assert headers["X-Chronos-Execution-ID"] == alert.id
 
 
+def test_an_alert_needs_no_response_and_reads_none(watched, target, bell):
+    target.script = ["/status/404"]
+    job = watched.create(target.url)
+    run_once(watched, job)
+    assert watched.executions(job)[0].response
+
+    [read] = watched.store.executions.last_verdicts(job.id, 3)
+    watched.advance(10)
+
+    assert (read.job_name, read.response, read.attempt_log) == ("report", None, "[]")
+    assert rings(bell)[0]["jobs"][0]["executions"] == [json.loads(json.dumps(read.to_json()))]
+
+
 def test_fifty_jobs_that_fail_at_once_are_one_alert(watched, target, bell):
     jobs = [watched.create(target.url + "/status/404", name=f"job {n}") for n in range(50)]
     for job in jobs[:49]:
@@ -8879,17 +8892,21 @@ def test_an_alert_about_the_longest_names_fits_into_a_body(watched, target, bell
     assert all(len(job["executions"]) == 3 for job in body["jobs"])
 
 
-@pytest.mark.parametrize("length", [100, 2_000, 100_000])
-def test_an_alert_is_made_smaller_until_it_fits(watched, bell, length):
+@pytest.mark.parametrize(("length", "node", "jobs", "runs"), [
+    (100, "x", 50, 3), (2_000, "x", 50, 3), (100_000, "x", 50, 3),
+    (100_000, "\U0001f4a5", 20, 1),
+])  # fmt: skip
+def test_an_alert_is_made_smaller_until_it_fits(watched, bell, length, node, jobs, runs):
     for job in add_jobs(watched, 60, NOBODY, name="\U0001f4a5" * 200):
-        add_executions(watched, job, 3, "failed", error="\U0001f4a5" * length)
+        add_executions(watched, job, 3, "failed", error="\U0001f4a5" * length, node_id=node * 100)
     with watched.store.database.transaction():
         ids = {job.id for job in watched.all_jobs()}
         watched.store.news.note_turned(ids, 1, watched.clock.now())
     watched.advance(10)
 
     [body] = rings(bell)
-    assert (body["event"], body["jobs_total"], len(body["jobs"])) == ("failed", 60, 50)
+    assert (body["event"], body["jobs_total"], len(body["jobs"])) == ("failed", 60, jobs)
+    assert {len(job["executions"]) for job in body["jobs"]} == {runs}
     errors = {run["error"] for job in body["jobs"] for run in job["executions"]}
     assert errors == {"\U0001f4a5" * min(length, 200) + (" …" if length > 200 else "")}
 

@@ -1580,7 +1580,8 @@ def a_webhook(table: Mapping[str, Field]) -> Check:
 def _doubled_headers(webhook: Json) -> list[tuple[str, str]]:
     """Return the fields that set a header which another one sets: one would be lost in silence.
 
-    Case makes no difference in the names of headers (RFC 9110, 5.1).
+    Case makes no difference in the names of headers (RFC 9110, 5.1). An Authorization beside an
+    ``auth`` that sets it, too, is taken: the reference has it in its first example.
     """
     set_by: dict[str, str] = {}  # The name of a header in lower case -> what sets it.
     if webhook["signing_secret"] is not None:
@@ -1589,8 +1590,6 @@ def _doubled_headers(webhook: Json) -> list[tuple[str, str]]:
     auth = webhook["auth"]
     if auth is not None and "header" in auth:
         setters.append(("auth.header", auth["header"]))
-    elif auth is not None:
-        setters.append(("auth", "Authorization"))
     setters += [(f"headers.{name}", name) for name in webhook["headers"]]
     problems = []
     for path, name in setters:
@@ -3379,8 +3378,8 @@ SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        attempt_log, response
   FROM old_executions ORDER BY seq;
 UPDATE jobs
-   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id),
-       may_give = TRUE;
+   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id);
+UPDATE jobs SET may_give = TRUE WHERE history_bytes > 0;
 INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
 DROP VIEW readable_versions;
 DROP TABLE old_meta;

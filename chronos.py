@@ -717,15 +717,46 @@ _WEEKDAY_FIELD = CronField("day-of-week", 0, 7, _WEEKDAYS)
 # --- Wall-clock times: what a zone's clocks show, as naive datetimes ---
 
 
+# None of these names leads out of the directories of time zones.
+_ZONE_NAME = re.compile("[A-Za-z0-9_+-]+(?:/[A-Za-z0-9_+-]+)*")
+
+
+def zone_file(name: str) -> bytes:
+    """Return the file of a time zone (RFC 9636), from where ZoneInfo takes it; empty: none."""
+    if not _ZONE_NAME.fullmatch(name):
+        return b""
+    for directory in zoneinfo.TZPATH:
+        with contextlib.suppress(OSError):
+            return Path(directory, name).read_bytes()
+    with contextlib.suppress(OSError, ImportError):
+        file = importlib.resources.files("tzdata").joinpath("zoneinfo", name)
+        return file.read_bytes()
+    return b""
+
+
+class _WholeFile(io.BytesIO):
+    """A file that may not end early: ZoneInfo would look for the end of its last line for ever."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next ``size`` bytes. Raises ValueError if there are fewer."""
+        data = super().read(size)
+        if size is not None and len(data) < size:
+            raise ValueError("its end is missing")
+        return data
+
+
 @functools.lru_cache(maxsize=1024)  # ZoneInfo keeps eight of them.
 def time_zone(name: str) -> ZoneInfo:
-    """Return the rules of a time zone. Raises ValueError that names it if they are not there."""
-    try:
-        return ZoneInfo(name)
-    except (LookupError, OSError, ValueError) as error:
+    """Return the rules of a time zone. Raises ValueError that names it if it can't be used."""
+    data = zone_file(name)
+    if not data:
         # A zone can go: newer releases of Debian have the old names in a package of their own.
         hint = "Debian has old names in tzdata-legacy"
-        raise ValueError(f"the time zone {name} is not on this machine ({hint})") from error
+        raise ValueError(f"the time zone {name} is not on this machine ({hint})")
+    try:
+        return ZoneInfo.from_file(_WholeFile(data), key=name)
+    except Exception as error:  # It raises this or that, wherever it meets what is wrong.
+        raise ValueError(f"the file of the time zone {name} is damaged: {error!r}") from error
 
 
 def _local_time(at: int, zone: ZoneInfo) -> datetime:
@@ -8136,19 +8167,8 @@ def digest_of_rules() -> int:
     digest = hashlib.sha256(__version__.encode())
     for name in sorted(_time_zones()):
         digest.update(name.encode())
-        digest.update(_rules_of(name))
+        digest.update(zone_file(name))
     return int.from_bytes(digest.digest()[:7])
-
-
-def _rules_of(name: str) -> bytes:
-    """Return the file of a time zone, from where ZoneInfo takes it; empty: it has just gone."""
-    for directory in zoneinfo.TZPATH:
-        with contextlib.suppress(OSError):
-            return Path(directory, name).read_bytes()
-    with contextlib.suppress(OSError, ImportError):
-        file = importlib.resources.files("tzdata").joinpath("zoneinfo", name)
-        return file.read_bytes()
-    return b""
 
 
 class ZoneRules:
@@ -8215,8 +8235,10 @@ class ZoneRules:
                 # Only now: the clock may have gone back a little, and nothing fires twice.
                 after = self._fired_by(turn, due.job_id)
                 cursor = schedule.next_after(after, zone)
-        except (ValueError, OverflowError):
-            return  # It can't be used: that is told when it is due.
+        except StoreError:
+            raise
+        except Exception:  # Whatever is wrong with one job is told when it is due.
+            return
         if cursor != due.fire_time:
             self._store.jobs.move_cursors({due.job_id: cursor})
             message = "job %s: by the rules of %s its next fire time is %s, not %s"

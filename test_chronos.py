@@ -212,6 +212,12 @@ class Zones:
         (self.directory / name).unlink()
         self.forget()
 
+    def cut(self, name, size):
+        """Leave so many bytes of a zone, as a full disk does; negative: so many are gone."""
+        path = self.directory / name
+        path.write_bytes(path.read_bytes()[:size])
+        self.forget()
+
     def forget(self):
         """Forget what the process has read, as a start does."""
         ZoneInfo.clear_cache()
@@ -1665,6 +1671,25 @@ CHANGES = [
     (MADRID, "* 30 2 31 10 *", "2027-10-31T00:30:58", "31T00:30:59 31T01:30 31T01:30:01"),
     (LORD_HOWE, "15,45 * * * *", "2027-04-03T14:00", "03T14:15 03T14:45 03T15:15 03T15:45"),
 ]
+
+
+ONE_RULE = struct.pack(">5s15x6I", b"TZif", 0, 0, 0, 0, 1, 4) + struct.pack(">lbb", 3600, 0, 0)
+
+
+def test_a_time_zone_has_all_of_its_file_or_is_refused(zones):
+    zones.give("Old/Name", like=MADRID)
+    path = zones.directory / "Old/Name"
+    whole = path.read_bytes()
+
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"zone Old/Name is (damaged|not on this machine)"):
+            chronos.time_zone("Old/Name")
+    for content in (whole, ONE_RULE + b"CET\0"):  # That one is of version 1, without a last line.
+        path.write_bytes(content)
+        chronos.time_zone.cache_clear()
+        winter = chronos.to_datetime(NOON).astimezone(chronos.time_zone("Old/Name"))
+        assert winter.utcoffset() == timedelta(hours=1)
 
 
 @pytest.mark.parametrize(("zone", "expression", "after", "expected"), CHANGES)
@@ -6903,10 +6928,23 @@ def test_a_job_that_can_not_be_used_fails_once_and_stops_no_other(world, target,
     assert world.store.jobs.get(spoilt.id).enabled and not world.engine.problem
 
 
-def test_a_job_whose_time_zone_has_vanished_fires_again_when_it_is_back(world, target, zones):
+# what can happen to the file of a time zone
+ZONE_IS_BAD = pytest.mark.parametrize("spoil_zone", [
+    Zones.remove,
+    functools.partial(Zones.cut, size=0),
+    functools.partial(Zones.cut, size=-600),  # amid its changes of the clock
+    functools.partial(Zones.cut, size=-14),  # amid its last line
+    functools.partial(Zones.cut, size=-1),
+])  # fmt: skip
+
+
+@ZONE_IS_BAD
+def test_a_job_whose_time_zone_has_vanished_fires_again_when_it_is_back(
+    world, target, zones, spoil_zone
+):
     zones.give("Old/Name", like=MADRID)
     job = world.create(target.url, schedule="0 * * * *", timezone="Old/Name")
-    zones.remove("Old/Name")
+    spoil_zone(zones, "Old/Name")
     world.advance(3600)
     world.advance(3 * 3600)
 
@@ -6922,6 +6960,22 @@ def test_a_job_whose_time_zone_has_vanished_fires_again_when_it_is_back(world, t
     ]
     assert fire_times(target, job) == ["16:00:00", "17:00:00"]
     assert "Old/Name" in world.executions(job)[0].error
+
+
+@ZONE_IS_BAD
+def test_a_zone_that_can_not_be_used_holds_up_no_start(make_world, target, zones, spoil_zone):
+    zones.give("Old/Name", like=MADRID)
+    before = make_world()
+    before.create(target.url, schedule="0 9 * * *", timezone="Old/Name")
+    job = before.create(target.url, schedule="0 * * * *", timezone=MADRID)
+    spoil_zone(zones, "Old/Name")
+
+    world = make_world()
+    world.settle()
+    world.advance(3600)
+
+    assert states(world, job) == ["success"]
+    assert not world.engine.problem
 
 
 def test_each_time_a_zone_vanishes_is_a_failure_of_its_own(world, target, zones):

@@ -8182,28 +8182,28 @@ class ZoneRules:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._is_first_turn = True
-        self._digest: int | None = None  # Of the rules of now; None: not computed yet.
+        self._digest = 0  # Of the rules of now.
         self._last_id: str | None = ""  # Of the job that was looked at last; None: all were.
         self._last_seen = 0  # The clock, as the last process has seen it.
 
     def recover(self) -> None:
-        """Note the clock of the last process: up to it fire times are dealt with."""
+        """Note the rules of now, and the clock of the last process.
+
+        Up to that one fire times are dealt with. To read all rules may take long, so this is
+        called before the first turn.
+        """
+        self._digest = digest_of_rules()
         self._last_seen = self._store.number("last_seen") or 0
 
     def apply(self, turn: Turn) -> None:
         """Look at some jobs, until all were looked at once."""
         if self._last_id is None or turn.now < RELEASED_AT:
             return  # By a clock that can't be right no fire time is told.
+        if self._last_id == "" and self._digest == self._store.number("zone_rules"):
+            self._last_id = None
+            return
         turn.follows_at_once = True
-        if self._is_first_turn:
-            self._is_first_turn = False  # What is due must not wait until all rules are read.
-        elif self._digest is None:
-            self._digest = digest_of_rules()
-            if self._digest == self._store.number("zone_rules"):
-                self._last_id = None
-        else:
-            self._apply_to_some(turn, self._last_id)
+        self._apply_to_some(turn, self._last_id)
 
     def _apply_to_some(self, turn: Turn, last_id: str) -> None:
         """Look at the next jobs, for as long as RULES_TARGET; or note that all were."""
@@ -8216,7 +8216,7 @@ class ZoneRules:
             self._last_id = last_id
             if not jobs:
                 self._last_id = None
-                self._store.set_number("zone_rules", self._digest or 0)
+                self._store.set_number("zone_rules", self._digest)
             if not jobs or self._clock.monotonic() >= deadline:
                 return
 
@@ -8256,9 +8256,8 @@ class ZoneRules:
         return max(fired_at, turn.now)
 
     def turn_failed(self) -> None:
-        """Look at all jobs again: what a turn has done was rolled back with it."""
-        if self._last_id is not None:
-            self._last_id = ""
+        """Look again whether all jobs were looked at: a turn was rolled back with what it did."""
+        self._last_id = ""
 
 
 # --- Changes of jobs ---

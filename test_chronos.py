@@ -7757,16 +7757,21 @@ def test_the_cursors_of_many_jobs_are_looked_at_in_short_passes(make_world, zone
     assert {next_run(world, job) for job in (jobs[0], jobs[-1], last)} == {"03-02T00:00"}
 
 
-def test_a_pass_that_fails_leaves_no_cursor_as_old_rules_had_it(make_world, zones, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_pass_that_fails_leaves_no_cursor_as_old_rules_had_it(
+    make_world, zones, monkeypatch, number
+):
     zones.give("Some/Zone", like=MADRID)
     job = make_world().create(NOBODY, schedule="0 9 * * *", timezone="Some/Zone")
     zones.give("Some/Zone", like="Asia/Tokyo")
     world = make_world()
+    for _ in range(number - 1):
+        world.engine.run_turn()
 
     with monkeypatch.context() as patch:
         patch.setattr(world.engine.retention, "work", a_bug)
-        world.engine.run_turn()
-    assert next_run(world, job) == "03-02T08:00"
+        world.advance(60)
+    assert world.engine.problem == "a bug"
     world.advance(1)
 
     assert next_run(world, job) == "03-02T00:00"
@@ -9286,7 +9291,7 @@ def test_changes_are_one_commit_and_one_that_fails_takes_no_other_with_it(world,
         second.result(5)
     assert refusal.value.code == code
     assert (first.result(5), third.result(5)) == (None, None)
-    assert numbers(world) == ["a", "c", "last_seen"]
+    assert {"a", "b", "c"} & set(numbers(world)) == {"a", "c"}
     assert statements.count("COMMIT") == 1
 
 
@@ -9473,6 +9478,7 @@ def test_a_change_that_is_refused_aborts_nothing(world, target, monkeypatch):
 
 def test_a_full_disk_refuses_every_change_of_the_pass(world):
     world.engine.run_turn()
+    known = numbers(world)
     fill_disk(world)
 
     writes = [set_number(world, key) for key in ("a", "b" * 90_000, "c")]
@@ -9482,7 +9488,7 @@ def test_a_full_disk_refuses_every_change_of_the_pass(world):
         with pytest.raises(chronos.StoreError, match="disk is full") as refusal:
             write.result(5)
         assert refusal.value.code == "STORE_ERROR"
-    assert numbers(world) == ["last_seen"]
+    assert numbers(world) == known
     assert "disk is full" in world.engine.problem
     free_disk(world)
     again = set_number(world, "b" * 90_000)

@@ -7877,7 +7877,8 @@ class Missed(NamedTuple):
 class Absence:
     """Knows until when nobody could look for due fire times: what was due before was missed.
 
-    What the engine itself delays, by a long turn, is late.
+    What the engine itself delays, by a long turn, is late; but what passes while the database
+    fails, or lets a commit wait, was missed.
     """
 
     def __init__(self, grace: int, clock: Clock, stood_still: Callable[[], int]) -> None:
@@ -7892,10 +7893,17 @@ class Absence:
         self._missed_before = 0  # An older fire time that is still due was missed.
         self._seen_still = 0  # What stood_still() returned when due fire times were looked for.
         self._failing_since: int | None = None  # By the monotonic clock; None: turns work.
+        self._commits_since = 0  # When the newest turn began to commit, by the monotonic clock.
+
+    def turn_commits(self) -> None:
+        """Note that from now on a turn waits for the disk."""
+        self._commits_since = self._clock.monotonic()
 
     def turn_worked(self) -> None:
         """Note that a turn is on disk, so that fire times are dealt with again."""
         self._failing_since = None
+        if self._clock.monotonic() - self._commits_since > self._grace:
+            self.note(self._clock.now(), "the database did not answer")
 
     def turn_failed(self) -> None:
         """Note that a turn was rolled back, with the fire times that it had dealt with."""
@@ -9178,10 +9186,10 @@ class Engine:
         self._count_ends(turn)
         self.alerts.note(turn, {execution.job_id for execution in turn.ended.values()})
         self._set_wake_at(turn)
-        is_busy = bool(turn.taken or self._outcomes)
-        is_untidy = self.retention.work(turn, is_busy)
+        is_untidy = self.retention.work(turn, is_busy=bool(turn.taken or self._outcomes))
         if is_untidy or turn.follows_at_once:
             self._wake_at = turn.now
+        self.scheduler.absence.turn_commits()
 
     def _count_ends(self, turn: Turn) -> None:
         """Count how executions have ended since this was last called in the turn."""

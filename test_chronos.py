@@ -7295,11 +7295,29 @@ def the_file_is_away(make_world):
     return world
 
 
+def the_disk_hangs(make_world):
+    world = make_world()
+    set_number(world, "a")
+    run = world.store.database.run
+
+    def hang(sql, **values):
+        if sql == "COMMIT":
+            world.clock.advance(100)
+            world.dispatcher.last_watch = world.clock.monotonic()  # the watchdog has gone round
+        return run(sql, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.store.database, "run", hang)
+        world.engine.run_turn()
+    return world
+
+
 @pytest.mark.parametrize(("happens", "reason"), [
     (the_server_is_down, "the server was down"),
     (the_server_is_suspended, "the server was suspended"),
     (the_clock_is_moved, "the clock was moved"),
     (the_file_is_away, "the database failed"),
+    (the_disk_hangs, "the database did not answer"),
 ])  # fmt: skip
 def test_what_was_missed_says_why(make_world, target, happens, reason):
     job = make_world().create(target.url, schedule="* * * * *", missed_run_policy="ignore")

@@ -5246,10 +5246,13 @@ class LogWriter(logging.Handler):
 
     attribute   written by        guarded by
     dropped     who logs          the handler's lock, which emit() is called with
+    _gap_at     who logs          the handler's lock
     _queued     who logs          the handler's lock
     _lines      who logs          itself  (a queue; None: there will be nothing more)
     _written    the log thread    nothing (others only read it: a number is whole)
-    _told       the log thread    nothing (nobody else reads it)
+    _told       the log thread    nothing (a number is whole)
+
+    The log thread never takes the handler's lock: logging.shutdown() holds it while it waits.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -5257,6 +5260,7 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.dropped = 0  # Events.
         self._descriptor = descriptor
+        self._gap_at = 0  # So many characters are before the first dropped event untold of.
         self._queued = 0  # Characters so far.
         self._written = 0  # Characters so far, lost ones too.
         self._told = 0  # Of how many dropped events the log has told.
@@ -5273,6 +5277,8 @@ class LogWriter(logging.Handler):
             self.handleError(record)
             return
         if self._queued - self._written + len(line) > MAX_LOG_WAITING:
+            if self.dropped == self._told:
+                self._gap_at = self._queued
             self.dropped += 1
             return
         self._queued += len(line)
@@ -5298,11 +5304,13 @@ class LogWriter(logging.Handler):
             lines = self._take()
             is_open = lines[-1] is not None
             text = "".join(line for line in lines if line is not None)
+            written = self._written + len(text)
             # A file that is closed or full is no reason to write no more: it may pass.
             with contextlib.suppress(OSError):
-                self._write(text.encode(errors="backslashreplace"))
-            self._written += len(text)
-            self._tell_of_dropped()
+                self._write(text)
+                if written >= self._gap_at:
+                    self._tell_of_dropped()
+            self._written = written  # Last: flush() waits for it, and then the process ends.
 
     def _take(self) -> list[str | None]:
         """Wait for a line, and return it with those behind it, up to LOG_CHUNK or the end."""
@@ -5318,8 +5326,9 @@ class LogWriter(logging.Handler):
             lines.append(line)
         return lines
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, text: str) -> None:
         """Write everything, however long that takes. Raises OSError."""
+        data = text.encode(errors="backslashreplace")
         while data:
             try:
                 written = os.write(self._descriptor, data)
@@ -5328,12 +5337,14 @@ class LogWriter(logging.Handler):
                 time.sleep(0.05)
 
     def _tell_of_dropped(self) -> None:
-        """Tell how many events were dropped, once there is room again."""
-        waiting = self._queued - self._written
+        """Write how many events were dropped since this was told last. Raises OSError."""
         count = self.dropped - self._told
-        if count and waiting <= MAX_LOG_WAITING // 2:
-            self._told += count
-            log.warning("%s events were dropped here: nobody was reading the log", count)
+        if count == 0 or not log.isEnabledFor(logging.WARNING):
+            return
+        message = "%s events were dropped here: nobody was reading the log"
+        record = log.makeRecord(log.name, logging.WARNING, __file__, 0, message, (count,), None)
+        self._write(self.format(record) + "\n")
+        self._told += count
 
 
 def dropped_events() -> int:

@@ -57,6 +57,7 @@ import importlib.resources
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import platform
 import pty
@@ -4330,6 +4331,33 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_tells_later_what_was_droppe
 
 
 DROPPED = "events were dropped here: nobody was reading the log"
+
+
+@pytest.mark.parametrize("level", ["INFO", "ERROR"])
+def test_the_end_of_a_log_that_is_read_again_at_the_exit_is_all_there(caplog, level):
+    caplog.set_level(level, "chronos")
+    read_end, write_end = os.pipe()
+    writer = chronos.LogWriter(write_end)
+    chronos.log.addHandler(writer)
+    for n in range(20_000):
+        chronos.log.error("event %s %s", n, "x" * 100)
+
+    with ThreadPoolExecutor(1) as pool, open(read_end) as reader:
+        lines = pool.submit(reader.readlines)
+        begun = time.monotonic()
+        logging.shutdown([lambda: writer])  # as the end of the process does it
+        took = time.monotonic() - begun
+        chronos.log.removeHandler(writer)
+        os.close(write_end)
+        *events, end = lines.result()
+
+    if level == "ERROR":
+        assert end.startswith("event ")  # The line is a warning, and none is wanted.
+        events.append(end)
+    else:
+        assert end == f"{writer.dropped} {DROPPED}\n"
+    assert len(events) == 20_000 - writer.dropped
+    assert took < chronos.LOG_PATIENCE_S
 
 
 def test_a_stderr_that_nobody_reads_stops_neither_jobs_nor_calls_nor_the_exit(tmp_path, target):

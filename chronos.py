@@ -1710,12 +1710,21 @@ SERVER_FIELDS = frozenset(
 )
 
 
-def _no_id(_value: Any) -> NoReturn:
-    """Refuse an id where it can't have any effect, and would be taken for one that has."""
-    raise ValueError(
-        "must not be given: to create a job under an id of yours, "
-        "PUT /api/v1/jobs/{id} with the header If-None-Match: *"
-    )
+# Why an id is refused where it can't have any effect, and would be taken for one that has.
+NO_ID_IN_POST = (
+    "must not be given: to create a job under an id of yours, "
+    "PUT /api/v1/jobs/{id} with the header If-None-Match: *"
+)
+NO_ID_IN_FILE = "must not be given: the id of a declared job follows from its name"
+
+
+def refused(reason: str) -> Callable[[Any], NoReturn]:
+    """Return a check that refuses whatever is given."""
+
+    def check(_value: Any) -> NoReturn:
+        raise ValueError(reason)
+
+    return check
 
 
 # The webhook of alerts is one without a body: Chronos writes that.
@@ -1728,15 +1737,15 @@ def validate_job(
     retry: Mapping[str, Any],
     now: int | None,
     stored: Json | None = None,
-    may_have_id: bool = True,
+    no_id: str | None = None,
 ) -> tuple[Json, bool]:
     """Return a job's configuration in its normal form, and whether it is to be enabled.
 
     ``retry`` completes retry_policy. An ``@at`` must be later than ``now``; None: it may be
     past. ``stored`` is the configuration that is replaced: masked secrets mean its own, an
     instant that it has already may be past, and its URL may be one that only an earlier version
-    took. ``may_have_id``: an id is ignored, as all that an answer adds to a job; else it is
-    refused. Raises InvalidFields.
+    took. ``no_id`` is why an id is refused; None: it is ignored, as all that an answer adds to a
+    job. Raises InvalidFields.
     """
     if not isinstance(data, dict):
         raise InvalidFields([("", "the body must be a JSON object")])
@@ -1755,8 +1764,8 @@ def validate_job(
         "schedule": Field(functools.partial(a_schedule, now=now)),
         "retry_policy": Field(an_object(retry_fields), retry),
     }
-    if not may_have_id:
-        table["id"] = Field(_no_id, None)
+    if no_id is not None:
+        table["id"] = Field(refused(no_id), None)
     config = validate(table, data, SERVER_FIELDS)
     config.pop("id", None)
     enabled: bool = config.pop("enabled")
@@ -2753,7 +2762,7 @@ def _declaration(data: Json, retry: Mapping[str, Any]) -> Declaration:
     if data.get("enabled") is None:
         given = data | {"enabled": True}
     # No instant is too old: a job stays declared after its @at.
-    config, enabled = validate_job(given, retry, now=None)
+    config, enabled = validate_job(given, retry, now=None, no_id=NO_ID_IN_FILE)
     written = json.dumps(data, sort_keys=True)
     return Declaration(config, enabled, hashlib.sha256(written.encode()).hexdigest())
 
@@ -9909,7 +9918,7 @@ class JobHandlers(Handlers):
             if self.store.jobs.is_there(job_id):
                 now = None  # The instant of its @at may have passed since.
         body = read_json()
-        config, enabled = validate_job(body, self._retry_policy, now, may_have_id=False)
+        config, enabled = validate_job(body, self._retry_policy, now, no_id=NO_ID_IN_POST)
         if job_id is None:
             user = current_user()
             job = self.engine.submit(self.engine.job_changes.create, config, enabled, user)

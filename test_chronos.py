@@ -2828,6 +2828,8 @@ def test_chronos_yaml_holds_every_setting_with_its_default():
         ("- name: a\n  schedule: '@daily'\n  webhook:\n    url: ftp://a", 6, "jobs.1.webhook.url"),
         ("- name: a\n  schedule: '@daily'\n  webhook: {}", 5, "jobs.1.webhook.url is required"),
         ("- name: a\n  timeout: 1x", 4, "jobs.1.timeout must be a duration"),
+        ("- name: a\n  schedule: '@daily'\n  id: a", 5, "jobs.1.id must not be given: the id of a "
+         "declared job follows from its name"),
         ("- name: a\n  schedule: '@daily'\n  webhook: {url: 'http://a', auth: {type: bearer, "
          "token: '********'}}", 5, "jobs.1.webhook.auth.token is ********"),
         ("- &a {name: a}\n- *a", 4, "aliases are not supported"),
@@ -12087,6 +12089,7 @@ def test_a_hang_up_signal_applies_the_jobs_of_the_file(make_process):
 @pytest.mark.parametrize(("broken", "said"), [
     ("jobs: [", "node content"),
     (declared(job_body(NOBODY, name="new"), {"name": "x"}), "jobs.2.schedule is required; "),
+    (declared(job_body(NOBODY, name="new", id=JOB_ID)), "jobs.1.id must not be given: "),
     ("auth: {type: basic}", "auth.users must name somebody"),
     ("a: 1\nb: 1\nc: 1\nd: 1", "; "),
     (None, "No such file"),

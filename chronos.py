@@ -9206,7 +9206,8 @@ class Engine:
         self._count_ends(turn)
         self.alerts.note(turn, {execution.job_id for execution in turn.ended.values()})
         self._set_wake_at(turn)
-        is_untidy = self.retention.work(turn, is_busy=bool(turn.taken or self._outcomes))
+        is_busy = bool(turn.taken or self._outcomes)
+        is_untidy = self.retention.work(turn, is_busy)
         if is_untidy or turn.follows_at_once:
             self._wake_at = turn.now
         self.scheduler.absence.turn_commits()

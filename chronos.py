@@ -7636,15 +7636,19 @@ class RunQueue(NewExecutions):
 
     # --- Changes: submit() them, from any thread ---
 
-    def trigger(self, turn: Turn, job_id: str, new_id: str, replay_of: str | None = None) -> None:
-        """Make an execution that is due now.
+    def trigger(
+        self, turn: Turn, job_id: str, new_id: str, replay_of: str | None = None
+    ) -> Execution | None:
+        """Make an execution that is due now; or return the one that has this id already.
 
-        Raises NotFound, UnusableConfig, or Conflict where we are paused.
         ``replay_of`` is the id of an execution: what that one has sent is sent again.
+        Raises NotFound, UnusableConfig, or Conflict where we are paused.
         """
+        job = self._store.jobs.get(job_id)
+        if self._store.executions.known([new_id]):
+            return self._store.executions.get(job_id, new_id)
         if turn.paused:
             raise Conflict("this server is paused: it starts nothing")
-        job = self._store.jobs.get(job_id)
         if replay_of:
             original = self._store.executions.get(job_id, replay_of)
             version = self._versions.get(job_id, original.job_version)
@@ -7657,6 +7661,7 @@ class RunQueue(NewExecutions):
         execution = self.new_execution(turn, version, kind, scheduled_at, turn.now)
         execution = execution._replace(id=new_id, replay_of=replay_of)
         self.enqueue(turn, [(execution, job.config["concurrency"])])
+        return None
 
     def cancel(self, turn: Turn, job_id: str, execution_id: str, user: str) -> Execution:
         """Fail an execution that has not ended, and abort its request.
@@ -8909,12 +8914,12 @@ class Submissions:
 class Waiters:
     """The API threads that wait for the end of an execution, each with an event of its own.
 
-    attribute   written by     guarded by
-    _events     API threads    nothing: each adds and removes an entry of its own
+    attribute        written by     guarded by
+    _execution_ids   API threads    nothing: each adds and removes an entry of its own
     """
 
     def __init__(self) -> None:
-        self._events: dict[str, threading.Event] = {}  # By the id of the execution.
+        self._execution_ids: dict[threading.Event, str] = {}  # Several may wait for the same.
 
     @contextlib.contextmanager
     def waiting_for(self, execution_id: str) -> Iterator[threading.Event]:
@@ -8923,22 +8928,22 @@ class Waiters:
         Whoever makes the execution enters this before, so that no end is missed.
         """
         event = threading.Event()
-        self._events[execution_id] = event
+        self._execution_ids[event] = execution_id
         try:
             yield event
         finally:
-            del self._events[execution_id]
+            del self._execution_ids[event]
 
-    def wake(self, execution_ids: Iterable[str]) -> None:
+    def wake(self, execution_ids: set[str]) -> None:
         """Wake those who wait for one of these executions."""
-        for execution_id in execution_ids:
-            event = self._events.get(execution_id)
-            if event is not None:
+        for event, execution_id in list(self._execution_ids.items()):
+            if execution_id in execution_ids:
                 event.set()
 
     def wake_all(self) -> None:
         """Wake everybody."""
-        self.wake(list(self._events))
+        for event in list(self._execution_ids):
+            event.set()
 
 
 class Reporter:
@@ -9247,7 +9252,7 @@ class Engine:
         for future, result in turn.results:
             self._submissions.answer(future, result)
         with self._reporter.isolated("wake those who wait for an end"):
-            self.waiters.wake([*turn.ended, *turn.deleted])
+            self.waiters.wake({*turn.ended, *turn.deleted})
         with self._reporter.isolated("tell of attempts"):
             for outcome in outcomes:
                 self._reporter.tell_of_attempt(turn, outcome)
@@ -9796,7 +9801,7 @@ def etag_of(job: Job) -> str:
     return f'"{job.version}"'
 
 
-# The headers by which a client says that a job is to be made once.
+# The headers by which a client says that a job or an execution is to be made once.
 # fmt: off
 ONCE_HEADERS = {
     "Idempotency-Key": Field(
@@ -9820,6 +9825,20 @@ def once_header(name: str) -> str | None:
     given = bottle.request.environ.get(variable)
     found: str | None = validate({name: ONCE_HEADERS[name]}, {name: given})[name]
     return found
+
+
+def new_execution_id(job_id: str, replay_of: str | None = None) -> str:
+    """Return the id of an execution that is to be made; an Idempotency-Key has the same each time.
+
+    A key is of one job, and there of its triggers (``replay_of`` None) or of the replays of one
+    execution. Raises InvalidFields.
+    """
+    key = once_header("Idempotency-Key")
+    if key is None:
+        return f"exec-{uuid.uuid4()}"
+    # As JSON, because ids that nobody has may be no UTF-8.
+    name = json.dumps([job_id, replay_of, key])
+    return f"exec-{uuid.uuid5(KEYED_IDS, name)}"
 
 
 def has_if_match() -> bool:
@@ -10072,16 +10091,21 @@ class ExecutionHandlers(Handlers):
         self.may_wait = threading.BoundedSemaphore(settings.server.http.threads - FREE_THREADS)
 
     def trigger(self, job_id: str) -> Reply:
-        """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow."""
+        """Run the job now, and wait for the end as far as ``?wait=`` and free threads allow.
+
+        With an Idempotency-Key that has done so before, the answer is about that execution.
+        """
         take_no_body("a trigger sends the job's own request")
         wait = current_query()["wait"]
-        execution_id = f"exec-{uuid.uuid4()}"
+        execution_id = new_execution_id(job_id)
         with self.engine.waiters.waiting_for(execution_id) as has_ended:
-            self.engine.submit(self.engine.run_queue.trigger, job_id, execution_id)
-            message = "job %s was triggered by %s: %s"
-            ids = about(job_id, execution_id)
-            log.info(message, job_id, current_user(), execution_id, extra=ids)
-            self._wait_for(has_ended, wait)
+            earlier = self.engine.submit(self.engine.run_queue.trigger, job_id, execution_id)
+            if earlier is None:
+                message = "job %s was triggered by %s: %s"
+                ids = about(job_id, execution_id)
+                log.info(message, job_id, current_user(), execution_id, extra=ids)
+            if earlier is None or not earlier.has_ended:
+                self._wait_for(has_ended, wait)
         return self._show_triggered(job_id, execution_id)
 
     def _wait_for(self, has_ended: threading.Event, wait: int | None) -> None:
@@ -10171,13 +10195,15 @@ class ExecutionHandlers(Handlers):
         }
 
     def replay(self, job_id: str, exec_id: str) -> Reply:
-        """Send again what an execution sent."""
+        """Send again what an execution sent; with an Idempotency-Key only once."""
         take_no_body("a replay sends what its execution has sent")
-        replay_id = f"exec-{uuid.uuid4()}"
-        self.engine.submit(self.engine.run_queue.trigger, job_id, replay_id, exec_id)
-        message = "job %s: %s replays %s for %s"
-        ids = about(job_id, replay_id)
-        log.info(message, job_id, replay_id, exec_id, current_user(), extra=ids)
+        replay_id = new_execution_id(job_id, exec_id)
+        change = self.engine.run_queue.trigger
+        earlier = self.engine.submit(change, job_id, replay_id, exec_id)
+        if earlier is None:
+            message = "job %s: %s replays %s for %s"
+            ids = about(job_id, replay_id)
+            log.info(message, job_id, replay_id, exec_id, current_user(), extra=ids)
         answer = {
             "replay_execution_id": replay_id,
             "original_execution_id": exec_id,

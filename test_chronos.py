@@ -1076,6 +1076,10 @@ def trigger_path(job, query=""):
     return path_of(job, f"/trigger{query}")
 
 
+def history_of(service, job):
+    return service.get(path_of(job, "/executions"))["executions"]
+
+
 def put(service, job, body):
     return service.expect(200, "PUT", path_of(job), body)
 
@@ -7853,7 +7857,8 @@ def test_replace_ends_the_old_one_at_once_and_starts_the_new_one(world, target, 
     old = trigger(world, job)
     turn_until(world, lambda: target.received.qsize() and states(world, job) == [status])
 
-    told = world.engine.waiters._events[old] = threading.Event()
+    told = threading.Event()
+    world.engine.waiters._execution_ids[told] = old
     new = trigger(world, job)
     assert told.is_set()
     world.advance(60)  # though the target still holds the old request
@@ -8274,12 +8279,12 @@ def test_deleting_a_job_ends_all_of_it_and_its_history_goes_in_batches(make_worl
     add_executions(world, job, 5000, status)
     left = [5002]
 
-    world.engine.waiters._events |= {id_: threading.Event() for id_ in executions}
+    world.engine.waiters._execution_ids |= {threading.Event(): id_ for id_ in executions}
     world.engine.hand_in(world.engine.job_changes.delete, job, False)
     while left[-1]:
         world.engine.run_turn(10_000)
         left.append(world.store.executions.count(job.id))
-    assert all(told.is_set() for told in world.engine.waiters._events.values())
+    assert all(told.is_set() for told in world.engine.waiters._execution_ids)
     world.settle()  # though the target still holds the request
 
     assert [job.id for job in world.all_jobs()] == [other.id]
@@ -9646,7 +9651,8 @@ def test_a_bug_after_a_commit_stops_none_of_the_other_steps(
 ):
     job = world.create(target.url)
     execution_id = trigger(world, job)
-    waiter = world.engine.waiters._events[execution_id] = threading.Event()
+    waiter = threading.Event()
+    world.engine.waiters._execution_ids[waiter] = execution_id
     wait_until(world.engine._inbox.qsize)
     writer = set_number(world, "a")
     owner, _dot, name = step.rpartition(".")
@@ -10556,12 +10562,19 @@ def test_a_creation_is_repeated_after_the_instant_of_its_schedule(make_service, 
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a, b", "x" * 256, "schl\xfcssel", '"a\tb"'])
-def test_a_key_is_visible_ascii(service, key):
-    error = service.expect(400, "POST", "/jobs", job_body(NOBODY), headers=keyed(key))
+def test_a_key_is_visible_ascii(service, target, key):
+    job = service.create(target.url + "/ok")
+    run = service.post(trigger_path(job))
+    replay = path_of(job, f"/executions/{run['id']}/replay")
+    calls = [("/jobs", job_body(NOBODY), 201), (trigger_path(job), None, 200), (replay, None, 202)]
 
-    assert [detail["field"] for detail in error["details"]] == ["Idempotency-Key"]
-    assert service.expect(201, "POST", "/jobs", job_body(NOBODY), headers=keyed("x" * 255))
-    assert service.get("/jobs")["total"] == 1
+    for path, body, status in calls:
+        error = service.expect(400, "POST", path, body, headers=keyed(key))
+        assert [detail["field"] for detail in error["details"]] == ["Idempotency-Key"]
+        assert service.expect(status, "POST", path, body, headers=keyed("x" * 255))
+
+    assert service.get("/jobs")["total"] == 2
+    assert service.get(path_of(job, "/executions"))["total"] == 3
 
 
 def test_put_creates_a_job_under_an_id_only_where_it_is_told_that_it_is_new(service):
@@ -11015,6 +11028,51 @@ def test_a_trigger_waits_no_longer_than_it_is_asked_to(service, target, query, a
     target.let_go.set()
     path = path_of(job, f"/executions/{execution['id']}")
     assert wait_until(lambda: service.get(path)["completed_at"])
+
+
+def test_the_same_key_again_is_answered_with_the_run_as_it_stands(service, target, background):
+    job = service.create(target.url + "/hang", concurrency="allow")
+    path = trigger_path(job)
+    waiting = [background.submit(service.call, "POST", path, headers=keyed()) for _ in range(5)]
+    run = service.expect(202, "POST", trigger_path(job, "?wait=0"), headers=keyed())
+    wait_until(lambda: len(service.service.engine.waiters._execution_ids) == 5)
+    target.let_go.set()
+
+    ended = service.expect(200, "POST", path, headers=keyed())
+    answers = [call.result(20) for call in waiting]
+
+    assert (run["completed_at"], ended["status"]) == (None, "success")
+    assert [(status, answer["data"]) for status, answer in answers] == [(200, ended)] * 5
+    assert [execution["id"] for execution in history_of(service, job)] == [run["id"]]
+
+
+def test_a_key_is_of_one_job_and_there_of_its_triggers_or_the_replays_of_one_run(service, target):
+    jobs = [service.create(target.url + "/ok", concurrency="allow") for _ in range(2)]
+    paths = [trigger_path(job) for job in jobs]
+    runs = [service.expect(200, "POST", path, headers=keyed())["id"] for path in paths]
+    runs.append(service.expect(200, "POST", paths[0], headers=keyed("order-18"))["id"])
+    paths = [path_of(jobs[0], f"/executions/{runs[n]}/replay") for n in (0, 2)]
+    replays = [service.expect(202, "POST", path, headers=keyed()) for path in paths]
+    runs += [replay["replay_execution_id"] for replay in replays]
+    wait_until(lambda: all(run["completed_at"] for run in history_of(service, jobs[0])))
+
+    assert [service.expect(202, "POST", path, headers=keyed()) for path in paths] == replays
+    told = [service.expect(200, "POST", trigger_path(job), headers=keyed())["id"] for job in jobs]
+
+    assert told == runs[:2]
+    assert len(set(runs)) == 5
+    assert sorted(run["id"] for job in jobs for run in history_of(service, job)) == sorted(runs)
+    assert target.received.qsize() == 5
+
+
+def test_a_key_whose_run_got_no_answer_is_answered_as_before(service):
+    job = service.create(NOBODY, retry_policy=ONCE)
+
+    answers = [service.expect(500, "POST", trigger_path(job), headers=keyed()) for _ in range(2)]
+
+    assert answers[0] == answers[1]
+    assert answers[0]["code"] == "EXECUTION_ERROR"
+    assert len(history_of(service, job)) == 1
 
 
 @pytest.mark.parametrize("wait", ["", "x", "5", "-1s", "1e3s", "NaN", "inf", "%D9%A3s", "1s%00"])

@@ -2282,6 +2282,7 @@ class Declaration(NamedTuple):
     config: Json  # As the API has it.
     enabled: bool
     digest: str  # Of what the file says: another one means that the declaration has changed.
+    problem: str = ""  # Its key in the file and why it can't be used, as its time zone is gone.
 
 
 # --- Checks of settings ---
@@ -2748,6 +2749,8 @@ def _declarations(jobs: list[Json], retry: Mapping[str, Any]) -> dict[str, Decla
             job_id = str(uuid.uuid5(DECLARED_IDS, name))
             if job_id in found:
                 raise InvalidFields([("name", f"{name!r} is there twice")])
+            if declaration.problem:
+                declaration = declaration._replace(problem=f"jobs.{number}.{declaration.problem}")
             found[job_id] = declaration
         except InvalidFields as error:
             problems += [(f"jobs.{number}.{path}", message) for path, message in error.problems]
@@ -2761,10 +2764,25 @@ def _declaration(data: Json, retry: Mapping[str, Any]) -> Declaration:
     given = data
     if data.get("enabled") is None:
         given = data | {"enabled": True}
-    # No instant is too old: a job stays declared after its @at.
-    config, enabled = validate_job(given, retry, now=None, no_id=NO_ID_IN_FILE)
+    validated = functools.partial(validate_job, retry=retry, now=None, no_id=NO_ID_IN_FILE)
+    problem = ""
+    try:
+        # No instant is too old: a job stays declared after its @at.
+        config, enabled = validated(given)
+    except InvalidFields as error:
+        if [path for path, _message in error.problems] != ["timezone"]:
+            raise
+        problem = str(error)  # Whether that is a mistake depends on what the database has.
+        config, enabled = validated(given | {"timezone": "UTC"})
     written = json.dumps(data, sort_keys=True)
-    return Declaration(config, enabled, hashlib.sha256(written.encode()).hexdigest())
+    return Declaration(config, enabled, hashlib.sha256(written.encode()).hexdigest(), problem)
+
+
+def check_declarations(jobs: Iterable[Declaration]) -> None:
+    """Raise StartError with up to three lines if the time zones of any of these are not there."""
+    problems = [declaration.problem for declaration in jobs if declaration.problem]
+    if problems:
+        raise StartError(EXIT_CONFIG, "\n".join(problems[:3]))
 
 
 # --- YAML ---
@@ -2944,15 +2962,22 @@ def load_settings(path: Path | None, environment: Mapping[str, str]) -> Settings
     directory = (path or Path(__file__)).parent.resolve()
     for key in FILE_SETTINGS:
         values[key] = _in_directory(directory, values.get(key))
+
+    def with_place(key: str, message: str) -> str:
+        return f"{_place_of(key, path, document.lines, overriding)}{key} {message}"
+
     try:
         settings = build_settings(values)
         check_access(settings)
     except InvalidFields as error:
-        sentences = []
-        for key, message in error.problems[:3]:
-            place = _place_of(key, path, document.lines, overriding)
-            sentences.append(f"{place}{key} {message}")
+        sentences = [with_place(key, message) for key, message in error.problems[:3]]
         raise StartError(EXIT_CONFIG, "\n".join(sentences)) from error
+    jobs = dict(settings.jobs)
+    for job_id, declaration in jobs.items():
+        if declaration.problem:
+            key, _blank, message = declaration.problem.partition(" ")
+            jobs[job_id] = declaration._replace(problem=with_place(key, message))
+    settings = settings.replaced("jobs", jobs)
     data_dir = directory / settings.cluster.data_dir
     return settings.replaced("cluster.data_dir", str(data_dir))
 
@@ -8347,7 +8372,10 @@ class JobChanges:
 
         Any thread may call this.
         """
-        found: list[ToDeclare] = list(declarations.items())
+        found: list[ToDeclare] = []
+        for job_id, declaration in declarations.items():
+            if not declaration.problem:  # Otherwise the job stays as it is.
+                found.append((job_id, declaration))
         known = self._store.jobs.declared_ids(declarations)
         for job_id in sorted(known - declarations.keys()):
             found.append((job_id, None))
@@ -10976,8 +11004,14 @@ class Service:
     def _declare(self, jobs: Mapping[str, Declaration]) -> None:
         """Make the declared jobs as they are declared, over as many turns as that takes.
 
-        Raises StoreError, PartlyDeclared where some of them were made.
+        One whose time zone has gone stays as it was. Raises StoreError, PartlyDeclared where some
+        of them were made, or StartError where there is no such time zone for a new job.
         """
+        unusable = {job_id: job for job_id, job in jobs.items() if job.problem}
+        is_there = self.store.jobs.is_there
+        check_declarations(job for job_id, job in unusable.items() if not is_there(job_id))
+        for declaration in unusable.values():
+            log.error("%s: the job stays as it was", declaration.problem)
         waiting = self.engine.job_changes.to_declare(jobs)
         total = len(waiting)
         is_done = False  # Also where there is none: a store that can't be written shows it.
@@ -11211,7 +11245,7 @@ def _reload(service: Service, asked: argparse.Namespace) -> None:
 
 def run_check_config(asked: argparse.Namespace) -> None:
     """Say what is wrong in the configuration, or that nothing is."""
-    read_settings(asked)
+    check_declarations(read_settings(asked).jobs.values())
     print("the configuration is correct")
 
 

@@ -2858,7 +2858,7 @@ def test_a_secret_of_a_declared_job_may_come_from_the_environment(load):
     body = job_body(NOBODY, webhook={"auth": auth, "signing_secret": "whsec_${KEY}"})
 
     content = declared(body)
-    [(config, enabled, _digest)] = load(content, TOKEN="s3cret!", KEY=SIGNING_KEY).jobs.values()
+    [(config, enabled, *_rest)] = load(content, TOKEN="s3cret!", KEY=SIGNING_KEY).jobs.values()
 
     assert config["webhook"]["auth"]["token"] == "s3cret!"
     assert config["webhook"]["signing_secret"] == SIGNING_SECRET
@@ -12247,6 +12247,31 @@ def test_what_the_file_says_now_counts_before_anything_is_fired(
     assert set(paths) == ({webhook_path} if webhook_path else set())
 
 
+def test_a_declared_job_whose_time_zone_has_vanished_stays_as_it_was(
+    make_service, clock, load, zones, caplog
+):
+    zones.give("Old/Name", like=MADRID)
+    old, other = job_body(NOBODY, timezone="Old/Name"), job_body(NOBODY, name="other")
+    make_service(clock, jobs=[old]).service.stop()
+    zones.remove("Old/Name")
+    bodies = [old | {"timeout": "9s"}, other]
+
+    client = make_service(clock, jobs=bodies)
+    with pytest.raises(chronos.StartError, match=r"line 4: jobs\.2\.timezone must be"):
+        client.service.reload(load(declared(old, old | {"name": "new"})))
+    client.service.reload(load(declared(*bodies)))
+
+    def jobs():
+        found = client.get("/jobs")["jobs"]
+        return [(job["name"], job["version"], job["timeout"], job["enabled"]) for job in found]
+
+    assert "line 3: jobs.1.timezone must be an IANA time zone" in caplog.text
+    assert jobs() == [("report", 1, "5m", True), ("other", 1, "5m", True)]
+    zones.give("Old/Name", like=MADRID)
+    client.service.reload(load(declared(*bodies)))
+    assert jobs()[0] == ("report", 2, "9s", True)
+
+
 def test_a_database_that_fails_amid_the_declared_jobs_is_told_and_the_rest_comes_later(
     make_service, monkeypatch
 ):
@@ -12860,6 +12885,14 @@ def test_check_config_says_that_all_is_correct(configure):
     good = run_chronos("check-config", "--config", configure(declared(job_body(NOBODY))))
 
     assert (good.returncode, good.stdout) == (0, "the configuration is correct\n")
+
+
+@pytest.mark.parametrize("command", ["check-config", "serve"])
+def test_a_new_declaration_with_an_unknown_time_zone_is_refused(configure, command):
+    result = run_chronos(command, "--config", configure(declared(job_body(NOBODY, timezone="X/Y"))))
+
+    assert result.returncode == 78
+    assert "line 3: jobs.1.timezone must be an IANA time zone" in result.stderr
 
 
 def test_a_backup_of_a_working_server_is_restored_by_copying_it_back(

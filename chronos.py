@@ -2181,9 +2181,7 @@ class Execution(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many bytes of history it is, for retention.max_size; 0: it has not ended."""
-        if not self.has_ended:
-            return 0
+        """How many bytes it takes; once it has ended, retention.max_size counts them."""
         response = self.response or ""
         # Most responses are ASCII, which costs no look at their characters.
         of_response = len(response) if response.isascii() else len(response.encode())
@@ -3270,7 +3268,7 @@ CREATE TABLE jobs (
     is_bad        BOOLEAN NOT NULL,      -- what the alerts have told, or are about to tell
     news_at       INTEGER,               -- since when that is news; NULL: it is told
     name          TEXT NOT NULL,         -- of the newest configuration
-    history_bytes INTEGER NOT NULL DEFAULT 0,  -- the width of its executions together
+    history_bytes INTEGER NOT NULL DEFAULT 0,  -- the width of its ended executions together
     may_give      BOOLEAN NOT NULL DEFAULT FALSE  -- an end has come since no more of that could go
 );
 CREATE INDEX jobs_history ON jobs (may_give, history_bytes) WHERE history_bytes > 0;
@@ -3317,7 +3315,7 @@ CREATE TABLE executions (
     missed_count  INTEGER,
     missed_from   INTEGER,
     missed_to     INTEGER,
-    width         INTEGER NOT NULL,      -- bytes of history that it is; 0: it has not ended
+    width         INTEGER NOT NULL,      -- bytes that it takes, also before it has ended
     attempt_log   TEXT NOT NULL,         -- JSON
     response      TEXT,
     CONSTRAINT known_trigger CHECK (
@@ -3379,7 +3377,7 @@ INSERT INTO jobs (seq, id, version, enabled, created_at, updated_at, strip, fail
 VALUES (0, :id, 0, FALSE, 0, 0, '', 0, :declared, FALSE, 'alerts')
 """
 
-# Execution.width of one that has ended, less its response.
+# Execution.width, less its response.
 BARE_WIDTH = f"{EXECUTION_BYTES} + length(attempt_log)"
 
 SCHEMA_1_ASIDE = """
@@ -3438,12 +3436,12 @@ SELECT seq, id, job_id, job_version, trigger, status, scheduled_at, target,
        CASE WHEN status = 'pending' THEN due_at END,
        attempts, spent, started_at, attempt_at, completed_at, reason, error,
        status_code, node_id, replay_of, missed_count, missed_from, missed_to,
-       CASE WHEN completed_at IS NULL THEN 0
-            ELSE {BARE_WIDTH} + coalesce(length(CAST(response AS BLOB)), 0) END,
+       {BARE_WIDTH} + coalesce(length(CAST(response AS BLOB)), 0),
        attempt_log, response
   FROM old_executions ORDER BY seq;
 UPDATE jobs
-   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions WHERE job_id = jobs.id);
+   SET history_bytes = (SELECT coalesce(sum(width), 0) FROM executions
+                         WHERE job_id = jobs.id AND completed_at IS NOT NULL);
 UPDATE jobs SET may_give = TRUE WHERE history_bytes > 0;
 INSERT INTO ends (hour, letter, number) SELECT hour, letter, number FROM old_ends;
 DROP VIEW readable_versions;
@@ -4888,9 +4886,11 @@ class History(HistorySize):
         strip = job.strip
         failures = job.failures
         numbers = Counter[tuple[int, str]]()  # By hour and letter.
+        freed = 0
         for execution in executions:
             if execution.completed_at is None:
                 continue
+            freed += execution.width
             letter = execution.ending.letter
             before, _letter, after = strip.rpartition(letter)
             strip = before + after
@@ -4908,7 +4908,7 @@ class History(HistorySize):
             """
         self._database.run(sql, id=job.id, strip=strip, failures=failures)
         self._note_in_hours(numbers)
-        self._note_freed(job.id, sum(execution.width for execution in executions))
+        self._note_freed(job.id, freed)
 
     def forget_later_hours(self, now: int) -> None:
         """Let what has ended in hours that are still to come count in no hour."""

@@ -902,7 +902,7 @@ def free_disk(world):
     engine_connection(world).execute("PRAGMA max_page_count = 1000000")
 
 
-def a_bug(*_arguments):
+def a_bug(*_arguments, **_options):
     raise RuntimeError("a bug")
 
 

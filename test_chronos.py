@@ -2873,6 +2873,8 @@ def test_the_jobs_of_the_readme_are_correct(load):
     found = [load(example, TOKEN="t0ken!", PING_KEY="k").jobs for example in examples]
 
     assert [len(jobs) for jobs in found] == [3, 1]
+    for jobs in found:
+        chronos.check_declarations(jobs.values())
 
 
 # ======================================================================================

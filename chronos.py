@@ -50,6 +50,7 @@ The threads:
 
 from __future__ import annotations
 
+import struct
 import sys
 
 if sys.platform not in ("linux", "darwin"):  # Others lack some of the modules below.
@@ -102,7 +103,7 @@ from datetime import time as clock_time
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from http import HTTPStatus
-from itertools import chain, islice, product, zip_longest
+from itertools import chain, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -745,6 +746,55 @@ class _WholeFile(io.BytesIO):
         return data
 
 
+class _ZoneHeader(NamedTuple):
+    """What a block of a time zone's file begins with; the names are those of RFC 9636, 3.1."""
+
+    magic: bytes
+    version: bytes
+    isutcnt: int
+    isstdcnt: int
+    leapcnt: int
+    timecnt: int
+    typecnt: int
+    charcnt: int
+
+
+_ZONE_HEADER = struct.Struct(">4sc15x6I")
+_ZONE_TYPE = struct.Struct(">ibb")  # A type of local time: utoff (in seconds), isdst and desigidx.
+
+
+def _check_zone_file(data: bytes) -> None:
+    """Raise an error where the changes or types of a zone are none that RFC 9636, 3.2 allows.
+
+    ZoneInfo takes them. A type that is not there, or whose isdst is -1, can end the process (a
+    segmentation fault in CPython), and offsets of years or changes out of order can make a walk
+    along fire times endless.
+    """
+    header = _ZoneHeader(*_ZONE_HEADER.unpack_from(data))
+    begin = _ZONE_HEADER.size
+    code_of_times = "i"
+    if header.version != b"\0":  # The same follows once more, with times of 64 bits.
+        begin += 5 * header.timecnt + 6 * header.typecnt + header.charcnt
+        begin += 8 * header.leapcnt + header.isstdcnt + header.isutcnt
+        header = _ZoneHeader(*_ZONE_HEADER.unpack_from(data, begin))
+        begin += _ZONE_HEADER.size
+        code_of_times = "q"
+    times_format = struct.Struct(f">{header.timecnt}{code_of_times}")
+    times = times_format.unpack_from(data, begin)
+    if any(later <= earlier for earlier, later in pairwise(times)):
+        raise ValueError("its changes are out of order")
+    begin += times_format.size
+    if max(data[begin : begin + header.timecnt], default=0) >= header.typecnt:
+        raise ValueError("a change has no type")
+    begin += header.timecnt
+    types = data[begin : begin + header.typecnt * _ZONE_TYPE.size]
+    for utoff, isdst, desigidx in _ZONE_TYPE.iter_unpack(types):
+        if not -25 * 3600 < utoff < 26 * 3600:
+            raise ValueError("an offset is out of range")
+        if isdst not in (0, 1) or not 0 <= desigidx < header.charcnt:
+            raise ValueError("a type is none")
+
+
 @functools.lru_cache(maxsize=1024)  # ZoneInfo keeps eight of them.
 def time_zone(name: str) -> ZoneInfo:
     """Return the rules of a time zone. Raises ValueError that names it if it can't be used."""
@@ -754,6 +804,7 @@ def time_zone(name: str) -> ZoneInfo:
         hint = "Debian has old names in tzdata-legacy"
         raise ValueError(f"the time zone {name} is not on this machine ({hint})")
     try:
+        _check_zone_file(data)
         return ZoneInfo.from_file(_WholeFile(data), key=name)
     except Exception as error:  # It raises this or that, wherever it meets what is wrong.
         raise ValueError(f"the file of the time zone {name} is damaged: {error!r}") from error

@@ -1679,7 +1679,17 @@ CHANGES = [
 ]
 
 
-ONE_RULE = struct.pack(">5s15x6I", b"TZif", 0, 0, 0, 0, 1, 4) + struct.pack(">lbb", 3600, 0, 0)
+def rules(version, times=(), types=(), offset=3600, isdst=0, name_at=0):
+    """Return the file of a time zone that has one type of local time (RFC 9636)."""
+
+    def block(code):
+        header = struct.pack(">4sc15x6I", b"TZif", version, 0, 0, 0, len(times), 1, 4)
+        changes = struct.pack(f">{len(times)}{code}", *times) + bytes(types)
+        return header + changes + struct.pack(">ibb", offset, isdst, name_at) + b"CET\0"
+
+    if version == b"\0":
+        return block("i")
+    return block("i") + block("q") + b"\nCET-1\n"
 
 
 def test_a_time_zone_has_all_of_its_file_or_is_refused(zones):
@@ -1691,11 +1701,36 @@ def test_a_time_zone_has_all_of_its_file_or_is_refused(zones):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"zone Old/Name is (damaged|not on this machine)"):
             chronos.time_zone("Old/Name")
-    for content in (whole, ONE_RULE + b"CET\0"):  # That one is of version 1, without a last line.
+    for content in (whole, rules(b"\0"), rules(b"2", (0, 9), (0, 0))):
         path.write_bytes(content)
         chronos.time_zone.cache_clear()
         winter = chronos.to_datetime(NOON).astimezone(chronos.time_zone("Old/Name"))
         assert winter.utcoffset() == timedelta(hours=1)
+
+
+@pytest.mark.parametrize("version", [b"\0", b"2"])
+@pytest.mark.parametrize(("spoilt", "problem"), [
+    ({"types": (0, 1)}, "a change has no type"),
+    ({"times": (9, 0)}, "its changes are out of order"),
+    ({"times": (9, 9)}, "its changes are out of order"),
+    ({"offset": 26 * 3600}, "an offset is out of range"),
+    ({"offset": -25 * 3600}, "an offset is out of range"),
+    ({"offset": -822_042_184}, "an offset is out of range"),
+    ({"isdst": -1}, "a type is none"),
+    ({"name_at": 4}, "a type is none"),
+])  # fmt: skip
+def test_a_file_whose_changes_can_not_be_is_no_time_zone(zones, version, spoilt, problem):
+    path = zones.directory / "Old-Name"
+    path.parent.mkdir()
+    path.write_bytes(rules(version, **{"times": (0, 9), "types": (0, 0)} | spoilt))
+
+    with pytest.raises(ValueError, match=f"zone Old-Name is damaged: .*{problem}"):
+        chronos.time_zone("Old-Name")
+
+
+def test_every_time_zone_of_this_machine_can_be_used():
+    for name in chronos._time_zones():
+        assert chronos.time_zone(name).key == name
 
 
 @pytest.mark.parametrize(("zone", "expression", "after", "expected"), CHANGES)

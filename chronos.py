@@ -795,14 +795,21 @@ def _check_zone_file(data: bytes) -> None:
             raise ValueError("a type is none")
 
 
+class NoSuchZone(ValueError):
+    """This machine has no time zone of that name."""
+
+
 @functools.lru_cache(maxsize=1024)  # ZoneInfo keeps eight of them.
 def time_zone(name: str) -> ZoneInfo:
-    """Return the rules of a time zone. Raises ValueError that names it if it can't be used."""
+    """Return the rules of a time zone.
+
+    Raises ValueError that names it if it can't be used: NoSuchZone if it is not there.
+    """
     data = zone_file(name)
     if not data:
         # A zone can go: newer releases of Debian have the old names in a package of their own.
         hint = "Debian has old names in tzdata-legacy"
-        raise ValueError(f"the time zone {name} is not on this machine ({hint})")
+        raise NoSuchZone(f"the time zone {name} is not on this machine ({hint})")
     try:
         _check_zone_file(data)
         return ZoneInfo.from_file(_WholeFile(data), key=name)
@@ -1406,9 +1413,10 @@ def a_timezone(value: Any) -> str:
 
 
 def _is_time_zone(name: str) -> bool:
+    """Say whether there is a time zone of that name. Raises ValueError where it is damaged."""
     try:
         time_zone(name)
-    except ValueError:
+    except NoSuchZone:
         return False
     if name not in _time_zones():
         _time_zones.cache_clear()  # It may have come since.
@@ -2331,7 +2339,7 @@ class Declaration(NamedTuple):
     config: Json  # As the API has it.
     enabled: bool
     digest: str  # Of what the file says: another one means that the declaration has changed.
-    problem: str = ""  # Its key in the file and why it can't be used, as its time zone is gone.
+    problem: str = ""  # Its key in the file and why its time zone can't be used; empty: it can.
 
 
 # --- Checks of settings ---

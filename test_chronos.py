@@ -1728,6 +1728,15 @@ def test_a_file_whose_changes_can_not_be_is_no_time_zone(zones, version, spoilt,
         chronos.time_zone("Old-Name")
 
 
+def test_a_damaged_time_zone_is_not_called_an_unknown_one(zones):
+    zones.give("Old/Name", like=MADRID)
+    zones.cut("Old/Name", 600)
+
+    for name, said in (("Old/Name", "Old/Name is damaged"), ("New/Name", "must be an IANA time")):
+        with pytest.raises(ValueError, match=said):
+            chronos.a_timezone(name)
+
+
 def test_every_time_zone_of_this_machine_can_be_used():
     for name in chronos._time_zones():
         assert chronos.time_zone(name).key == name

@@ -11060,15 +11060,21 @@ class Service:
         if needing_restart:
             log.warning("a restart is needed for %s", ", ".join(needing_restart))
 
+    def _has(self, job_id: str, declaration: Declaration) -> bool:
+        """Say whether a job is as this declaration made it."""
+        with contextlib.suppress(NotFound):
+            return self.store.jobs.get(job_id).declared == declaration.digest
+        return False
+
     def _declare(self, jobs: Mapping[str, Declaration]) -> None:
         """Make the declared jobs as they are declared, over as many turns as that takes.
 
-        One whose time zone has gone stays as it was. Raises StoreError, PartlyDeclared where some
-        of them were made, or StartError where there is no such time zone for a new job.
+        One that is unchanged, and whose time zone has gone, stays as it was. Raises StoreError,
+        PartlyDeclared where some of them were made, or StartError where a new or changed job
+        names a time zone that is not there: that is a mistake in the file.
         """
         unusable = {job_id: job for job_id, job in jobs.items() if job.problem}
-        is_there = self.store.jobs.is_there
-        check_declarations(job for job_id, job in unusable.items() if not is_there(job_id))
+        check_declarations(job for job_id, job in unusable.items() if not self._has(job_id, job))
         for declaration in unusable.values():
             log.error("%s: the job stays as it was", declaration.problem)
         waiting = self.engine.job_changes.to_declare(jobs)

@@ -561,7 +561,10 @@ def parse_time(text: str) -> int:
         if _RFC_3339.fullmatch(text):
             moment = datetime.fromisoformat(text.upper())
             return to_instant(moment.astimezone(UTC))
-    raise ValueError('must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)')
+    problem = 'must be a time such as "2027-01-31T09:00:00Z" (RFC 3339)'
+    if _RFC_3339.fullmatch(text.replace(" ", "+")):
+        problem += ", and in a URL its + is written %2B"
+    raise ValueError(problem)
 
 
 def parse_duration(value: object) -> int:
@@ -1245,6 +1248,10 @@ def _unknown_names(
         nearest = difflib.get_close_matches(name, table, 1)
         if nearest:
             message += f" (did you mean {nearest[0]!r}?)"
+        elif table:
+            message += f": there are {', '.join(table)}"
+        else:
+            message += ": there are none here"
         problems.append((name[:100], message))  # It may be as long as the body.
     return problems
 
@@ -8494,12 +8501,17 @@ class JobChanges:
         enabled = job.enabled if state is None else state
         return self._save(turn, job, job._replace(config=config, enabled=enabled), user)
 
-    def roll_back(self, turn: Turn, job_id: str, number: int, user: str) -> Job:
+    def roll_back(
+        self, turn: Turn, job_id: str, number: int, user: str, only_from: int | None = None
+    ) -> Job:
         """Make a new version out of an older one; whether the job is enabled stays.
 
-        Raises NotFound or Conflict.
+        Raises NotFound, Conflict, or PreconditionFailed where the job no longer has the version
+        ``only_from``; None: whichever it has.
         """
         job = self._scheduler.job_up_to_date(turn, job_id)
+        if only_from is not None and job.version != only_from:
+            raise PreconditionFailed(f"the job has version {job.version} by now")
         config = self._store.jobs.version(job_id, number)["config"]
         wanted = job._replace(config=config)
         if wanted.next_after(turn.now) is None:
@@ -9930,7 +9942,7 @@ def new_execution_id(job_id: str, replay_of: str | None = None) -> str:
 
 def has_if_match() -> bool:
     """Return whether the request is only about certain versions of a job."""
-    return "If-Match" in bottle.request.headers
+    return "HTTP_IF_MATCH" in bottle.request.environ
 
 
 # A proxy that compresses an answer makes of its "3" W/"3" (nginx) or "3-gzip" (Apache, Caddy).
@@ -9952,11 +9964,19 @@ def names_entity_tag(header: str, etag: str) -> bool:
     return False
 
 
-def check_if_match(job: Job) -> None:
-    """Raise PreconditionFailed if If-Match names other versions (RFC 9110, 13.1.1)."""
-    wanted = bottle.request.headers.get("If-Match", "*")
+def check_conditions(job: Job) -> None:
+    """Raise PreconditionFailed if If-Match names other versions (RFC 9110, 13.1.1).
+
+    Or if there is If-None-Match: *, which holds where there is no job (13.1.2).
+    """
+    wanted: str = bottle.request.environ.get("HTTP_IF_MATCH", "*")
     if not names_entity_tag(wanted, etag_of(job)):
-        raise PreconditionFailed(f"the job has version {job.version} by now")
+        raise PreconditionFailed(
+            f"the job has version {job.version} by now: "
+            f"If-Match must be {etag_of(job)}, with the quotes, and was {wanted[:100]}"
+        )
+    if once_header("If-None-Match") is not None:
+        raise PreconditionFailed(f"there is a job {job.id} already")
 
 
 def is_not_modified(state: str) -> bool:
@@ -9967,7 +9987,7 @@ def is_not_modified(state: str) -> bool:
     digest = hashlib.sha256(state.encode()).hexdigest()
     etag = f'"{digest[:16]}"'
     bottle.response.set_header("ETag", etag)
-    is_known = names_entity_tag(bottle.request.headers.get("If-None-Match", ""), etag)
+    is_known = names_entity_tag(bottle.request.environ.get("HTTP_IF_NONE_MATCH", ""), etag)
     if is_known:
         bottle.response.status = 304
     return is_known
@@ -10045,7 +10065,10 @@ class JobHandlers(Handlers):
         there_is_one = PreconditionFailed(f"there is a job {job_id} already")
         if self.store.jobs.is_there(job_id):
             raise there_is_one
-        config, enabled = validate_job(read_json(), self._retry_policy, self.clock.now())
+        data = read_json()
+        if isinstance(data, dict) and data.get("id") not in (None, job_id):
+            raise InvalidFields([("id", "must be the one in the path, or left out")])
+        config, enabled = validate_job(data, self._retry_policy, self.clock.now())
         job, is_new = self._create_once(job_id, config, enabled)
         if not is_new:
             raise there_is_one
@@ -10075,7 +10098,7 @@ class JobHandlers(Handlers):
         user = current_user()
         while True:  # Until no other change comes between.
             base = self.store.jobs.get(job_id)
-            check_if_match(base)
+            check_conditions(base)
             config, enabled = self._wanted(base, body)
             try:
                 job = self.engine.submit(
@@ -10110,7 +10133,7 @@ class JobHandlers(Handlers):
     def delete(self, job_id: str) -> Json:
         """Delete a job and its history."""
         job = self.store.jobs.get(job_id)
-        check_if_match(job)
+        check_conditions(job)
         self.engine.submit(self.engine.job_changes.delete, job, has_if_match())
         log.info("job %s was deleted by %s", job_id, current_user(), extra=about(job_id))
         return {"id": job_id}
@@ -10156,7 +10179,11 @@ class JobHandlers(Handlers):
     def roll_back(self, job_id: str, number: str) -> Json:
         """Make a new version out of an older one."""
         user = current_user()
-        job = self.engine.submit(self.engine.job_changes.roll_back, job_id, int(number), user)
+        base = self.store.jobs.get(job_id)
+        check_conditions(base)
+        only_from = base.version if has_if_match() else None
+        change = self.engine.job_changes.roll_back
+        job = self.engine.submit(change, job_id, int(number), user, only_from)
         message = "job %s was rolled back to version %s by %s"
         log.info(message, job_id, number, user, extra=about(job_id))
         return {

@@ -5943,7 +5943,7 @@ def test_an_abort_at_any_step_ends_the_attempt_and_leaves_nothing(tmp_path, host
 
     ended = reasons.index(None)
     assert ended >= 4 and set(reasons[:ended]) == {"cancelled"} and set(reasons[ended:]) == {None}
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_aborts_at_random_moments_never_mix_answers_up(dispatcher, target):
@@ -6101,7 +6101,7 @@ def test_an_address_that_is_silent_costs_a_quarter_of_a_second(
 
     assert outcome.success and 0.5 * SECOND <= outcome.duration < 2 * SECOND
     dispatcher.close_idle(0)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.mark.parametrize("addresses", [
@@ -6173,7 +6173,7 @@ def test_several_silent_addresses_end_as_one_does(make_dispatcher, resolve, ende
         assert outcome.error == f"no connection to http://several.test:{port} {silent}"
     else:
         assert ended_by in outcome.error and 1 <= seconds <= 1.5
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.mark.parametrize(("found", "dialled"), [
@@ -10748,24 +10748,54 @@ def test_an_instant_in_the_past_is_kept_but_not_set_anew(service):
     assert patch(service, job, {"schedule": f"@at {in_seconds(60)}", "enabled": True})["next_run"]
 
 
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize(("method", "rest"), [
+    ("PUT", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/rollback/1"),
+])  # fmt: skip
 @pytest.mark.parametrize(("wanted", "status"), [
     ("*", 200), ('"2"', 200), ('"1", "2"', 200),
     ('"1","2"', 200), ('W/"2"', 200), ('W/"1", W/"2"', 200), ('"2-gzip"', 200),
     ('"1"', 412), ('"1", "3"', 412), ("2", 412), ("", 412),
     ('W/"1"', 412), ('w/"2"', 412), ('W/2', 412), ('"22"', 412), ('"2-3"', 412), ('"1-gzip"', 412),
+    (b'"\xff"', 412),
 ])  # fmt: skip
-def test_a_change_is_made_only_to_a_version_that_if_match_names(service, method, wanted, status):
+def test_a_change_is_made_only_to_a_version_that_if_match_names(
+    service, method, rest, wanted, status
+):
     job = service.create(NOBODY)
     job = patch(service, job, {"name": "second"})
-    body = None if method == "DELETE" else job_body(NOBODY, name="third")
+    body = job_body(NOBODY, name="third") if method in ("PUT", "PATCH") else None
 
-    got, envelope = service.call(method, path_of(job), body, headers={"If-Match": wanted})
+    got, envelope = service.call(method, path_of(job, rest), body, headers={"If-Match": wanted})
 
     assert got == status, envelope
     if status == 412:
         assert envelope["error"]["code"] == "PRECONDITION_FAILED"
+        assert 'must be "2", with the quotes' in envelope["error"]["message"]
         assert service.get(path_of(job)) == job
+
+
+@pytest.mark.parametrize(("method", "rest"), [
+    ("PATCH", ""), ("DELETE", ""), ("POST", "/rollback/1"),
+])  # fmt: skip
+def test_what_is_only_for_a_job_that_is_not_there_changes_none(service, method, rest):
+    job = service.create(NOBODY)
+    body = {"name": "second"} if method == "PATCH" else None
+    headers = {"If-None-Match": "*"}
+
+    got, envelope = service.call(method, path_of(job, rest), body, headers=headers)
+
+    assert (got, envelope["error"]["code"]) == (412, "PRECONDITION_FAILED")
+    assert service.get(path_of(job)) == job
+
+
+def test_a_job_is_not_created_under_one_id_with_another_in_its_body(service):
+    path = "/jobs/7f7c9d3e-0000-4000-8000-000000000001"
+    body = job_body(NOBODY, id="7f7c9d3e-0000-4000-8000-000000000002")
+
+    got, envelope = service.call("PUT", path, body, headers={"If-None-Match": "*"})
+
+    assert (got, envelope["error"]["details"][0]["field"]) == (400, "id")
+    service.error(404, "GET", path)
 
 
 def test_the_etag_of_a_job_is_its_version(service):
@@ -11491,12 +11521,12 @@ TAG_FORM = r"must be a name, a colon and a value; in the name, : is written \: a
     *(("GET", f"/jobs?tag={tag}", ("tag", TAG_FORM)) for tag in (
         "team", "", ":x", r"a\:b", "a%5Cb:c", "a%5C")),
     ("GET", "/jobs?" + "&".join([TAG] * 21), ("tag", "must not be there more than 20 times")),
-    ("GET", "{job}?limit=1", ("limit", "is not a known name")),
+    ("GET", "{job}?limit=1", ("limit", "is not a known name: there are none here")),
     ("GET", "{job}/executions?state=failed",
         ("state", "is not a known name (did you mean 'status'?)")),
-    ("DELETE", "{job}?dry_run=true", ("dry_run", "is not a known name")),
+    ("DELETE", "{job}?dry_run=true", ("dry_run", "is not a known name: there are none here")),
     ("POST", "{job}/trigger?wiat=0", ("wiat", "is not a known name (did you mean 'wait'?)")),
-    ("GET", "/stats?x", ("x", "is not a known name")),
+    ("GET", "/stats?x", ("x", "is not a known name: there are none here")),
 ])  # fmt: skip
 def test_a_query_is_as_strict_as_a_body_and_nothing_happens(service, method, path, problem):
     job = service.create(NOBODY)

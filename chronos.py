@@ -2450,10 +2450,19 @@ def _a_proxy(value: Any) -> Proxy:
             'must be a URL such as "http://proxy.example.com:3128" or "http://user:password@…", '
             "what is special in user and password as in a URL (%40 for @)"
         )
+    host = parts["host"].lower()
+    if host[0] == "[":
+        try:
+            host = str(ipaddress.IPv6Address(host.strip("[]")))
+        except ValueError as error:
+            raise ValueError("must have an IPv6 address in its brackets") from error
+    user = unquote(parts["user"] or "")
+    if ":" in user:
+        raise ValueError("must have no colon in its user: a proxy would end it there (RFC 7617, 2)")
     return Proxy(
-        hostname=parts["host"].strip("[]").lower(),
+        hostname=host,
         port=int(parts["port"]),
-        user=unquote(parts["user"] or ""),
+        user=user,
         password=unquote(parts["password"] or ""),
     )
 
@@ -2472,11 +2481,11 @@ def _a_direct_host(value: Any) -> str:
     if isinstance(value, str) and _NETWORK_FORM.fullmatch(value):
         return _a_network(value)
     name: str = _a_domain(value.lower() if isinstance(value, str) else value)
-    return name
+    return name.removesuffix(".")  # The dot of an absolute name.
 
 
 _a_host = matching(
-    "[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}",
+    "[a-z0-9._-]{0,252}[a-z0-9_-]|[0-9a-f:.]{2,45}",
     'must be a host in small letters, such as "api.example.com", without scheme and port',
 )
 
@@ -6310,6 +6319,7 @@ class Connection:
         self.reusable = False
         self.heard = False
         self._line_bytes_left = MAX_HEAD_BYTES
+        head = None
         was_sent = self._send(request)
         try:
             self._wait_for(1)
@@ -6320,22 +6330,10 @@ class Connection:
             problem = f"sent what is not a proper HTTP answer: {error}"
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         except (OSError, EOFError) as error:
-            problem = self._how_it_broke(error, was_sent)
+            problem = how_it_broke(error, self.heard, head, was_sent)
             raise requests.ConnectionError(f"{self.key.target} {problem}") from error
         self.reusable = was_sent and len(body) <= limit and self._may_stay_open(head)
         return Answer(head, body)
-
-    def _how_it_broke(self, error: OSError | EOFError, was_sent: bool) -> str:
-        """Return what is known about an answer that did not come as a whole, for people."""
-        if self.heard:
-            return "closed the connection amid its answer"
-        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
-            # With TLS 1.3 a server asks for a certificate in the handshake, and complains of the
-            # one that is missing only when the request is on its way (RFC 8446, 4.4.2.4).
-            return f"closed the connection without an answer: {why_not_connected(error)}"
-        if was_sent:
-            return "closed the connection without an answer; it may have worked on the request"
-        return "closed the connection without an answer"
 
     def _send(self, request: bytes) -> bool:
         """Say whether the whole request was taken."""
@@ -6503,6 +6501,24 @@ class Connection:
                 self._peer_has_closed = True
                 raise EOFError
             self._received += data
+
+
+def how_it_broke(error: OSError | EOFError, heard: bool, head: Head | None, was_sent: bool) -> str:
+    """Return what is known about an answer that did not come as a whole, for people.
+
+    ``heard``: some of it came; ``head``: so much of it; ``was_sent``: the request went out whole.
+    """
+    if head is not None:
+        return f"closed the connection amid its answer, a {head.code}"
+    if heard:
+        return "closed the connection amid its answer"
+    if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+        # With TLS 1.3 a server asks for a certificate in the handshake, and complains of the
+        # one that is missing only when the request is on its way (RFC 8446, 4.4.2.4).
+        return f"closed the connection without an answer: {why_not_connected(error)}"
+    if was_sent:
+        return "closed the connection without an answer; it may have worked on the request"
+    return "closed the connection without an answer"
 
 
 def codings_of(header: str | None) -> list[str]:
@@ -6709,7 +6725,9 @@ class Routes:
             pair = f"{self._proxy.user}:{self._proxy.password}"
             encoded = base64.b64encode(pair.encode()).decode()
             self._header = f"Proxy-Authorization: Basic {encoded}\r\n"
-            self._secrets = to_be_masked([self._proxy.password, encoded])
+            # Without a password, what stands for the user is a token.
+            secret = self._proxy.password or self._proxy.user
+            self._secrets = to_be_masked([secret, encoded])
 
     def route(self, webhook: Webhook) -> Route:
         """Return how the requests of a webhook get to their target."""
@@ -6770,7 +6788,9 @@ class Routes:
         if route.proxy is None or not route.is_forwarded:
             return "the server"
         if head.code == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-            raise requests.ConnectionError(self.refusal(route.proxy, head.code, head.phrase))
+            # It has read the whole request, and may repeat any of it.
+            phrase = webhook.masked(head.phrase)
+            raise requests.ConnectionError(self.refusal(route.proxy, head.code, phrase))
         return f"the server, or {route.proxy.name},"
 
     def masked(self, text: str, cut: bool = False) -> str:
@@ -6962,7 +6982,9 @@ class TlsContexts:
 
     def __init__(self, settings: DispatcherSettings) -> None:
         self._authorities: str = settings.ca_bundle or requests.certs.where()  # type: ignore[attr-defined]
-        self._certificates = settings.client_certificates
+        self._certificates = {
+            usual_spelling(host): file for host, file in settings.client_certificates.items()
+        }
         # By the file of the client's certificate (None: it has none), and verify_tls.
         self._contexts: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._lock = threading.Lock()
@@ -6974,7 +6996,7 @@ class TlsContexts:
 
     def get(self, host: str, verify: bool) -> ssl.SSLContext:
         """Return the context for a host whose certificate is verified, or is not."""
-        return self._get(self._certificates.get(host), verify)
+        return self._get(self._certificates.get(usual_spelling(host)), verify)
 
     def _get(self, certificate: str | None, verify: bool) -> ssl.SSLContext:
         key = (certificate, verify)
@@ -7026,7 +7048,7 @@ class Connector:
             tls = self._tls_contexts.get(name, route.key.verify_tls)
         limit = self._clock.monotonic() + self._timeout
         addresses = self._addresses(route.proxy or target, route, limit, attempt)
-        # Where there is little time, each address gets its turn in it all the same.
+        # Where there is little time, each of the first MAX_DIALLED gets its turn all the same.
         left = min(limit, attempt.limit) - self._clock.monotonic()
         interval = min(DIAL_INTERVAL, left // len(addresses))
         race = Race(self._clock, route, addresses, limit, interval)
@@ -7137,6 +7159,13 @@ class Connector:
             way = f"{connection.key.target} through {proxy.name}"
             problem = f"no connection to {way}: {why_not_connected(error)}"
             raise requests.ConnectionError(problem) from error
+
+
+def usual_spelling(host: str) -> str:
+    """Return an IPv6 address in its shortest form (RFC 5952), any other host as it is."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.IPv6Address(host))
+    return host
 
 
 def name_in_certificate(host: str) -> str:

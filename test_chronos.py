@@ -2628,12 +2628,15 @@ TAGS_AND_SHAPES = [
       for word in ("proxy.test:3128", "https://proxy.test:3128", "http://proxy.test", "5",
                    "http://proxy.test:70000", "http://proxy.test:3128/path", "http://:3128",
                    "socks5://proxy.test:1080", f"http://ada:{CANARY}@proxy.test")),
+    (DIAL + f"proxy: http://[1.2.3]:3128 # {CANARY}", 2, "must have an IPv6 address in its br"),
+    (DIAL + f"proxy: http://a%3Ab:{CANARY}@proxy.test:3128", 2, "must have no colon in its user"),
     (DIAL + "no_proxy: '*'", 2, "dispatcher.no_proxy must be a list of 0 to 1000 values"),
     *((DIAL + f"no_proxy: ['{word}']", 2, f"dispatcher.no_proxy {said}")
       for word, said in (("*", "must be a name, a suf"), ("http://x", "must be a name, a suffix"),
                          ("10.0.0.1/8", "10.0.0.1/8 has host bits"), ("10.0.0", "'10.0.0' does"))),
     *((CLIENT + f"\n    {host}: x.pem", 3, "must be a host in small letters, such as")
-      for host in ("API.test", "'https://api.test'", "'api.test:443'", "'*.test'", "'[::1]'")),
+      for host in ("API.test", "'https://api.test'", "'api.test:443'", "'*.test'", "'[::1]'",
+                   "api.test.")),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_with_its_line_and_what_is_meant(refusal, content, line, said):
     message = refusal(content)
@@ -2769,7 +2772,7 @@ def test_a_directory_of_authorities_must_have_names_that_are_looked_for(
     ("HTTP://PROXY.test:1/", ("proxy.test", 1, "", "")),
     ("http://[::1]:8080", ("::1", 8080, "", "")),
     ("http://ada@10.0.0.1:80", ("10.0.0.1", 80, "ada", "")),
-    ("http://a%3Ab:p%40:%2F@p@proxy.test:80", ("proxy.test", 80, "a:b", "p@:/@p")),
+    ("http://a%40b:p%40:%2F@p@proxy.test:80", ("proxy.test", 80, "a@b", "p@:/@p")),
 ])  # fmt: skip
 def test_a_proxy_is_read_from_its_url_and_never_shows_its_password(load, written, read):
     proxy = load("", CHRONOS_DISPATCHER_PROXY=f"'{written}'").dispatcher.proxy
@@ -5433,7 +5436,7 @@ ODD_ANSWERS = {
     "length 2.0": (two(b"Content-Length: 2.0"), "cp", "a wrong Content-Length"),
     "leading zeros": (two(b"Content-Length: " + b"0" * 30 + b"2"), "cpgnf", "200 OK"),
     "blanks around a length": (two(b"Content-Length: \t 2 \t"), "cpg", "200 OK"),
-    "body too short": (two(b"Content-Length: 9"), "", "amid its answer"),
+    "body too short": (two(b"Content-Length: 9"), "", "amid its answer, a 200"),
     "data after it": (OK + b"and more", "cpgf", "200 OK"),
     "204 with a body": (b"HTTP/1.1 204 Fine\r\n" + OK[17:], "cpgf", "204 "),
     "205 with a body": (b"HTTP/1.1 205 Fine\r\n" + OK[17:], "cpgnf", "205 OK"),
@@ -5451,8 +5454,8 @@ ODD_ANSWERS = {
     "no last CRLF": (CHUNKED + b"2\r\nOK\r\n0\r\n", "p", "200 OK"),
     "half a last CRLF": (CHUNKED + b"2\r\nOK\r\n0\r\n\r", "cp", "200 OK"),
     "half the trailers": (CHUNKED + b"2\r\nOK\r\n0\r\nX: y\r\nY", "p", "200 OK"),
-    "half a last chunk": (CHUNKED + b"2\r\nOK\r\n0", "p", "amid its answer"),
-    "no last chunk": (CHUNKED + b"2\r\nOK\r\n", "", "amid its answer"),
+    "half a last chunk": (CHUNKED + b"2\r\nOK\r\n0", "p", "amid its answer, a 200"),
+    "no last chunk": (CHUNKED + b"2\r\nOK\r\n", "", "amid its answer, a 200"),
     "size 0x2": (CHUNKED + b"0x2\r\nOK\r\n0\r\n\r\n", "p", "a wrong size of a chunk"),
     "size +2": (CHUNKED + b"+2\r\nOK\r\n0\r\n\r\n", "p", "a wrong size of a chunk"),
     "no size": (CHUNKED + b"\r\nOK\r\n0\r\n\r\n", "", "a wrong size of a chunk"),
@@ -6387,6 +6390,24 @@ def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, cer
     assert dispatcher.send(make_attempt(server.url, verify_tls=False)).success
 
 
+@pytest.mark.parametrize("name", ["::1", "0:0::1"])
+@pytest.mark.parametrize("host", ["[::1]", "[0:0:0::1]"])
+def test_an_address_is_given_its_certificate_however_it_is_spelled(
+    make_dispatcher, hostile, certificate, tmp_path, name, host
+):
+    own = tmp_path / "own.pem"
+    own.write_text("".join(path.read_text() for path in certificate))
+    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificate[0])
+    asking.load_cert_chain(*certificate)
+    asking.verify_mode = ssl.CERT_REQUIRED
+    server = hostile(shows_who_came, "https", host="::1", context=asking)
+    dispatcher = make_dispatcher(dispatcher__client_certificates={name: str(own)})
+
+    outcome = dispatcher.send(make_attempt(f"https://{host}:{server.port}/", verify_tls=False))
+
+    assert outcome.response == "localhost"
+
+
 @pytest.mark.parametrize(("authority", "header", "asked"), [
     ("LocalHost.:{}", "LocalHost.:{}", "localhost"), ("[::1%251]:{}", "[::1]:{}", None),
 ])  # fmt: skip
@@ -6461,6 +6482,8 @@ SENTENCES = [  # server, scheme, reason, what is said
     (resets, "http", "no_answer", CLOSED + WORKED),
     (answers(HEAD, close=True), "http", "no_answer", CLOSED + "amid its answer"),
     (answers(HEAD + b"X: ", close=True), "http", "no_answer", CLOSED + "amid its answer"),
+    (answers(b"HTTP/1.1 413 No\r\nContent-Length: 9\r\n\r\nx", close=True), "http", "no_answer",
+     CLOSED + "amid its answer, a 413"),
     (answers(b"SSH-2.0-OpenSSH\r\n"), "http", "no_answer", NOT_HTTP + "a wrong status line"),
     (answers(HEAD + b"no colon\r\n"), "http", "no_answer", NOT_HTTP + "a wrong header"),
     (answers(HEAD + b"X: " + b"x" * 2**18), "http", "no_answer", NOT_HTTP + "a line too long"),
@@ -6698,10 +6721,20 @@ def test_the_address_that_is_checked_is_the_one_of_the_proxy(behind, hostile):
     assert targets[1:] == ["http://name.test:8080/", "http://[::1]/x"]
 
 
+def test_what_a_proxy_repeats_of_a_request_that_it_refuses_is_masked(behind, hostile):
+    proxy = hostile(answers(b"HTTP/1.1 407 Denied: tok-canary-1 s3cret-user\r\n\r\n", close=True))
+    attempt = make_attempt("http://target.test/", auth={"type": "bearer", "token": "tok-canary-1"})
+
+    outcome = behind(f"http://s3cret-user:@127.0.0.1:{proxy.port}").send(attempt)
+
+    assert "answered 407 Denied: ******** ********: " in outcome.error
+
+
 @pytest.mark.parametrize(("no_proxy", "host", "is_direct"), [
     (["localhost"], "localhost", True), (["LOCALHOST"], "LocalHost", True),
     (["localhost"], "127.0.0.1", False), (["host"], "localhost", False),
     ([".test"], "several.test", True), (["several.test"], "several.test", True),
+    ([".test."], "several.test", True), (["several.test."], "several.test", True),
     (["everal.test"], "several.test", False), ([".several.test"], "several.test", False),
     (["127.0.0.1"], "127.0.0.1", True), (["127.0.0.0/8"], "127.1", True),
     (["127.0.0.0/8"], "[::ffff:127.0.0.1]", True), (["10.0.0.0/8", "::1"], "127.0.0.1", False),

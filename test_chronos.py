@@ -10664,7 +10664,7 @@ def test_put_creates_a_job_under_an_id_only_where_it_is_told_that_it_is_new(serv
     path, body = f"/jobs/{JOB_ID}", job_body(NOBODY)
 
     assert service.error(404, "PUT", path, body)["code"] == "NOT_FOUND"
-    job = service.expect(201, "PUT", path, body | {"id": "ignored"}, headers=NEW)
+    job = service.expect(201, "PUT", path, body | {"id": JOB_ID}, headers=NEW)
     error = service.expect(412, "PUT", path, body | {"name": "other"}, headers=NEW)
 
     assert (job["id"], job["version"]) == (JOB_ID, 1)

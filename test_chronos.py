@@ -6352,16 +6352,22 @@ def test_authorities_are_taken_from_a_file_or_a_directory_from_the_start_on(
     assert dispatcher.send(make_attempt(server.url)).success
 
 
+def who_asks(certificate, directory):
+    """Return a file with certificate and key, and the context of a server that asks for it."""
+    own = directory / "own.pem"
+    own.write_text("".join(path.read_text() for path in certificate))
+    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificate[0])
+    asking.load_cert_chain(*certificate)
+    asking.verify_mode = ssl.CERT_REQUIRED
+    return own, asking
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("verify_tls", [True, False])
 def test_a_host_that_asks_for_a_certificate_gets_the_one_that_is_meant_for_it(
     make_dispatcher, hostile, certificate, tmp_path, version, verify_tls
 ):
-    own = tmp_path / "own.pem"
-    own.write_text("".join(path.read_text() for path in certificate))
-    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificate[0])
-    asking.load_cert_chain(*certificate)
-    asking.verify_mode = ssl.CERT_REQUIRED
+    own, asking = who_asks(certificate, tmp_path)
     asking.maximum_version = version
     server = hostile(shows_who_came, "https", context=asking)
     settings = {
@@ -6395,11 +6401,7 @@ def test_a_certificate_for_another_name_is_refused(make_dispatcher, hostile, cer
 def test_an_address_is_given_its_certificate_however_it_is_spelled(
     make_dispatcher, hostile, certificate, tmp_path, name, host
 ):
-    own = tmp_path / "own.pem"
-    own.write_text("".join(path.read_text() for path in certificate))
-    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificate[0])
-    asking.load_cert_chain(*certificate)
-    asking.verify_mode = ssl.CERT_REQUIRED
+    own, asking = who_asks(certificate, tmp_path)
     server = hostile(shows_who_came, "https", host="::1", context=asking)
     dispatcher = make_dispatcher(dispatcher__client_certificates={name: str(own)})
 
